@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads the compiled CPU ops and knows why they are missing when they are.
+
+The library has no Python binding: loading it only adds implementations to `torch.ops.l0kernels`.
+"""
+
+import functools
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PACKAGE = Path(__file__).resolve().parent
+_LIBRARY = _PACKAGE / "_C.so"
+_BUILD_INFO = _PACKAGE / "_build_info.json"
+
+logger = logging.getLogger("l0kernels")
+
+
+@functools.cache
+def build_info() -> dict[str, Any]:
+    """What the build recorded: versions, compiler, flags; empty if nothing was built."""
+    try:
+        return json.loads(_BUILD_INFO.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+
+
+@functools.cache
+def load() -> str:
+    """Load the C++ CPU ops once; never raises.
+
+    Returns:
+        An empty string when they are loaded, else the reason why they are not.
+    """
+    info = build_info()
+    if not _LIBRARY.exists():
+        return f"not built: {info.get('reason') or 'the package was never installed'}"
+    try:
+        torch.ops.load_library(str(_LIBRARY))
+    except OSError as error:
+        built_for = info.get("torch", "an unknown version")
+        return f"built for torch {built_for}, found {torch.__version__}: {error}"
+    return ""
+
+
+def cpp_available() -> bool:
+    """Whether the C++ CPU ops are loaded."""
+    return not load()
+
+
+def why_not() -> str:
+    """Why the C++ CPU ops are missing; an empty string when they are loaded."""
+    return load()
+
+
+@functools.cache
+def note_missing() -> None:
+    """Say once per process that PyTorch ops stand in for the C++ ones, and why."""
+    if not cpp_available():
+        logger.warning(
+            "l0kernels: C++ CPU ops are not available (%s); using slower PyTorch ops. "
+            "Reinstall with L0K_BUILD=cpu to build them.",
+            why_not(),
+        )
