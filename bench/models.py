@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The networks of the benchmarks and tests, in plain PyTorch, at any open fraction."""
+
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Group:
+    """One gated producer and the one layer that reads it, by module name.
+
+    Args:
+        producer: convolution or linear layer whose output units are gated.
+        consumer: layer whose input the gates multiply.
+        norm: batch norm between the two, if any.
+        spread: input features of the consumer per unit (16 for a flattened 4x4 map).
+    """
+
+    producer: str
+    consumer: str
+    norm: str | None = None
+    spread: int = 1
+
+
+@dataclass(frozen=True)
+class Network:
+    """A buildable network: how to make it, what it reads, which units are gated.
+
+    Args:
+        name: as on the command line.
+        make: builds the module from a function that maps a full gated width to the built one.
+        input_shape: shape of one example.
+        groups: the gated producers in forward order.
+        classes: width of the output, never gated.
+    """
+
+    name: str
+    make: Callable[[Callable[[int], int], int], nn.Module]
+    input_shape: tuple[int, ...]
+    groups: tuple[Group, ...]
+    classes: int = 10
+
+    def build(self, keep: float = 1.0) -> nn.Module:
+        """Return the network with every gated width shrunk to `keep` of it (at least 2).
+
+        Args:
+            keep: fraction of the gated units, in (0, 1]; below 1 it is the network a user would
+                build after pruning.
+
+        Raises:
+            ValueError: keep is outside (0, 1].
+        """
+        return self.make(partial(kept_width, keep=keep), self.classes)
+
+    def example(self, batch: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """Return a random (input, label) batch; the same for the same seed."""
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(batch, *self.input_shape, generator=generator)
+        return x, torch.randint(self.classes, (batch,), generator=generator)
+
+
+def kept_width(width: int, keep: float) -> int:
+    """Return keep * width rounded half up, but not below min(2, width)."""
+    if not 0 < keep <= 1:
+        raise ValueError(f"expected 0 < keep <= 1, got {keep}")
+    return max(int(keep * width + 0.5), min(2, width))
+
+
+class MLP(nn.Module):
+    """784-300-100-10 with ReLU; inputs of any shape are flattened."""
+
+    def __init__(self, kept: Callable[[int], int], classes: int = 10):
+        super().__init__()
+        first, second = kept(300), kept(100)
+        self.fc1 = nn.Linear(784, first)
+        self.fc2 = nn.Linear(first, second)
+        self.fc3 = nn.Linear(second, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.fc1(x.flatten(1)))
+        return self.fc3(F.relu(self.fc2(x)))
+
+
+class LeNet5(nn.Module):
+    """LeNet-5 as in Caffe, 20-50-500, with ReLU after each convolution."""
+
+    def __init__(self, kept: Callable[[int], int], classes: int = 10):
+        super().__init__()
+        first, second, third = kept(20), kept(50), kept(500)
+        self.conv1 = nn.Conv2d(1, first, 5)
+        self.conv2 = nn.Conv2d(first, second, 5)
+        self.fc1 = nn.Linear(second * 16, third)
+        self.fc2 = nn.Linear(third, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.conv1(x)), 2)
+        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
+        return self.fc2(F.relu(self.fc1(x.flatten(1))))
+
+
+VGG16_STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+
+
+class VGG16(nn.Module):
+    """VGG-16 with batch norm for 32x32 inputs and one linear classifier."""
+
+    def __init__(self, kept: Callable[[int], int], classes: int = 10):
+        super().__init__()
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        width = 3
+        for stage, widths in enumerate(VGG16_STAGES, 1):
+            for place, full in enumerate(widths, 1):
+                fan_in, width = width, kept(full)
+                layers[f"conv{stage}_{place}"] = nn.Conv2d(fan_in, width, 3, padding=1, bias=False)
+                layers[f"norm{stage}_{place}"] = nn.BatchNorm2d(width)
+                layers[f"relu{stage}_{place}"] = nn.ReLU(inplace=True)
+            layers[f"pool{stage}"] = nn.MaxPool2d(2)
+        self.features = nn.Sequential(layers)
+        self.classifier = nn.Linear(width, classes)
+        init_convolutions(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.features(x).flatten(1))
+
+
+class WideBlock(nn.Module):
+    """Pre-activation residual block; its inner width is the output of conv1."""
+
+    def __init__(self, fan_in: int, inner: int, fan_out: int, stride: int):
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(fan_in)
+        self.conv1 = nn.Conv2d(fan_in, inner, 3, stride, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(inner)
+        self.conv2 = nn.Conv2d(inner, fan_out, 3, padding=1, bias=False)
+        self.shortcut = (
+            None if fan_in == fan_out else nn.Conv2d(fan_in, fan_out, 1, stride, bias=False)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norm1(x), inplace=True)
+        skip = x if self.shortcut is None else self.shortcut(y)
+        y = F.relu(self.norm2(self.conv1(y)), inplace=True)
+        return self.conv2(y) + skip
+
+
+class WideResNet(nn.Module):
+    """Wide residual network for 32x32 inputs; only inner widths are gated.
+
+    Args:
+        kept: maps a full inner width to the built one.
+        classes: outputs.
+        depth: 6 n + 4 layers, n blocks in each of three stages.
+        factor: widens the stages 16, 32, 64.
+
+    Raises:
+        ValueError: the depth is not 6 n + 4.
+
+    Source: Zagoruyko and Komodakis, Wide Residual Networks (2016), section 2.
+    """
+
+    def __init__(self, kept: Callable[[int], int], classes: int = 10, *, depth: int, factor: int):
+        super().__init__()
+        count = wide_blocks(depth)
+        self.stem = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.stage1 = wide_stage(16, 16 * factor, 1, count, kept)
+        self.stage2 = wide_stage(16 * factor, 32 * factor, 2, count, kept)
+        self.stage3 = wide_stage(32 * factor, 64 * factor, 2, count, kept)
+        self.norm = nn.BatchNorm2d(64 * factor)
+        self.classifier = nn.Linear(64 * factor, classes)
+        init_convolutions(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for stage in (self.stage1, self.stage2, self.stage3):
+            x = stage(x)
+        x = F.relu(self.norm(x), inplace=True)
+        return self.classifier(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+def wide_stage(
+    fan_in: int, width: int, stride: int, blocks: int, kept: Callable[[int], int]
+) -> nn.Sequential:
+    first = WideBlock(fan_in, kept(width), width, stride)
+    return nn.Sequential(
+        first, *(WideBlock(width, kept(width), width, 1) for _ in range(blocks - 1))
+    )
+
+
+def wide_blocks(depth: int) -> int:
+    """Return the blocks per stage of a wide residual network of this depth."""
+    if depth < 10 or depth % 6 != 4:
+        raise ValueError(f"expected a depth of 6 n + 4 (10, 16, 22, 28, ...), got {depth}")
+    return depth // 6
+
+
+def init_convolutions(net: nn.Module) -> None:
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def mlp() -> Network:
+    groups = (Group("fc1", "fc2"), Group("fc2", "fc3"))
+    return Network("mlp-784-300-100", MLP, (784,), groups)
+
+
+def lenet5() -> Network:
+    groups = (Group("conv1", "conv2"), Group("conv2", "fc1", spread=16), Group("fc1", "fc2"))
+    return Network("lenet5", LeNet5, (1, 28, 28), groups)
+
+
+def vgg16() -> Network:
+    names = [
+        f"{stage}_{place}"
+        for stage, widths in enumerate(VGG16_STAGES, 1)
+        for place in range(1, len(widths) + 1)
+    ]
+    readers = [f"features.conv{name}" for name in names[1:]] + ["classifier"]
+    groups = tuple(
+        Group(f"features.conv{name}", reader, f"features.norm{name}")
+        for name, reader in zip(names, readers, strict=True)
+    )
+    return Network("vgg16", VGG16, (3, 32, 32), groups)
+
+
+def wrn(depth: int, factor: int) -> Network:
+    """Return the wide residual network WRN-depth-factor."""
+    blocks = [f"stage{s}.{b}" for s in (1, 2, 3) for b in range(wide_blocks(depth))]
+    groups = tuple(Group(f"{b}.conv1", f"{b}.conv2", f"{b}.norm2") for b in blocks)
+    make = partial(WideResNet, depth=depth, factor=factor)
+    return Network(f"wrn-{depth}-{factor}", make, (3, 32, 32), groups)
+
+
+NAMES = ("mlp-784-300-100", "lenet5", "vgg16", "wrn-16-4", "wrn-28-10")
+
+
+def network(name: str) -> Network:
+    """Return the network of this name: one of `NAMES`, or any wrn-DEPTH-FACTOR.
+
+    Raises:
+        ValueError: there is no such network.
+    """
+    plain = {"mlp-784-300-100": mlp, "lenet5": lenet5, "vgg16": vgg16}
+    if name in plain:
+        return plain[name]()
+    wide = re.fullmatch(r"wrn-(\d+)-(\d+)", name)
+    if wide is None or int(wide[2]) < 1:
+        raise ValueError(f"expected one of {', '.join(NAMES)} or wrn-DEPTH-FACTOR, got {name!r}")
+    return wrn(int(wide[1]), int(wide[2]))
+
+
+def full_widths(net: nn.Module, groups: Iterable[Group]) -> list[int]:
+    """Return the number of units each group's producer has in `net`."""
+    return [net.get_parameter(f"{group.producer}.weight").shape[0] for group in groups]
