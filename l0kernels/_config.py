@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which implementation runs the operators."""
+
+import os
+from types import TracebackType
+
+from l0kernels import _ext
+
+IMPLS = ("auto", "reference", "cpp", "triton", "cuda")
+
+
+def _check_name(name: str, source: str) -> str:
+    if name not in IMPLS:
+        raise ValueError(f"{source}: expected one of {', '.join(IMPLS)}; got {name!r}")
+    return name
+
+
+# A plain module variable, read once from the environment: torch.compile guards on it.
+_impl = _check_name(os.environ.get("L0K_IMPL") or "auto", "L0K_IMPL")
+
+
+def current_impl() -> str:
+    """Returns what `use_impl` or `L0K_IMPL` asks for, by default "auto"."""
+    return _impl
+
+
+def why_unavailable(name: str) -> str:
+    """Returns why an implementation cannot run here, or "" if it can."""
+    if name == "cpp" and not _ext.cpp_available():
+        return _ext.why_not()
+    if name in ("triton", "cuda"):
+        return f"this version has no {'Triton' if name == 'triton' else 'CUDA'} kernels"
+    return ""
+
+
+def check_available(name: str) -> None:
+    """Raises RuntimeError with the reason if an implementation cannot run here."""
+    reason = why_unavailable(name)
+    if reason:
+        raise RuntimeError(f"implementation {name!r} was asked for but cannot run: {reason}")
+
+
+def reference_asked() -> bool:
+    """Tells operators whether to run the reference; raises if the one asked for cannot run."""
+    if _impl == "auto":
+        return False
+    if _impl == "reference":
+        return True
+    check_available(_impl)
+    return False
+
+
+class use_impl:  # noqa: N801 - reads as a function: `with use_impl("reference"):`
+    """Runs the operators and gated layers inside a `with` block by one implementation.
+
+    Args:
+        name: "auto" (the fastest that can run), "reference" (dense PyTorch with masks, the same
+            random draws), "cpp", "triton" or "cuda". Process-wide, not per thread.
+
+    Raises:
+        ValueError: unknown name.
+        RuntimeError: the implementation cannot run here; the message says why.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = _check_name(name, "use_impl")
+        check_available(name)
+        self._before: list[str] = []
+
+    def __enter__(self) -> None:
+        global _impl
+        self._before.append(_impl)
+        _impl = self.name
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        global _impl
+        _impl = self._before.pop()

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`pack_weight`: schemas, fakes, gradient, public function."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from l0kernels import _config, _registry
+from l0kernels.ops.pack_weight import reference
+from l0kernels.ops.pack_weight.reference import feature_scale, is_channels_last
+
+_OUTPUT_DTYPES = {
+    torch.float64: (torch.float64,),
+    torch.float32: (torch.float32, torch.bfloat16, torch.float16),
+    torch.bfloat16: (torch.bfloat16,),
+    torch.float16: (torch.float16,),
+}
+
+
+def _forward_fake(weight, z, rows, row_map, cols, col_map, dtype):
+    shape = list(weight.shape)
+    if rows is not None:
+        shape[0] = rows.shape[0]
+    if cols is not None:
+        shape[1] = cols.shape[0]
+    layout = torch.channels_last if is_channels_last(weight) else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, device=weight.device, memory_format=layout)
+
+
+def _backward_fake(grad, weight, z, rows, row_map, cols, col_map, need_weight, need_z):
+    grad_weight = torch.empty_like(weight) if need_weight else weight.new_empty(0)
+    return grad_weight, torch.empty_like(z) if need_z else weight.new_empty(0)
+
+
+def _forward_python(weight, z, rows, row_map, cols, col_map, dtype):
+    return reference.pack_weight(weight, z, rows, row_map, cols, col_map, dtype).clone()
+
+
+def _backward_python(grad, weight, z, rows, row_map, cols, col_map, need_weight, need_z):
+    closed, scale = _closed_and_scale(weight, z, rows, row_map, cols, col_map)
+    grad = grad.masked_fill(closed, 0)
+    grad_weight = grad_z = weight.new_empty(0)
+    if need_weight:
+        grad_weight = _grad_weight(grad, weight, rows, cols, scale)
+    if need_z and col_map is None:
+        grad_z = torch.zeros_like(z)
+    elif need_z:
+        picked = _unscaled(weight, rows, cols).masked_fill(closed, 0)
+        gates = col_map if cols is None else col_map.index_select(1, cols)
+        grad_z = _grad_z(grad, picked, z, gates)
+    return grad_weight, grad_z
+
+
+def _closed_and_scale(weight, z, rows, row_map, cols, col_map) -> tuple[Tensor, Tensor | None]:
+    """Which packed elements are exactly 0, and the scale of the columns; both broadcast."""
+    tail = [1] * (weight.dim() - 1)
+    closed = torch.zeros([1, *tail], dtype=torch.bool, device=weight.device)
+    scale = None
+    if row_map is not None:
+        closed = (feature_scale(z, row_map, rows) == 0).reshape([-1, *tail])
+    if col_map is not None:
+        scale = feature_scale(z, col_map, cols).reshape([1, -1, *tail[1:]])
+        closed = closed | (scale == 0)
+    return closed, scale
+
+
+def _unscaled(weight: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tensor:
+    picked = weight if rows is None else weight.index_select(0, rows)
+    return picked if cols is None else picked.index_select(1, cols)
+
+
+def _grad_weight(
+    grad: Tensor, weight: Tensor, rows: Tensor | None, cols: Tensor | None, scale: Tensor | None
+) -> Tensor:
+    """Scales packed gradients and writes them to their places in zeros laid out as `weight`."""
+    if scale is not None:
+        grad = grad.to(scale.dtype) * scale
+    grad = grad.to(weight.dtype)
+    if cols is not None:
+        wide = grad.new_zeros((grad.shape[0], *weight.shape[1:]))
+        grad = wide.index_copy_(1, cols, grad)
+    full = torch.zeros_like(weight)
+    return full.copy_(grad) if rows is None else full.index_copy_(0, rows, grad)
+
+
+def _grad_z(grad: Tensor, picked: Tensor, z: Tensor, gates: Tensor) -> Tensor:
+    """Sums <grad, weight> over all but the columns and adds it to each column's two gates."""
+    per_column = (grad.double() * picked.double()).sum([d for d in range(grad.dim()) if d != 1])
+    grad_z = torch.zeros_like(z, dtype=torch.float64)
+    for mine, other in ((0, 1), (1, 0)):
+        # index_put_ adds in a fixed order on every device; index_add_ need not.
+        part = per_column * z[gates[other]].double()
+        grad_z.index_put_((gates[mine],), part, accumulate=True)
+    grad_z[-1] = 0
+    return grad_z.to(z.dtype)
+
+
+_registry.add_op("pack_weight")
+_FORWARD = _registry.define(
+    "pack_weight(Tensor weight, Tensor? z, Tensor? rows, Tensor? row_map, Tensor? cols, "
+    "Tensor? col_map, ScalarType dtype) -> Tensor",
+    fake=_forward_fake,
+    python=_forward_python,
+)
+_BACKWARD = _registry.define(
+    "pack_weight_backward(Tensor grad, Tensor weight, Tensor? z, Tensor? rows, Tensor? row_map, "
+    "Tensor? cols, Tensor? col_map, bool need_weight, bool need_z) "
+    "-> (Tensor grad_weight, Tensor grad_z)",
+    fake=_backward_fake,
+    python=_backward_python,
+)
+
+
+class _PackWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight, z, rows, row_map, cols, col_map, dtype):
+        ctx.save_for_backward(weight, z, rows, row_map, cols, col_map)
+        ctx.set_materialize_grads(False)
+        return _FORWARD(weight, z, rows, row_map, cols, col_map, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # type: ignore[override]
+        need_weight, need_z = ctx.needs_input_grad[:2]
+        if grad is None:
+            return (None,) * 7
+        grad_weight, grad_z = _BACKWARD(grad, *ctx.saved_tensors, need_weight, need_z)
+        return (
+            grad_weight if need_weight else None,
+            grad_z if need_z else None,
+            *(None,) * 5,
+        )
+
+
+def pack_weight(
+    weight: Tensor,
+    z: Tensor | None = None,
+    rows: Tensor | None = None,
+    row_map: Tensor | None = None,
+    cols: Tensor | None = None,
+    col_map: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Gathers the open rows and columns of a weight, scaled by the gates of its columns.
+
+    packed[r, c] = weight[rows[r], cols[c]] s_c with s_c = z[col_map[0, i]] z[col_map[1, i]] at
+    i = cols[c]. Rows are not scaled. Rows and columns whose own scale is 0 (dummies) are exactly
+    0, whatever the weight holds there. So a layer that reads x z, with x packed, is the plain
+    layer on x with the packed weight.
+
+    The backward pass gives, from g = dL/dpacked in one sweep,
+    dweight[rows[r], cols[c]] = g[r, c] s_c and exactly 0 at all closed places, and
+    dz[a] = sum over the columns c scaled by gate a of <g[:, c], weight[rows, cols[c]]> times the
+    column's other gate; exactly 0 from columns with s_c = 0 and for the last entry of z. Sums run
+    in a fixed order whatever the number of threads.
+
+    Args:
+        weight: [O, I, *kernel], 2 to 5 dimensions, or [O] (rows only); float64, float32, bfloat16
+            or float16.
+        z: [G + 1] gates, the last one always open; float64 for float64 weights, else float32.
+            None: nothing is scaled.
+        rows: int64 [n], the output features to pack, distinct; None: all.
+        row_map: int64 [2, O], the two gates of each output feature; None: no row is a dummy.
+        cols: int64 [m], the input features to pack, distinct; None: all.
+        col_map: int64 [2, I], the two gates of each input feature; None: columns are not scaled.
+        dtype: of the result; default weight's. float32 weights pack to bfloat16 and float16 too.
+
+    Returns:
+        [n, m, *kernel]: channels_last if the weight is 4-D and strided so, else contiguous.
+        Differentiable in weight and z; the gradient of weight has weight's strides.
+
+    Raises:
+        TypeError: wrong dtypes. ValueError: wrong shapes or devices, maps without z, columns of a
+        1-D weight. RuntimeError: an index out of bounds.
+
+    Source: the path-wise gate gradient of Louizos, Welling, Kingma, "Learning sparse neural
+    networks through L0 regularization" (ICLR 2018), for gates folded into weights.
+    """
+    dtype = dtype or weight.dtype
+    _check(weight, z, rows, row_map, cols, col_map, dtype)
+    if _config.reference_asked():
+        return reference.pack_weight(weight, z, rows, row_map, cols, col_map, dtype)
+    return _PackWeight.apply(weight, z, rows, row_map, cols, col_map, dtype)
+
+
+def _check(weight, z, rows, row_map, cols, col_map, dtype) -> None:
+    if weight.dtype not in _OUTPUT_DTYPES:
+        raise TypeError(f"weight: expected a floating dtype; got {weight.dtype}")
+    if dtype not in _OUTPUT_DTYPES[weight.dtype]:
+        allowed = ", ".join(map(str, _OUTPUT_DTYPES[weight.dtype]))
+        raise TypeError(f"dtype: expected {allowed} for {weight.dtype} weights; got {dtype}")
+    if not 1 <= weight.dim() <= 5:
+        raise ValueError(f"weight: expected 1 to 5 dimensions; got {weight.dim()}")
+    if weight.dim() == 1 and (cols is not None or col_map is not None):
+        raise ValueError("cols, col_map: expected None with a 1-D weight; got a tensor")
+    _check_gates(weight, z, row_map, col_map)
+    for name, index in (("rows", rows), ("cols", cols)):
+        if index is not None:
+            _check_int64(name, index, weight.device)
+            if index.dim() != 1:
+                raise ValueError(f"{name}: expected 1 dimension; got {list(index.shape)}")
+    for name, gates, dim in (("row_map", row_map, 0), ("col_map", col_map, 1)):
+        if gates is not None:
+            _check_int64(name, gates, weight.device)
+            if gates.dim() != 2 or gates.shape[0] != 2 or gates.shape[1] != weight.shape[dim]:
+                raise ValueError(
+                    f"{name}: expected shape [2, {weight.shape[dim]}]; got {list(gates.shape)}"
+                )
+
+
+def _check_gates(weight, z, row_map, col_map) -> None:
+    if z is None:
+        if row_map is not None or col_map is not None:
+            raise ValueError("row_map, col_map: expected z with them; got z=None")
+        return
+    expected = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    if z.dtype != expected:
+        raise TypeError(f"z: expected {expected} with {weight.dtype} weights; got {z.dtype}")
+    if z.dim() != 1:
+        raise ValueError(f"z: expected shape [G + 1]; got {list(z.shape)}")
+    if z.device != weight.device:
+        raise ValueError(f"z: expected weight's device {weight.device}; got {z.device}")
+
+
+def _check_int64(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.dtype != torch.int64:
+        raise TypeError(f"{name}: expected int64; got {tensor.dtype}")
+    if tensor.device != device:
+        raise ValueError(f"{name}: expected weight's device {device}; got {tensor.device}")

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`sample_gates` and `open_lists`: schemas, fakes, gradient, public functions."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from l0kernels import _config, _registry
+from l0kernels.ops.sample_gates import reference
+from l0kernels.ops.sample_gates.reference import LAWS, GateLayout, OpenLists
+
+_LAW_NUMBER = {law: number for number, law in enumerate(LAWS)}
+
+
+def _forward_fake(log_alpha, key, cost, group_offsets, maps, port_offsets, law, beta, gamma, zeta):
+    lists = _lists_fake(log_alpha, group_offsets, maps, port_offsets)
+    return log_alpha.new_empty(log_alpha.shape[0] + 1), log_alpha.new_empty(()), *lists
+
+
+def _lists_fake(z, group_offsets, maps, port_offsets):
+    features = maps.shape[1]
+    return (
+        maps.new_empty(features),
+        maps.new_empty(features),
+        maps.new_empty(port_offsets.shape[0] - 1),
+    )
+
+
+def _backward_fake(log_alpha, key, cost, grad_z, grad_expected, law, beta, gamma, zeta):
+    return log_alpha.new_empty(log_alpha.shape[0])
+
+
+def _forward_python(
+    log_alpha, key, cost, group_offsets, maps, port_offsets, law, beta, gamma, zeta
+):
+    layout = GateLayout(group_offsets, maps, port_offsets)
+    z, expected, lists = reference.sample_gates(
+        log_alpha, key, cost, layout, LAWS[law], beta, gamma, zeta
+    )
+    return z, expected, *lists
+
+
+def _lists_python(z, group_offsets, maps, port_offsets):
+    return tuple(reference.open_lists(z, GateLayout(group_offsets, maps, port_offsets)))
+
+
+def _backward_python(log_alpha, key, cost, grad_z, grad_expected, law, beta, gamma, zeta):
+    la = log_alpha.double()
+    grad = torch.zeros_like(la)
+    if grad_z is not None and LAWS[law] == "hard_concrete":
+        k = reference.noise_k(key, log_alpha.shape[0])
+        closed, full = reference.hard_concrete_decisions(la, k, beta, gamma, zeta)
+        s = reference.hard_concrete_s(la, k, beta)
+        slope = (zeta - gamma) / beta * s * (1 - s)
+        grad += torch.where(closed | full, 0.0, grad_z[:-1].double() * slope)
+    if grad_expected is not None:
+        is_concrete = LAWS[law] == "hard_concrete"
+        p = torch.sigmoid(la - reference.shift(beta, gamma, zeta) if is_concrete else la)
+        grad += grad_expected.double() * cost.double() * p * (1 - p)
+    return grad.to(log_alpha.dtype)
+
+
+_registry.add_op("sample_gates")
+_FORWARD = _registry.define(
+    "sample_gates(Tensor log_alpha, Tensor key, Tensor cost, Tensor group_offsets, Tensor maps, "
+    "Tensor port_offsets, int law, float beta, float gamma, float zeta) "
+    "-> (Tensor z, Tensor expected, Tensor index, Tensor position, Tensor counts)",
+    fake=_forward_fake,
+    python=_forward_python,
+)
+_BACKWARD = _registry.define(
+    "sample_gates_backward(Tensor log_alpha, Tensor key, Tensor cost, Tensor? grad_z, "
+    "Tensor? grad_expected, int law, float beta, float gamma, float zeta) -> Tensor",
+    fake=_backward_fake,
+    python=_backward_python,
+)
+_LISTS = _registry.define(
+    "open_lists(Tensor z, Tensor group_offsets, Tensor maps, Tensor port_offsets) "
+    "-> (Tensor index, Tensor position, Tensor counts)",
+    fake=_lists_fake,
+    python=_lists_python,
+)
+
+
+class _SampleGates(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, log_alpha, key, cost, group_offsets, maps, port_offsets, *law):
+        outputs = _FORWARD(log_alpha, key, cost, group_offsets, maps, port_offsets, *law)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*outputs[2:])
+        # Plain references instead of saved tensors: a draw that is held serves several backward
+        # passes, and autograd frees saved tensors after the first.
+        ctx.inputs, ctx.law = (log_alpha, key, cost), law
+        if not torch.compiler.is_compiling():  # compiled graphs save and check these themselves
+            ctx.versions = tuple(t._version for t in ctx.inputs)
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_z, grad_expected, *_):  # type: ignore[override]
+        if not torch.compiler.is_compiling():
+            _check_unmodified(ctx)
+        grad = None
+        if grad_z is not None or grad_expected is not None:
+            grad = _BACKWARD(*ctx.inputs, grad_z, grad_expected, *ctx.law)
+        return grad, *(None,) * 9
+
+
+def _check_unmodified(ctx) -> None:
+    if tuple(t._version for t in ctx.inputs) != ctx.versions:
+        raise RuntimeError(
+            "sample_gates: log_alpha, key or cost was modified in place since the draw; "
+            "run backward before the optimizer step, or draw again"
+        )
+
+
+def sample_gates(
+    log_alpha: Tensor,
+    key: Tensor,
+    cost: Tensor,
+    layout: GateLayout,
+    law: str,
+    beta: float = 2 / 3,
+    gamma: float = -0.1,
+    zeta: float = 1.1,
+) -> tuple[Tensor, Tensor, OpenLists]:
+    """Draws every gate of a model: values, expected cost of the open ones, ordered open lists.
+
+    Gate j gets the 23-bit integer k = word >> 9 from Philox4x32-10 keyed by the seed, at counter
+    (j // 4, 0, 0, step), word j % 4, and u = (k + .5) 2^-23. With la = log_alpha and
+    K = beta ln(-gamma / zeta), all in float64:
+
+    hard concrete: s = sigma((logit(u) + la) / beta), z = clip(s (zeta - gamma) + gamma, 0, 1).
+    z = 0 iff u <= sigma(K - la) and z = 1 iff u >= sigma(-K - la), decided by comparing k with
+    thresholds, so that every device takes the same decisions; in between
+    dz/dla = (zeta - gamma) / beta s (1 - s), elsewhere 0. P(z != 0) = sigma(la - K).
+
+    bernoulli: z = 1 iff u < sigma(la), else 0; dz/dla = 0. P(z != 0) = sigma(la).
+
+    Args:
+        log_alpha: [G], float32 or float64; infinities are legal (always open or closed).
+        key: int64 [2], seed (0 <= seed < 2^63) and step (0 <= step < 2^32). The backward pass
+            draws the same noise again from it.
+        cost: [G], log_alpha's dtype, what gate j costs when open.
+        layout: groups and ports, see `GateLayout`.
+        law: "hard_concrete" or "bernoulli".
+        beta: temperature of the hard concrete law, positive.
+        gamma: lower end of its stretched interval, below 0.
+        zeta: upper end, above 1.
+
+    Returns:
+        z [G + 1], the last entry 1 (the gate that is always open); expected, 0-d, the sum of
+        cost[j] P(z[j] != 0); the `OpenLists`. Differentiable in log_alpha.
+
+    Raises:
+        TypeError: wrong dtypes. ValueError: wrong shapes, devices or options, NaN in log_alpha,
+        seed or step out of range. RuntimeError in backward: an input was modified in place.
+
+    Source: Louizos, Welling, Kingma, "Learning sparse neural networks through L0 regularization"
+    (ICLR 2018), eq. 10-12.
+    """
+    _check_draw(log_alpha, key, cost, law, beta, gamma, zeta)
+    _check_layout(layout, log_alpha.device)
+    if _config.reference_asked():
+        return reference.sample_gates(log_alpha, key, cost, layout, law, beta, gamma, zeta)
+    z, expected, index, position, counts = _SampleGates.apply(
+        log_alpha, key, cost, *layout, _LAW_NUMBER[law], float(beta), float(gamma), float(zeta)
+    )
+    return z, expected, OpenLists(index, position, counts)
+
+
+def open_lists(z: Tensor, layout: GateLayout) -> OpenLists:
+    """Lists the packed features of every port for given gates.
+
+    Kept gates of a group: those with z != 0, filled up with the lowest-numbered closed ones
+    (dummies) to min(2, group size). Features of a port arrive packed if the gate maps[0] is kept.
+    Packed are those that arrive; in a port with extra gates only the ones whose two gates are both
+    open, filled up with the lowest-numbered other arriving ones to min(2, arriving).
+
+    Args:
+        z: [G + 1], float32 or float64, the gates; the last entry belongs to "always open".
+        layout: groups and ports, see `GateLayout`.
+
+    Raises:
+        TypeError: wrong dtypes. ValueError: wrong shapes or devices.
+    """
+    if z.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"z: expected float32 or float64; got {z.dtype}")
+    if z.dim() != 1 or z.shape[0] < 1:
+        raise ValueError(f"z: expected shape [G + 1]; got {list(z.shape)}")
+    _check_layout(layout, z.device)
+    if _config.reference_asked():
+        return reference.open_lists(z.detach(), layout)
+    return OpenLists(*_LISTS(z.detach(), *layout))
+
+
+def _check_draw(log_alpha, key, cost, law, beta, gamma, zeta) -> None:
+    if log_alpha.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"log_alpha: expected float32 or float64; got {log_alpha.dtype}")
+    if log_alpha.dim() != 1:
+        raise ValueError(f"log_alpha: expected 1 dimension; got shape {list(log_alpha.shape)}")
+    if cost.dtype != log_alpha.dtype:
+        raise TypeError(f"cost: expected log_alpha's dtype {log_alpha.dtype}; got {cost.dtype}")
+    if cost.shape != log_alpha.shape:
+        raise ValueError(
+            f"cost: expected shape {list(log_alpha.shape)} as log_alpha; got {list(cost.shape)}"
+        )
+    if cost.requires_grad:
+        raise ValueError("cost: expected no gradient (requires_grad=False); got True")
+    if key.dtype != torch.int64:
+        raise TypeError(f"key: expected int64; got {key.dtype}")
+    if key.shape != (2,):
+        raise ValueError(f"key: expected shape [2] (seed, step); got {list(key.shape)}")
+    if key.device != log_alpha.device or cost.device != log_alpha.device:
+        raise ValueError(
+            f"expected log_alpha, key and cost on one device; got {log_alpha.device}, "
+            f"{key.device}, {cost.device}"
+        )
+    if law not in _LAW_NUMBER:
+        raise ValueError(f"law: expected one of {', '.join(LAWS)}; got {law!r}")
+    if not (beta > 0 and gamma < 0 and zeta > 1):
+        raise ValueError(f"expected beta > 0, gamma < 0, zeta > 1; got {beta}, {gamma}, {zeta}")
+
+
+def _check_layout(layout: GateLayout, device: torch.device) -> None:
+    for name, tensor, dims in zip(GateLayout._fields, layout, (1, 2, 1), strict=True):
+        if tensor.dtype != torch.int64:
+            raise TypeError(f"layout.{name}: expected int64; got {tensor.dtype}")
+        if tensor.device != device:
+            raise ValueError(f"layout.{name}: expected device {device}; got {tensor.device}")
+        if tensor.dim() != dims:
+            raise ValueError(f"layout.{name}: expected {dims} dims; got {list(tensor.shape)}")
+    if layout.maps.shape[0] != 2:
+        raise ValueError(f"layout.maps: expected shape [2, F]; got {list(layout.maps.shape)}")
+    if layout.group_offsets.shape[0] < 1 or layout.port_offsets.shape[0] < 1:
+        raise ValueError("layout: expected offsets that start with 0; got an empty tensor")
