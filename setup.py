@@ -168,6 +168,16 @@ def ninja_file(ext: Extension, objects: Path, library: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def libraries(package: Path) -> list[Path]:
+    """Where _C and _math lie in the built package."""
+    return [package / "_C.so", package / f"_math{sysconfig.get_config_var('EXT_SUFFIX')}"]
+
+
+def forget(package: Path) -> None:
+    for library in libraries(package):
+        library.unlink(missing_ok=True)
+
+
 class BuildLibraries(build_ext):
     """Compiles with ninja, MAX_JOBS files at a time."""
 
@@ -176,6 +186,12 @@ class BuildLibraries(build_ext):
         if fullname.rpartition(".")[2] == "_C":
             return fullname.replace(".", os.sep) + ".so"
         return super().get_ext_filename(fullname)
+
+    def run(self) -> None:
+        # Nothing from an earlier build may stand in for a library that fails to build now.
+        in_place = self.inplace or self.editable_mode
+        forget(ROOT / "l0kernels" if in_place else Path(self.build_lib) / "l0kernels")
+        super().run()
 
     def build_extension(self, ext: Extension) -> None:
         library = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -197,18 +213,16 @@ class WriteBuildInfo(Command):
     editable_mode = False
 
     def initialize_options(self) -> None:
-        self.build_lib = ""
+        self.build_lib = None
 
     def finalize_options(self) -> None:
         self.set_undefined_options("build_py", ("build_lib", "build_lib"))
 
     def run(self) -> None:
         package = (ROOT if self.editable_mode else Path(self.build_lib).resolve()) / "l0kernels"
-        libraries = [package / "_C.so", package / f"_math{sysconfig.get_config_var('EXT_SUFFIX')}"]
         if PLAN == "none":
-            for library in libraries:  # left by an earlier build in the same folder
-                library.unlink(missing_ok=True)
-        cpp, scalar = (library.exists() for library in libraries)
+            forget(package)
+        cpp, scalar = (library.exists() for library in libraries(package))
         reason = REASON if cpp or REASON else "the C++ build failed, its output says why"
         print(f"l0kernels: C++ ops {'built' if cpp else f'not built: {reason}'}")
         package.mkdir(parents=True, exist_ok=True)

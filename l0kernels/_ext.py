@@ -6,7 +6,6 @@ The library has no Python binding: loading it only adds implementations to `torc
 
 import functools
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,6 @@ import torch
 _PACKAGE = Path(__file__).resolve().parent
 _LIBRARY = _PACKAGE / "_C.so"
 _BUILD_INFO = _PACKAGE / "_build_info.json"
-
-logger = logging.getLogger("l0kernels")
 
 
 @functools.cache
@@ -54,14 +51,3 @@ def cpp_available() -> bool:
 def why_not() -> str:
     """Why the C++ CPU ops are missing; an empty string when they are loaded."""
     return load()
-
-
-@functools.cache
-def note_missing() -> None:
-    """Say once per process that PyTorch ops stand in for the C++ ones, and why."""
-    if not cpp_available():
-        logger.warning(
-            "l0kernels: C++ CPU ops are not available (%s); using slower PyTorch ops. "
-            "Reinstall with L0K_BUILD=cpu to build them.",
-            why_not(),
-        )

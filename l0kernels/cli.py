@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: `l0kernels info`, `train` and `bench`."""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from l0kernels._version import __version__
+
+# Each module gives add_arguments(parser) and run(args) -> exit code, and is imported only when its
+# command is asked for: `info` must work where plotting or data packages are missing.
+COMMANDS = {
+    "info": ("l0kernels.info", "print versions, build, and what can run each operator"),
+    "train": ("l0kernels.recipes.cli", "train a network with L0 gates by a published recipe"),
+    "bench": ("l0kernels.bench.cli", "time training steps and operators against PyTorch"),
+}
+TIMED = ("train", "bench")
+BAD_INPUT = 2
+
+
+def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="l0kernels", description="Training with L0 gates that costs what the open gates cost."
+    )
+    parser.add_argument("--version", action="version", version=f"l0kernels {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    for name, (module_name, summary) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=f"{summary.capitalize()}.")
+        command.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+        if name in words:
+            module = importlib.import_module(module_name)
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+    return parser
+
+
+def _wait_passively(words: Sequence[str]) -> None:
+    """Starts the program anew with OMP_WAIT_POLICY=passive if a timed command lacks a policy.
+
+    Threads that spin while they wait make step times flip from run to run. OpenMP reads the
+    variable when torch is imported, which the package does before this line can run.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ and any(name in words for name in TIMED):
+        environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        words: the arguments after the program's name; None reads them from `sys.argv`.
+
+    Returns:
+        The exit code: 2 for bad input, told in one line.
+    """
+    if words is None:
+        words = sys.argv[1:]
+        _wait_passively(words)
+    debug = "--debug" in words
+    try:
+        args = _parser(words).parse_args(words)
+        return args.run(args)
+    except KeyboardInterrupt:
+        print("l0kernels: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
+        if debug:
+            raise
+        print(f"l0kernels: {' '.join(str(error).split())}", file=sys.stderr)
+        return BAD_INPUT
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`l0kernels info`: what a bug report needs to say about an installation."""
+
+import argparse
+import json
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from l0kernels import _ext, _registry
+from l0kernels import functional as _functional  # noqa: F401 - fills the registry's table
+from l0kernels._version import __version__
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def info() -> dict[str, Any]:
+    """Versions, machine, build and what can run each operator.
+
+    Returns:
+        A dict that `json` can write: `versions` {name: str or None}, `system`, `build` (what was
+        recorded when the package was built, with `loaded` and `why_not`), and `ops`
+        {operator: {implementation: {available: bool, reason: str}}}.
+    """
+    return {
+        "versions": {
+            "l0kernels": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": _version("numpy"),
+            "triton": _version("triton"),
+            "cuda": torch.version.cuda,
+        },
+        "system": {
+            "os": platform.platform(),
+            "cpu": _cpu_name(),
+            "cpus": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY"),
+            "L0K_IMPL": os.environ.get("L0K_IMPL"),
+            "gpus": [
+                torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())
+            ],
+        },
+        "build": {
+            **_ext.build_info(),
+            "loaded": _ext.cpp_available(),
+            "why_not": _ext.why_not(),
+        },
+        "ops": {
+            op: {
+                impl: {"available": available, "reason": reason}
+                for impl, (available, reason) in impls.items()
+            }
+            for op, impls in sorted(_registry.OPS.items())
+        },
+    }
+
+
+def _table(title: str, rows: dict[str, Any]) -> list[str]:
+    width = max(map(len, rows))
+    shown = {key: "-" if value in (None, "", []) else value for key, value in rows.items()}
+    return [title, *(f"  {key:<{width}}  {value}" for key, value in shown.items())]
+
+
+def _text(facts: dict[str, Any]) -> str:
+    lines: list[str] = []
+    for title in ("versions", "system", "build"):
+        lines += _table(title, facts[title])
+    for op, impls in facts["ops"].items():
+        states = {
+            impl: "yes" if state["available"] else f"no: {state['reason']}"
+            for impl, state in impls.items()
+        }
+        lines += _table(f"op {op}", states)
+    return "\n".join(lines)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `l0kernels info`."""
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the facts; returns the exit code."""
+    facts = info()
+    print(json.dumps(facts, indent=1) if args.json else _text(facts))
+    return 0
+
+
+if __name__ == "__main__":
+    _parser = argparse.ArgumentParser(prog="python -m l0kernels.info")
+    add_arguments(_parser)
+    raise SystemExit(run(_parser.parse_args()))
