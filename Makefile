@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+# Every target works from nothing: it makes .venv with the pinned versions first.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+INSTALL_INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+# Threads that spin while they wait make step times flip from run to run.
+export OMP_WAIT_POLICY := passive
+
+# Real data sets for the tests and recipes that can use them.
+L0K_DATA ?= ../shared/data
+ifneq ($(wildcard $(L0K_DATA)),)
+override L0K_DATA := $(abspath $(L0K_DATA))
+export L0K_DATA
+endif
+
+.PHONY: help demo test bench lint gpu clean
+
+help:
+	@echo 'make demo   train LeNet-5 on digits, ours beside the masked reference; writes runs/demo'
+	@echo 'make test   all tests'
+	@echo 'make bench  time training steps and operators; writes runs/bench'
+	@echo 'make lint   ruff and pyright'
+	@echo 'make gpu    the tests and the step bench that need a CUDA device'
+	@echo 'make clean  remove .venv, build and runs'
+
+demo: $(STAMP)
+	$(RUN)/l0kernels train lenet5-hc --compare --seeds 3 --out runs/demo
+
+test: $(STAMP)
+	$(RUN)/python -m pytest -q -rs --durations=10
+
+bench: $(STAMP)
+	$(RUN)/l0kernels bench step --model lenet5 --out runs/bench
+
+lint: $(STAMP)
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/pyright --pythonpath $(RUN)/python
+
+gpu: $(STAMP)
+	@$(RUN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make gpu: torch finds no CUDA device here")'
+	$(RUN)/python -m pytest -q -rs -m gpu
+	$(RUN)/l0kernels bench step --model wrn-28-10 --device cuda --out bench/results
+
+clean:
+	rm -rf $(VENV) build runs
+
+# torch comes first: the build uses its headers, without the second copy that isolation would fetch.
+$(STAMP): $(INSTALL_INPUTS)
+	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
+	$(RUN)/python -m pip install -q -c constraints.txt torch numpy setuptools ninja pybind11
+	L0K_BUILD=cpu $(RUN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[train,bench,test,dev]'
+	touch $@

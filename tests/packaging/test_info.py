@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`l0kernels info` says what is installed, built and available."""
+
+import json
+import platform
+from importlib import metadata
+
+import pytest
+import torch
+
+from l0kernels import _ext, _registry
+from l0kernels._version import __version__
+from l0kernels.cli import main
+
+
+@pytest.fixture
+def facts(capsys):
+    assert main(["info", "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_versions(facts):
+    assert facts["versions"]["l0kernels"] == __version__ == metadata.version("l0kernels")
+    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["versions"]["python"] == platform.python_version()
+    assert facts["versions"]["numpy"] == metadata.version("numpy")
+    assert set(facts["versions"]) >= {"triton", "cuda"}
+
+
+def test_system(facts, monkeypatch, capsys):
+    assert facts["system"]["threads"] == torch.get_num_threads()
+    assert facts["system"]["cpu"] and facts["system"]["os"]
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    main(["info", "--json"])
+    assert json.loads(capsys.readouterr().out)["system"]["OMP_WAIT_POLICY"] == "active"
+
+
+def test_build(facts):
+    assert facts["build"]["loaded"] is _ext.cpp_available()
+    assert bool(facts["build"]["why_not"]) is not _ext.cpp_available()
+    recorded = {"L0K_BUILD", "cpp", "math", "torch", "target_version", "compiler", "flags", "git"}
+    assert set(facts["build"]) >= recorded
+
+
+def test_every_op_says_what_can_run_it(facts):
+    assert {"sample_gates", "pack_weight"} <= set(facts["ops"]) == set(_registry.OPS)
+    for impls in facts["ops"].values():
+        assert set(impls) == {"reference", "cpp", "triton", "cuda"}
+        assert impls["reference"] == {"available": True, "reason": ""}
+        assert impls["cpp"]["available"] is _ext.cpp_available()
+        for state in impls.values():
+            assert state["available"] is not bool(state["reason"])
+
+
+def test_table_names_what_json_names(facts, capsys):
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    for op in facts["ops"]:
+        assert f"op {op}" in text
+    assert torch.__version__ in text
+
+
+def test_module_runs_by_itself(python):
+    done = python("-m", "l0kernels.info", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["versions"]["l0kernels"] == __version__
