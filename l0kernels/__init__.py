@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train networks with L0 gates at the cost of the open gates."""
+
+from l0kernels import functional, gates, nn
+from l0kernels._config import use_impl
+from l0kernels._version import __version__
+from l0kernels.convert import convert, revert
+from l0kernels.gates.ref import cat
+from l0kernels.report import report
+from l0kernels.training import expected_loss, frozen, hold, param_groups, penalty
+
+__all__ = [
+    "__version__",
+    "cat",
+    "convert",
+    "expected_loss",
+    "frozen",
+    "functional",
+    "gates",
+    "hold",
+    "nn",
+    "param_groups",
+    "penalty",
+    "report",
+    "revert",
+    "use_impl",
+]

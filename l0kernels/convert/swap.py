@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turn layers into gated layers and back, in place."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from l0kernels.convert.groups import GATED_CLASS, Plan, gate_map, input_group, passages_of
+from l0kernels.convert.probe import Trace
+from l0kernels.gates.base import Gates, _draw_before_forward
+from l0kernels.gates.ref import GateRef
+from l0kernels.nn import GatedLayer
+
+PLAIN_CLASS = {gated: plain for plain, gated in GATED_CLASS.items()}
+
+
+def install(model: nn.Module, gates: Gates, plan: Plan, trace: Trace) -> None:
+    """Swap the classes of all layers that the plan touches and attach the gates."""
+    modules = dict(model.named_modules())
+    passages = set(passages_of(plan, modules, trace))
+    for name in trace.readings:
+        in_gate = None if name in passages else _reading_ref(name, gates, plan, trace)
+        out_gate = gates[name] if name in plan.groups else None
+        if name in passages:
+            out_gate = _reading_ref(name, gates, plan, trace)
+        if in_gate is not None or out_gate is not None:
+            module = modules[name]
+            module.__class__ = GATED_CLASS[type(module)]
+            assert isinstance(module, GatedLayer)
+            module.connect(in_gate, out_gate)
+    gates.refused = plan.refused
+    gates.attach(model, trace.positions)
+
+
+def _reading_ref(name: str, gates: Gates, plan: Plan, trace: Trace) -> GateRef | None:
+    mapped = gate_map(name, plan, trace, gates.starts, gates.count)
+    made = GateRef(gates, (mapped,)) if (mapped != gates.count).any() else None
+    own = gates[input_group(name)] if input_group(name) in plan.groups else None
+    if made is not None and own is not None:
+        return made * own
+    return made or own
+
+
+def uninstall(model: nn.Module) -> None:
+    """Give every layer its plain class back and remove the gates."""
+    for module in model.modules():
+        if isinstance(module, GatedLayer):
+            module.__class__ = PLAIN_CLASS[type(module)]
+            for name in ("in_gate", "out_gate", "in_port", "out_port"):
+                module.__dict__.pop(name, None)
+    for handle, hook in list(model._forward_pre_hooks.items()):
+        if hook is _draw_before_forward:
+            del model._forward_pre_hooks[handle]
+    del model.l0

@@ -1,0 +1,474 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all gate methods share: the flat vector, its draws and its penalty."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from l0kernels.functional import GateLayout, OpenLists, open_lists, sample_gates
+from l0kernels.gates.ref import GateRef
+
+
+def per_group(what: str, value: float | Mapping[str, float], names: list[str]) -> dict[str, float]:
+    """Spread one number over all groups, or check that a mapping names every group once."""
+    if isinstance(value, Mapping):
+        if set(value) != set(names):
+            raise ValueError(f"{what}: expected one value for each of {names}, got {list(value)}")
+        return {name: float(value[name]) for name in names}
+    return dict.fromkeys(names, float(value))
+
+
+class _Graph:
+    """Marks an autograd graph that holds a draw: alive and not yet run backward.
+
+    The draw's z keeps it alive through a backward hook, so it dies with the graph.
+    """
+
+    def __init__(self) -> None:
+        self.done = False
+
+    def finish(self, grad: Tensor) -> None:
+        self.done = True
+
+
+class Draw:
+    """Gate values of one draw and, for every port, the features that stay packed.
+
+    Args:
+        z: values of all gates and a final 1 for "no gate", shape [gates + 1].
+        lists: packed features of all ports, see ``functional.OpenLists``.
+        layout: the ports.
+        expected: penalty-weighted expected number of open gates (0-d), or None.
+        version: version of log_alpha that was drawn from.
+    """
+
+    def __init__(
+        self,
+        z: Tensor,
+        lists: OpenLists,
+        layout: GateLayout,
+        expected: Tensor | None = None,
+        version: int = -1,
+    ) -> None:
+        self.z = z
+        self.expected = expected
+        self.version = version
+        starts = layout.port_offsets.tolist()
+        counts = lists.counts.tolist()
+        spans = list(zip(starts, counts, strict=False))
+        self.index = [lists.index.narrow(0, start, count) for start, count in spans]
+        self.position = [lists.position.narrow(0, start, count) for start, count in spans]
+        self.packed: dict[nn.Module, tuple[Tensor, Tensor | None]] | None = None
+        self.graph = _Graph()
+        if z.requires_grad:
+            z.register_hook(self.graph.finish)
+        if "torch._dynamo" in sys.modules:
+            _mark_dynamic([*self.index, *self.position])
+
+
+def _mark_dynamic(tensors: list[Tensor]) -> None:
+    """Widths change with every draw: tell torch.compile, so that one graph serves them all."""
+    from torch._dynamo import maybe_mark_dynamic
+
+    for tensor in tensors:
+        maybe_mark_dynamic(tensor, 0)
+
+
+class Gates(nn.Module):
+    """All gates of a model in one flat vector ``log_alpha``, drawn together.
+
+    Subclasses name the law, set ``log_alpha`` and give the deterministic gate. ``forward`` is the
+    identity, so that the gates can live anywhere in a model.
+
+    Args:
+        groups: name -> number of units.
+        lam: weight of the penalty, one number or one per group.
+        n_train: size of the training set; the penalty is divided by it.
+        seed: key of the noise.
+    """
+
+    law: ClassVar[str]
+    log_alpha: nn.Parameter
+    step: Tensor
+    seed: Tensor
+
+    def __init__(
+        self,
+        groups: Mapping[str, int],
+        *,
+        lam: float | Mapping[str, float] = 1.0,
+        n_train: int = 1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, size in groups.items():
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"group {name!r}: expected a positive number of units, got {size!r}")
+        if not groups:
+            raise ValueError("groups: expected at least one, got none")
+        if n_train < 1:
+            raise ValueError(f"n_train: expected a positive integer, got {n_train!r}")
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed: expected 0 <= seed < 2**63, got {seed!r}")
+        self.names = list(groups)
+        self.sizes = list(groups.values())
+        self.count = sum(self.sizes)
+        self.lam = per_group("lam", lam, self.names)
+        self.n_train = n_train
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("seed", torch.tensor(seed, dtype=torch.int64))
+        offsets = torch.tensor([0, *self.sizes]).cumsum(0)
+        self.starts = dict(zip(self.names, offsets.tolist(), strict=False))
+        empty = torch.zeros(2, 0, dtype=torch.int64)
+        self.layout = GateLayout(offsets, empty, torch.zeros(1, dtype=torch.int64))
+        self.port_maps: list[Tensor] = []
+        self.port_packs: list[bool] = []
+        self._ports: dict[tuple[str, ...], int] = {}
+        self.unit_weights = torch.ones(self.count, dtype=torch.float64)
+        self.unit_flops: Tensor | None = None
+        self.refused: dict[str, str] = {}
+        self._cost = torch.zeros(self.count)
+        self._draw: Draw | None = None
+        self._graphs: weakref.WeakSet[_Graph] = weakref.WeakSet()
+        self._held = 0
+
+    # What a method supplies.
+
+    def deterministic(self) -> Tensor:
+        """Test gates, shape [gates]."""
+        raise NotImplementedError
+
+    def open_probability(self) -> Tensor:
+        """P(z != 0) of every gate, fp64 of shape [gates], without gradient."""
+        raise NotImplementedError
+
+    def project(self) -> None:
+        """Bring the parameters into the range the method asks for (runs before each draw)."""
+
+    def estimate(self, closure: Callable[[], Tensor]) -> Tensor:
+        """Estimator of the expected loss under the current draw."""
+        return closure()
+
+    # Structure.
+
+    def __getitem__(self, name: str) -> GateRef:
+        if name not in self.starts:
+            raise KeyError(f"no group {name!r}; the groups are {self.names}")
+        start = self.starts[name]
+        return GateRef(self, (torch.arange(start, start + self.sizes[self.names.index(name)]),))
+
+    def slices(self) -> Iterator[tuple[str, slice]]:
+        """Every group's name and its range in the flat vector."""
+        for name, size in zip(self.names, self.sizes, strict=True):
+            yield name, slice(self.starts[name], self.starts[name] + size)
+
+    def attach(
+        self, root: nn.Module, positions: Mapping[str, int] | None = None
+    ) -> nn.Module:
+        """Connect the gates to the gated layers of a model and draw before its forward.
+
+        ``root.l0`` becomes these gates. Call it once, after the layers have their references.
+
+        Args:
+            root: the model whose training forward draws the gates.
+            positions: output positions (pixels, tokens) per example of each layer by name; only
+                ``penalty(per="flop")`` needs them.
+
+        Returns:
+            ``root``.
+
+        Raises:
+            ValueError: no layer of the model uses these gates, the model has other gates, or a
+                feature would have two producers' gates.
+        """
+        from l0kernels.nn.base import GatedLayer
+
+        other = getattr(root, "l0", None)
+        if other is not None and other is not self:
+            raise ValueError(f"attach: expected a model without gates, got l0 = {type(other)}")
+        layers = [m for m in root.modules() if isinstance(m, GatedLayer) and m.gates is self]
+        if not layers:
+            raise ValueError("attach: expected a model with layers that use these gates, got none")
+        self._plan_ports(layers)
+        self.unit_weights = _size_per_unit(self, [(layer, 1) for layer in layers])
+        if positions is not None:
+            names = {module: name for name, module in root.named_modules()}
+            work = [(layer, positions.get(names[layer], 1)) for layer in layers]
+            self.unit_flops = _size_per_unit(self, work)
+        self._cost = self._cost_of(self.lam, self.unit_weights).to(self.log_alpha)
+        if other is None:
+            root.add_module("l0", self)
+            root.register_forward_pre_hook(_draw_before_forward)
+        return root
+
+    def _plan_ports(self, layers: list[Any]) -> None:
+        produced = torch.zeros(self.count + 1, dtype=torch.bool)
+        for layer in layers:
+            if layer.out_gate is not None:
+                for gate_map in layer.out_gate.maps:
+                    produced[gate_map] = True
+        produced[self.count] = False
+        self._ports, self.port_maps, self.port_packs = {}, [], []
+        for name in self.names:
+            self._add_port(self[name], produced)
+        for layer in layers:
+            for ref in (layer.in_gate, layer.out_gate):
+                if ref is not None:
+                    self._add_port(ref, produced)
+            layer.in_port = -1 if layer.in_gate is None else self.port_of(layer.in_gate)
+            layer.out_port = -1 if layer.out_gate is None else self.port_of(layer.out_gate)
+        device = self.log_alpha.device
+        ends = torch.tensor([0, *(m.shape[1] for m in self.port_maps)]).cumsum(0)
+        self.layout = GateLayout(
+            self.layout.group_offsets.to(device),
+            torch.cat(self.port_maps, 1).to(device),
+            ends.to(device),
+        )
+        self.port_maps = [m.to(device) for m in self.port_maps]
+
+    def _add_port(self, ref: GateRef, produced: Tensor) -> None:
+        key = _port_key(ref)
+        if key in self._ports:
+            return
+        made, extra = (torch.full((ref.features,), self.count) for _ in range(2))
+        for gate_map in ref.maps:
+            born = produced[gate_map]
+            if (born & (made != self.count)).any():
+                raise ValueError(
+                    "gates: expected at most one producer's gate per feature, got two; "
+                    "only gates without a producer can multiply another gate"
+                )
+            made = torch.where(born, gate_map, made)
+            extra = torch.where(born, extra, gate_map) if not born.all() else extra
+        self._ports[key] = len(self.port_maps)
+        self.port_maps.append(torch.stack((made, extra)))
+        self.port_packs.append(bool((extra != self.count).any()))
+
+    def port_of(self, ref: GateRef) -> int:
+        """Number of the port that ``attach`` made for a reference.
+
+        Raises:
+            RuntimeError: no layer of the model has this reference.
+        """
+        port = self._ports.get(_port_key(ref))
+        if port is None:
+            raise RuntimeError(f"{ref}: expected a reference that a layer of the model has")
+        return port
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gates:
+        # The maps are not buffers: they would be sent by DDP at every step.
+        super()._apply(fn, recurse)
+        self.layout = GateLayout(*(fn(t) for t in self.layout))
+        self.port_maps = [fn(m) for m in self.port_maps]
+        self._cost = fn(self._cost)
+        self._draw = None
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A draw belongs to one graph: it is never copied or pickled.
+        state = self.__dict__.copy()
+        state.update(_draw=None, _graphs=weakref.WeakSet(), _held=0)
+        return state
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # A checkpoint from before conversion has no gates: keep the present ones.
+        if any(key.startswith(prefix) for key in state_dict):
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def forward(self, x: Any) -> Any:
+        return x
+
+    # Draws.
+
+    def current_draw(self) -> Draw:
+        """The draw that layers use now.
+
+        Raises:
+            RuntimeError: nothing was drawn yet, or a layer is recomputed in backward
+                (activation checkpointing) after its draw was replaced by another.
+        """
+        draw = self._draw
+        if draw is None:
+            raise RuntimeError(
+                "no gates are drawn: call the model that the gates are attached to, or use "
+                "expected_loss, hold or frozen"
+            )
+        if not torch.compiler.is_compiling() and _in_backward():
+            self._check_recomputation(draw)
+        return draw
+
+    def _check_recomputation(self, draw: Draw) -> None:
+        pending = [g for g in self._graphs if not g.done and g is not draw.graph]
+        if pending:
+            raise RuntimeError(
+                f"recomputation in backward: expected the draw of the forward being recomputed, "
+                f"got a later one (step {int(self.step)}); call backward before the next draw, or "
+                f"put both forwards under one l0kernels.hold"
+            )
+
+    def draw(self) -> None:
+        """Draw the gates: sampled in training mode, deterministic in eval mode."""
+        if self.training:
+            with torch.no_grad():
+                self.project()
+            self.step.add_(1)
+            self._draw = self._sample(self._cost)
+            if self._draw.z.requires_grad:
+                self._graphs.add(self._draw.graph)
+        else:
+            self.draw_given(self.deterministic())
+
+    def draw_given(self, values: Tensor) -> None:
+        """Use these gate values as the draw.
+
+        Args:
+            values: shape [gates].
+        """
+        z = torch.cat((values, values.new_ones(1)))
+        self._draw = Draw(z, open_lists(z.detach(), self.layout), self.layout)
+
+    def _sample(self, cost: Tensor) -> Draw:
+        key = torch.stack((self.seed, self.step))
+        z, expected, lists = sample_gates(self.log_alpha, key, cost, self.layout, self.law)
+        return Draw(z, lists, self.layout, expected, self.log_alpha._version)
+
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """Draw on entry and keep that draw until the outermost scope ends."""
+        if not self._held:
+            self.draw()
+        self._held += 1
+        try:
+            yield
+        finally:
+            self._held -= 1
+
+    @contextmanager
+    def using(self, values: Tensor) -> Iterator[None]:
+        """Use these gate values, shape [gates], in every forward of the scope."""
+        self.draw_given(values)
+        self._held += 1
+        try:
+            yield
+        finally:
+            self._held -= 1
+
+    @contextmanager
+    def freezing(self) -> Iterator[None]:
+        """Keep the deterministic gates and the weights packed with them (eval mode)."""
+        if self.training:
+            raise RuntimeError("frozen: expected a model in eval mode, got training mode")
+        if self._held:
+            raise RuntimeError("frozen: expected to be outside hold and expected_loss")
+        with torch.no_grad():
+            self.draw()
+        assert self._draw is not None
+        self._draw.packed = {}
+        self._held += 1
+        try:
+            yield
+        finally:
+            self._held -= 1
+            self._draw = None
+
+    # Penalty and numbers.
+
+    def _cost_of(self, lam: Mapping[str, float], sizes: Tensor) -> Tensor:
+        lams = torch.tensor([lam[name] for name in self.names], dtype=torch.float64)
+        return lams.repeat_interleave(torch.tensor(self.sizes)) * sizes.cpu() / self.n_train
+
+    def penalty(
+        self, per: str = "weight", lam: float | Mapping[str, float] | None = None
+    ) -> Tensor:
+        """See ``l0kernels.penalty``."""
+        if per not in ("weight", "flop"):
+            raise ValueError(f"per: expected 'weight' or 'flop', got {per!r}")
+        if per == "flop" and self.unit_flops is None:
+            raise ValueError(
+                "per='flop': expected output positions per layer (convert records them, "
+                "attach takes them), got none"
+            )
+        draw = self._draw
+        if per == "weight" and lam is None:
+            if draw is not None and draw.expected is not None and self._is_current(draw):
+                return draw.expected
+            return self._expected(self._cost)
+        lams = self.lam if lam is None else per_group("lam", lam, self.names)
+        sizes = self.unit_flops if per == "flop" else self.unit_weights
+        assert sizes is not None
+        return self._expected(self._cost_of(lams, sizes).to(self.log_alpha))
+
+    def _is_current(self, draw: Draw) -> bool:
+        differentiable = draw.z.requires_grad or not torch.is_grad_enabled()
+        return differentiable and draw.version == self.log_alpha._version
+
+    def _expected(self, cost: Tensor) -> Tensor:
+        expected = self._sample(cost).expected
+        assert expected is not None
+        return expected
+
+    def expected_open(self) -> dict[str, float]:
+        """Expected number of open units per group under the training law."""
+        p = self.open_probability()
+        return {name: float(p[where].sum()) for name, where in self.slices()}
+
+    @torch.no_grad()
+    def open_now(self) -> dict[str, int]:
+        """Number of units per group that the test gate leaves open."""
+        z = self.deterministic()
+        return {name: int((z[where] != 0).sum()) for name, where in self.slices()}
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{n}={s}" for n, s in zip(self.names, self.sizes, strict=True))
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def _draw_before_forward(root: nn.Module, args: Any) -> None:
+    """Forward pre-hook of the root; a module-level function, so that it survives copies."""
+    gates = root.l0
+    assert isinstance(gates, Gates)
+    if gates._held or (not torch.compiler.is_compiling() and _in_backward()):
+        return
+    gates.draw()
+
+
+def _port_key(ref: GateRef) -> tuple[str, ...]:
+    return tuple(hashlib.sha256(m.numpy().tobytes()).hexdigest() for m in ref.maps)
+
+
+def _size_per_unit(gates: Gates, layers: list[tuple[Any, int]]) -> Tensor:
+    """|G_j|: the filter of a convolution's output channel, else the columns that read the unit.
+
+    This is what a gate multiplies in L0-HC: output channels of convolutions, input neurons of
+    linear layers (Louizos et al., 2018, section 4). With the number of output positions of every
+    layer as second entry it is the unit's multiply-adds per example.
+    """
+    made = torch.zeros(gates.count + 1, dtype=torch.float64)
+    read = torch.zeros(gates.count + 1, dtype=torch.float64)
+    for layer, positions in layers:
+        weight = getattr(layer, "weight", None)
+        if weight is None or weight.dim() < 2:
+            continue
+        if layer.out_gate is not None and weight.dim() > 2 and not layer.depthwise:
+            size = weight[0].numel() * positions
+            made.index_add_(0, layer.out_gate.maps[0], _full(layer.out_gate, size))
+        if layer.in_gate is not None:
+            size = weight.numel() // weight.shape[1] * positions
+            for gate_map in layer.in_gate.maps:
+                read.index_add_(0, gate_map, _full(layer.in_gate, size))
+    return torch.where(made > 0, made, read)[: gates.count]
+
+
+def _full(ref: GateRef, value: int) -> Tensor:
+    return torch.full((ref.features,), float(value), dtype=torch.float64)

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L0-HC: hard concrete gates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from l0kernels.gates.base import Gates, per_group
+
+BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
+CLAMP = (math.log(0.01), math.log(100.0))
+
+
+class HardConcrete(Gates):
+    """Hard concrete gates (Louizos, Welling, Kingma, 2018, arXiv:1712.01312, eq. 10-13).
+
+    Training gate: u ~ U(0, 1), s = sigmoid((log u - log(1 - u) + log_alpha) / beta),
+    z = clip(s (zeta - gamma) + gamma, 0, 1). Test gate: z = clip(sigmoid(log_alpha)
+    (zeta - gamma) + gamma, 0, 1). P(z != 0) = sigmoid(log_alpha - beta log(-gamma / zeta)), with
+    beta = 2/3, gamma = -0.1, zeta = 1.1. ``log_alpha`` is clamped to [ln .01, ln 100] before
+    every training draw, as in the authors' code.
+
+    Args:
+        groups: name -> number of units.
+        lam: weight of the penalty, one number or one per group.
+        n_train: size of the training set; the penalty is divided by it.
+        seed: key of the noise, 0 <= seed < 2**63; equal seeds and steps give equal gates.
+        droprate: initial dropout rate, one number or one per group, in (0, 1);
+            log_alpha ~ N(log((1 - droprate) / droprate), 0.01^2).
+    """
+
+    law: ClassVar[str] = "hard_concrete"
+
+    def __init__(
+        self,
+        groups: Mapping[str, int],
+        *,
+        lam: float | Mapping[str, float] = 1.0,
+        n_train: int = 1,
+        seed: int = 0,
+        droprate: float | Mapping[str, float] = 0.5,
+    ) -> None:
+        super().__init__(groups, lam=lam, n_train=n_train, seed=seed)
+        rates = per_group("droprate", droprate, self.names)
+        bad = {name: rate for name, rate in rates.items() if not 0 < rate < 1}
+        if bad:
+            raise ValueError(f"droprate: expected values in (0, 1), got {bad}")
+        means = [math.log((1 - rates[name]) / rates[name]) for name in self.names]
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(self.count, generator=generator) * 0.01
+        mean = torch.tensor(means).repeat_interleave(torch.tensor(self.sizes))
+        self.log_alpha = nn.Parameter(mean + noise)
+
+    def deterministic(self) -> Tensor:
+        stretched = torch.sigmoid(self.log_alpha.double()) * (ZETA - GAMMA) + GAMMA
+        return stretched.clamp(0, 1).to(self.log_alpha.dtype)
+
+    def open_probability(self) -> Tensor:
+        return torch.sigmoid(self.log_alpha.detach().double() - BETA * math.log(-GAMMA / ZETA))
+
+    def project(self) -> None:
+        self.log_alpha.clamp_(*CLAMP)

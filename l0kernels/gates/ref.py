@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""References from the features of a layer to the gates of a model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from l0kernels.gates.base import Gates
+
+
+class GateRef:
+    """Which gates scale the features of one axis of a layer.
+
+    Made by ``gates["group"]`` and combined with :meth:`expand`, ``*`` and :func:`cat`.
+
+    Args:
+        gates: the gates of the model.
+        maps: one or two int64 tensors of shape [features]; entry f is the flat index of a gate
+            that multiplies feature f, or ``gates.count`` where none does.
+    """
+
+    def __init__(self, gates: Gates, maps: tuple[Tensor, ...]) -> None:
+        self.gates = gates
+        self.maps = maps
+
+    @property
+    def features(self) -> int:
+        """Number of features, open and closed."""
+        return self.maps[0].numel()
+
+    @property
+    def z(self) -> Tensor:
+        """Scale of every feature in the current draw, shape [features]."""
+        z = self.gates.current_draw().z
+        scale = z[self.maps[0].to(z.device)]
+        for extra in self.maps[1:]:
+            scale = scale * z[extra.to(z.device)]
+        return scale
+
+    @property
+    def index(self) -> Tensor:
+        """Packed features of the current draw in ascending order, int64 of shape [count]."""
+        return self.gates.current_draw().index[self.gates.port_of(self)]
+
+    @property
+    def count(self) -> int:
+        """Number of packed features in the current draw (never below min(2, features))."""
+        return self.index.numel()
+
+    def expand(self, repeat: int) -> GateRef:
+        """Repeat every gate over ``repeat`` neighbouring features, as flattening [C, H, W] does.
+
+        Args:
+            repeat: features per unit (H * W).
+
+        Raises:
+            ValueError: ``repeat`` is not a positive integer.
+        """
+        if not isinstance(repeat, int) or repeat < 1:
+            raise ValueError(f"expand: expected a positive integer, got {repeat!r}")
+        return GateRef(self.gates, tuple(m.repeat_interleave(repeat) for m in self.maps))
+
+    def __mul__(self, other: GateRef) -> GateRef:
+        """Two gates on each feature: it is open where both are.
+
+        Raises:
+            ValueError: the references differ in features or gates, or more than two gates
+                would meet on one feature.
+        """
+        if not isinstance(other, GateRef):
+            return NotImplemented
+        if other.gates is not self.gates:
+            raise ValueError("product of gates: expected two references into the same gates")
+        if other.features != self.features:
+            raise ValueError(
+                f"product of gates: expected {self.features} features, got {other.features}"
+            )
+        maps = self.maps + other.maps
+        if len(maps) > 2:
+            raise ValueError(f"product of gates: expected at most 2 per feature, got {len(maps)}")
+        return GateRef(self.gates, maps)
+
+    def __repr__(self) -> str:
+        return f"GateRef(features={self.features}, gates_per_feature={len(self.maps)})"
+
+
+def cat(*parts: GateRef | int) -> GateRef:
+    """Gates of concatenated features.
+
+    Args:
+        parts: references in order of concatenation; an integer stands for that many features
+            without a gate.
+
+    Raises:
+        ValueError: no reference among the parts, or references into different gates.
+    """
+    refs = [p for p in parts if isinstance(p, GateRef)]
+    if not refs:
+        raise ValueError("cat: expected at least one GateRef, got none")
+    gates = refs[0].gates
+    if any(r.gates is not gates for r in refs):
+        raise ValueError("cat: expected references into the same gates")
+    ungated = gates.count
+    depth = max(len(r.maps) for r in refs)
+    rows: list[Tensor] = []
+    for level in range(depth):
+        pieces = []
+        for part in parts:
+            size = part.features if isinstance(part, GateRef) else part
+            if isinstance(part, GateRef) and level < len(part.maps):
+                pieces.append(part.maps[level])
+            else:
+                pieces.append(torch.full((size,), ungated, dtype=torch.int64))
+        rows.append(torch.cat(pieces))
+    return GateRef(gates, tuple(rows))

@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drop-in layers that compute open features only."""
+
+from l0kernels.nn.base import GatedLayer
+from l0kernels.nn.conv import GatedConv2d
+from l0kernels.nn.linear import GatedLinear
+from l0kernels.nn.norm import GatedBatchNorm1d, GatedBatchNorm2d
+
+__all__ = ["GatedBatchNorm1d", "GatedBatchNorm2d", "GatedConv2d", "GatedLayer", "GatedLinear"]

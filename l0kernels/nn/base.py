@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all gated layers share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from l0kernels.functional import pack_weight
+from l0kernels.gates.base import Draw, Gates
+from l0kernels.gates.ref import GateRef
+
+
+class GatedLayer(nn.Module):
+    """Mix-in: a layer whose output features, input features or both have gates.
+
+    Only ``in_gate`` multiplies (the layer's input, folded into its weights); ``out_gate`` says
+    which output features exist in a draw.
+    """
+
+    in_gate: GateRef | None = None
+    out_gate: GateRef | None = None
+    in_port: int = -1
+    out_port: int = -1
+    depthwise: bool = False
+
+    @property
+    def gates(self) -> Gates | None:
+        """The gates that this layer refers to."""
+        ref = self.in_gate if self.in_gate is not None else self.out_gate
+        return None if ref is None else ref.gates
+
+    def connect(self, in_gate: GateRef | None, out_gate: GateRef | None) -> None:
+        """Set the references; ``gates.attach(model)`` makes them work.
+
+        Raises:
+            ValueError: a reference has another number of features than the layer, or the two
+                belong to different gates.
+        """
+        for what, ref, width in (
+            ("in_gate", in_gate, self._in_width()),
+            ("out_gate", out_gate, self._out_width()),
+        ):
+            if ref is not None and ref.features != width:
+                raise ValueError(
+                    f"{type(self).__name__}: expected {what} of {width} features, "
+                    f"got {ref.features}"
+                )
+        if in_gate is not None and out_gate is not None and in_gate.gates is not out_gate.gates:
+            raise ValueError(f"{type(self).__name__}: in_gate and out_gate need the same gates")
+        self.in_gate, self.out_gate = in_gate, out_gate
+
+    def _in_width(self) -> int:
+        raise NotImplementedError
+
+    def _out_width(self) -> int:
+        raise NotImplementedError
+
+    def current_draw(self) -> Draw:
+        """The draw that this layer works with now."""
+        gates = self.gates
+        assert gates is not None
+        if self.in_port < 0 and self.out_port < 0:
+            raise RuntimeError(
+                f"{type(self).__name__}: its gates are not attached; call gates.attach(model)"
+            )
+        return gates.current_draw()
+
+    def scale(self, draw: Draw) -> Tensor:
+        """Gate values of all input features, shape [features] (masked reference)."""
+        return _scale(self.gates, self.in_port, draw)
+
+    def open_rows(self, draw: Draw) -> Tensor:
+        """Which packed output features are really open, bool of shape [packed]."""
+        return _scale(self.gates, self.out_port, draw)[draw.index[self.out_port]] != 0
+
+    def packed_parameters(self, draw: Draw) -> tuple[Tensor, Tensor | None]:
+        """Weight (input gates folded in) and bias at the packed widths, in the compute dtype."""
+        if draw.packed is None:
+            return self._pack(draw)
+        if self not in draw.packed:
+            with torch.no_grad():
+                draw.packed[self] = self._pack(draw)
+        return draw.packed[self]
+
+    def _pack(self, draw: Draw) -> tuple[Tensor, Tensor | None]:
+        dtype = _compute_dtype(self.weight)
+        weight = self._pack_one(self.weight, draw, dtype, columns=True)
+        bias = None if self.bias is None else self._pack_one(self.bias, draw, dtype, columns=False)
+        return weight, bias
+
+    def _pack_one(self, full: Tensor, draw: Draw, dtype: torch.dtype, columns: bool) -> Tensor:
+        gates = self.gates
+        assert gates is not None
+        rows = row_map = cols = col_map = None
+        if self.out_port >= 0:
+            rows, row_map = draw.index[self.out_port], gates.port_maps[self.out_port]
+        if columns and self.in_port >= 0:
+            cols, col_map = draw.index[self.in_port], gates.port_maps[self.in_port]
+        if rows is None and cols is None:
+            return full
+        return pack_weight(full, draw.z, rows, row_map, cols, col_map, dtype)
+
+    def select_inputs(self, x: Tensor, dim: int, draw: Draw) -> Tensor:
+        """Drop input features that only a gate without producer closes."""
+        gates = self.gates
+        assert gates is not None
+        if self.in_port < 0 or not gates.port_packs[self.in_port]:
+            return x
+        return x.index_select(dim, draw.position[self.in_port])
+
+
+def _scale(gates: Gates | None, port: int, draw: Draw) -> Tensor:
+    assert gates is not None
+    made, extra = gates.port_maps[port]
+    return draw.z[made] * draw.z[extra] if gates.port_packs[port] else draw.z[made]
+
+
+def _compute_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype autocast would give the layer; fp64 is left alone, as autocast does."""
+    device = weight.device.type
+    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return weight.dtype

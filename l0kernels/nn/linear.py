@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gated linear layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from l0kernels._config import current_impl
+from l0kernels.gates.ref import GateRef
+from l0kernels.nn.base import GatedLayer
+
+
+class GatedLinear(GatedLayer, nn.Linear):
+    """``nn.Linear`` that computes open features only: y = (x * z_in) W^T + b.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in ``nn.Linear``; parameters keep
+            their full shape.
+        in_gate: gates that multiply the input features.
+        out_gate: gates of the output features; they are multiplied where the output is read.
+
+    Shape: x [..., packed in_features], or [..., in_features] where no producer packs it;
+    y [..., packed out_features].
+
+    Raises:
+        ValueError: a gate has another number of features than the layer.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        in_gate: GateRef | None = None,
+        out_gate: GateRef | None = None,
+        **factory: Any,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, **factory)
+        self.connect(in_gate, out_gate)
+
+    def _in_width(self) -> int:
+        return self.in_features
+
+    def _out_width(self) -> int:
+        return self.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gates is None:
+            return super().forward(x)
+        draw = self.current_draw()
+        if current_impl() == "reference":
+            x = x if self.in_port < 0 else x * self.scale(draw).to(x.dtype)
+            return super().forward(x)
+        weight, bias = self.packed_parameters(draw)
+        return F.linear(self.select_inputs(x, -1, draw), weight, bias)

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gated batch normalisation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from l0kernels._config import current_impl
+from l0kernels.gates.base import Draw
+from l0kernels.gates.ref import GateRef
+from l0kernels.nn.base import GatedLayer
+
+
+class _GatedBatchNorm(GatedLayer, nn.modules.batchnorm._BatchNorm):
+    """Batch normalisation of the open features only.
+
+    Running statistics of closed features are left as they are in that draw, in the packed run and
+    in the masked reference.
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, device, dtype: as in
+            ``nn.BatchNorm1d`` / ``nn.BatchNorm2d``; parameters and buffers keep their full shape.
+        out_gate: gates of the features, those of the layer that makes them.
+
+    Shape: x and y [N, packed features, ...].
+
+    Raises:
+        ValueError: the gate has another number of features than the layer.
+    """
+
+    def __init__(
+        self, num_features: int, *args: Any, out_gate: GateRef | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(num_features, *args, **kwargs)
+        self.connect(None, out_gate)
+
+    def _in_width(self) -> int:
+        return self.num_features
+
+    def _out_width(self) -> int:
+        return self.num_features
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name in nn.BatchNorm2d)
+        if self.gates is None:
+            return super().forward(input)
+        self._check_input_dim(input)
+        draw = self.current_draw()
+        weight, bias = self.weight, self.bias
+        if current_impl() == "reference":
+            index = torch.arange(self.num_features, device=input.device)
+            is_open = self._all_open(draw)
+        else:
+            index, is_open = draw.index[self.out_port], self.open_rows(draw)
+            if weight is not None:
+                weight, bias = self.packed_parameters(draw)
+        mean, var = (
+            None if t is None else t.index_select(0, index)
+            for t in (self.running_mean, self.running_var)
+        )
+        out = F.batch_norm(
+            input,
+            mean,
+            var,
+            weight,
+            bias,
+            self.training or self.running_mean is None,
+            self._count_batch(),
+            self.eps,
+        )
+        if self.training and mean is not None and var is not None:
+            self._keep_statistics(index, is_open, mean, var)
+        return out
+
+    def _all_open(self, draw: Draw) -> Tensor:
+        gates = self.gates
+        assert gates is not None
+        return draw.z[gates.port_maps[self.out_port][0]] != 0
+
+    def _pack(self, draw: Draw) -> tuple[Tensor, Tensor | None]:
+        # Normalisation stays in the dtype of its parameters under autocast.
+        return tuple(
+            self._pack_one(t, draw, t.dtype, columns=False) for t in (self.weight, self.bias)
+        )
+
+    def _count_batch(self) -> float:
+        """Count the batch and return the averaging factor of this update."""
+        if not (self.training and self.track_running_stats):
+            return 0.0
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:
+                return 1.0 / float(self.num_batches_tracked)
+        return 0.0 if self.momentum is None else self.momentum
+
+    @torch.no_grad()
+    def _keep_statistics(self, index: Tensor, is_open: Tensor, mean: Tensor, var: Tensor) -> None:
+        for buffer, new in ((self.running_mean, mean), (self.running_var, var)):
+            assert buffer is not None
+            old = buffer.index_select(0, index)
+            buffer.index_copy_(0, index, torch.where(is_open, new, old))
+
+
+class GatedBatchNorm1d(_GatedBatchNorm, nn.BatchNorm1d):
+    __doc__ = _GatedBatchNorm.__doc__
+
+
+class GatedBatchNorm2d(_GatedBatchNorm, nn.BatchNorm2d):
+    __doc__ = _GatedBatchNorm.__doc__

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a training loop calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import Tensor, nn
+
+from l0kernels.gates.base import Gates
+
+
+def gates_of(model: nn.Module) -> Gates:
+    """The gates of a model, through DDP, ``torch.compile`` and averaged (EMA) wrappers.
+
+    Raises:
+        ValueError: the model has no gates.
+    """
+    inner: Any = model
+    while not isinstance(getattr(inner, "l0", None), Gates):
+        for wrapped in ("module", "_orig_mod"):
+            if isinstance(getattr(inner, wrapped, None), nn.Module):
+                inner = getattr(inner, wrapped)
+                break
+        else:
+            raise ValueError(
+                f"expected a model with gates (from convert or gates.attach), "
+                f"got {type(model).__name__} without"
+            )
+    return inner.l0
+
+
+def expected_loss(model: nn.Module, closure: Callable[[], Tensor]) -> Tensor:
+    """The method's estimator of the expected loss over the gates.
+
+    One draw of all gates; ``closure`` runs under it and every root forward in it shares the draw.
+    In eval mode the deterministic gates are used.
+
+    Args:
+        model: a converted model, or a wrapper around one.
+        closure: computes the loss (0-d) with the model.
+
+    Returns:
+        A scalar whose backward gives weights and gates their gradients.
+
+    Raises:
+        ValueError: the model has no gates, or the closure does not return a scalar tensor.
+    """
+    gates = gates_of(model)
+    with gates.holding():
+        loss = gates.estimate(closure)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"expected_loss: expected a scalar tensor from the closure, got {got}")
+    return loss
+
+
+def penalty(
+    model: nn.Module, per: str = "weight", lam: float | Mapping[str, float] | None = None
+) -> Tensor:
+    """Expected L0 penalty (1 / n_train) sum_j P(z_j != 0) lam |G_j|, differentiable.
+
+    |G_j| is the filter of a convolution's output channel, else the columns that read the unit
+    (Louizos, Welling, Kingma, 2018, arXiv:1712.01312, eq. 9 and section 4).
+
+    Args:
+        model: a converted model, or a wrapper around one.
+        per: ``"weight"`` counts weights, ``"flop"`` their multiply-adds per example.
+        lam: replaces the ``lam`` of ``convert``; one number or one per group.
+
+    Returns:
+        0-d tensor.
+
+    Raises:
+        ValueError: unknown ``per``, groups missing in ``lam``, or the model has no gates.
+    """
+    return gates_of(model).penalty(per, lam)
+
+
+def hold(model: nn.Module) -> AbstractContextManager[None]:
+    """Keep one draw for all forwards in the scope (gradient accumulation, several inputs)."""
+    return gates_of(model).holding()
+
+
+def frozen(model: nn.Module) -> AbstractContextManager[None]:
+    """Eval only: deterministic gates and weights packed once for the whole scope.
+
+    Parameters must not change inside; they get no gradients there.
+
+    Raises:
+        RuntimeError: the model is in training mode, or inside ``hold``.
+    """
+    return gates_of(model).freezing()
+
+
+def param_groups(
+    model: nn.Module, lr: float, weight_decay: float = 0.0, gate_lr: float | None = None
+) -> list[dict[str, Any]]:
+    """Parameter groups for an optimizer: weights, then gates (never decayed).
+
+    Args:
+        model: a converted model, or a wrapper around one.
+        lr: learning rate of the weights.
+        weight_decay: of the weights.
+        gate_lr: learning rate of the gates; ``lr`` if None.
+
+    Returns:
+        Two groups for any ``torch.optim`` optimizer.
+    """
+    gates = gates_of(model)
+    own = set(gates.parameters())
+    weights = [p for p in model.parameters() if p not in own]
+    return [
+        {"params": weights, "lr": lr, "weight_decay": weight_decay},
+        {
+            "params": list(gates.parameters()),
+            "lr": lr if gate_lr is None else gate_lr,
+            "weight_decay": 0.0,
+        },
+    ]
