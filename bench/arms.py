@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The variants of a training step, ready to run, and the check that they compute the same."""
+
+import copy
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import l0kernels as l0
+from l0kernels.training import gates_of
+
+from .index_select import IndexSelect
+from .masked import SHIFT, FlatGated, MaskedAsWritten, MaskedAtBest
+from .models import Network, full_widths
+
+VARIANTS = ("masked-nchw", "masked-best", "index-select", "oracle", "ours")
+IN_PLAIN_PYTORCH: dict[str, type[MaskedAsWritten] | type[FlatGated]] = {
+    "masked-nchw": MaskedAsWritten,
+    "masked-best": MaskedAtBest,
+    "index-select": IndexSelect,
+}
+N_TRAIN = 50_000
+LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.01, 0.9, 5e-4
+# Gates are clamped to log alpha <= ln 100 in training (Louizos et al. 2018, authors' code).
+MOST_OPEN = math.log(100)
+CHECK_BATCH = 4
+TOLERANCE = 1e-8
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every variant does in a step.
+
+    Args:
+        network: the network.
+        batch: examples per step.
+        device: where it runs.
+        seed: of weights, data and gates.
+    """
+
+    network: Network
+    batch: int
+    device: torch.device
+    seed: int = 0
+
+
+def log_alpha_for(keep: float) -> float:
+    """Return the log alpha at which a gate is open with probability keep.
+
+    At keep = 1 it is the most open gate that training allows: open with probability .998, and
+    equal to 1 with probability .95.
+    """
+    if not 0 < keep <= 1:
+        raise ValueError(f"expected 0 < keep <= 1, got {keep}")
+    return MOST_OPEN if keep == 1 else min(math.log(keep / (1 - keep)) + SHIFT, MOST_OPEN)
+
+
+class Arm:
+    """One variant with its data and optimizer.
+
+    Args:
+        net: the network in its final device and memory format.
+        loss: maps (input, label) to the whole loss, penalty included.
+        gates: the gate parameters, empty for the oracle. They get gradients and go through the
+            optimizer, but with learning rate 0: the open fraction stays where it was set.
+        x: input.
+        y: labels.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        gates: Iterable[nn.Parameter],
+        x: Tensor,
+        y: Tensor,
+    ):
+        self.net, self.loss, self.gates, self.x, self.y = net, loss, list(gates), x, y
+        own = set(self.gates)
+        weights = [p for p in net.parameters() if p not in own]
+        groups: list[dict[str, object]] = [{"params": weights}]
+        if self.gates:
+            groups.append({"params": self.gates, "lr": 0.0, "weight_decay": 0.0})
+        # One optimizer for all variants: the fused one reads and writes each weight once.
+        self.optimizer = torch.optim.SGD(
+            groups,
+            lr=LEARNING_RATE,
+            momentum=MOMENTUM,
+            weight_decay=WEIGHT_DECAY,
+            nesterov=True,
+            fused=True,
+        )
+
+    def step(self) -> None:
+        """Draw, forward, penalty, backward and optimizer: all that a training step does."""
+        loss = self.loss(self.x, self.y)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+    @torch.no_grad()
+    def set_open(self, keep: float) -> None:
+        """Make every gate open with probability keep."""
+        for gate in self.gates:
+            gate.fill_(log_alpha_for(keep))
+
+
+def make_arm(task: Task, variant: str, keep: float = 1.0) -> Arm:
+    """Return a variant; its gates are set to the open fraction keep, or built at it (oracle).
+
+    Raises:
+        ValueError: there is no such variant.
+        RuntimeError: convert gated other units than the network says.
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"expected one of {', '.join(VARIANTS)}, got {variant!r}")
+    torch.manual_seed(task.seed)
+    net = task.network.build(keep if variant == "oracle" else 1.0)
+    x, y = (t.to(task.device) for t in task.network.example(task.batch, task.seed))
+    if variant != "masked-nchw":
+        net = net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+    net = net.to(task.device).train()
+    if variant == "oracle":
+        return Arm(net, lambda x, y: F.cross_entropy(net(x), y), [], x, y)
+    arm = our_arm(task, net, x, y) if variant == "ours" else plain_arm(task, variant, net, x, y)
+    arm.set_open(keep)
+    return arm
+
+
+def plain_arm(task: Task, variant: str, net: nn.Module, x: Tensor, y: Tensor) -> Arm:
+    gated = IN_PLAIN_PYTORCH[variant](net, task.network.groups, N_TRAIN).to(task.device)
+    return Arm(
+        gated,
+        lambda x, y: F.cross_entropy(gated(x), y) + gated.penalty(),
+        gated.gate_parameters(),
+        x,
+        y,
+    )
+
+
+def our_arm(task: Task, net: nn.Module, x: Tensor, y: Tensor) -> Arm:
+    widths = full_widths(net, task.network.groups)
+    net = l0.convert(net, "hard_concrete", example_inputs=(x[:2],), n_train=N_TRAIN, seed=task.seed)
+    gates = gates_of(net)
+    got = dict(zip(gates.names, gates.sizes, strict=True))
+    expected = {g.producer: w for g, w in zip(task.network.groups, widths, strict=True)}
+    if got != expected:
+        raise RuntimeError(f"expected convert to gate {expected}, got {got}")
+    return Arm(net, lambda x, y: our_loss(net, x, y), [gates.log_alpha], x, y)
+
+
+def our_loss(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return l0.expected_loss(net, lambda: F.cross_entropy(net(x), y)) + l0.penalty(net)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Loss and gradients of one step, by parameter name."""
+
+    loss: Tensor
+    weights: dict[str, Tensor]
+    gates: Tensor
+
+    def error(self, truth: "Outcome") -> float:
+        """Return the largest difference, each tensor against its largest true entry."""
+        pairs = [(self.loss, truth.loss), (self.gates, truth.gates)]
+        pairs += [(self.weights[name], exact) for name, exact in truth.weights.items()]
+        errors = [(a - b).abs().max() / b.abs().max().clamp_min(1e-12) for a, b in pairs]
+        return float(torch.stack([e.detach() for e in errors]).max())
+
+
+def disagreement(task: Task, net: nn.Module, variants: Iterable[str]) -> dict[str, float]:
+    """Return how far variants are from the masked network in fp64 under one draw of ours.
+
+    Loss, every weight gradient and the gate gradients are compared on copies, with the weights
+    and gates that `net` has now.
+
+    Args:
+        task: the network and device.
+        net: the converted network of the arm "ours".
+        variants: names to compare; the oracle has no counterpart and is left out.
+    """
+    exact = copy.deepcopy(net).double().train()
+    exact.zero_grad()
+    gates = gates_of(exact)
+    x, y = task.network.example(CHECK_BATCH, task.seed + 1)
+    x, y = x.double().to(task.device), y.to(task.device)
+    with l0.hold(exact):
+        loss = our_loss(exact, x, y)
+        draw = [gates[group.producer].z.detach() for group in task.network.groups]
+    loss.backward()
+    own = gates.log_alpha
+    ours = Outcome(loss.detach(), weight_gradients(exact), gradient(own))
+    state = {name: t for name, t in exact.state_dict().items() if not name.startswith("l0.")}
+    truth = plain_outcome(task, "masked-best", state, own, draw, x, y)
+    errors = {}
+    for variant in variants:
+        if variant == "ours":
+            errors[variant] = ours.error(truth)
+        elif variant in IN_PLAIN_PYTORCH and variant != "masked-best":
+            other = plain_outcome(task, variant, state, own, draw, x, y)
+            errors[variant] = other.error(truth)
+    return errors
+
+
+def plain_outcome(
+    task: Task,
+    variant: str,
+    state: dict[str, Tensor],
+    log_alpha: Tensor,
+    draw: list[Tensor],
+    x: Tensor,
+    y: Tensor,
+) -> Outcome:
+    """Return what a plain variant computes with these weights, gates and draw."""
+    plain = task.network.build().double().to(task.device).train()
+    plain.load_state_dict(state)
+    named = dict(plain.named_parameters())  # before wrapping renames them
+    arm = plain_arm(task, variant, plain.double(), x, y)
+    arm.net.double()
+    gated = arm.net
+    assert isinstance(gated, MaskedAsWritten | FlatGated)
+    start = 0
+    with torch.no_grad():
+        for gate in arm.gates:
+            gate.copy_(log_alpha[start : start + len(gate)])
+            start += len(gate)
+    gated.pin(draw)
+    loss = arm.loss(x, y)
+    loss.backward()
+    gradients = {name: gradient(p) for name, p in named.items()}
+    return Outcome(loss.detach(), gradients, torch.cat([gradient(gate) for gate in arm.gates]))
+
+
+def weight_gradients(net: nn.Module) -> dict[str, Tensor]:
+    named = net.named_parameters()
+    return {name: gradient(p) for name, p in named if not name.startswith("l0.")}
+
+
+def gradient(parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def require_agreement(task: Task, net: nn.Module, variants: Iterable[str]) -> dict[str, float]:
+    """Return `disagreement`, or refuse to go on where it is above 1e-8.
+
+    Raises:
+        RuntimeError: a variant computes something else than the masked network.
+    """
+    errors = disagreement(task, net, variants)
+    wrong = {name: f"{error:.1e}" for name, error in errors.items() if not error <= TOLERANCE}
+    if wrong:
+        raise RuntimeError(
+            f"expected all variants within {TOLERANCE:.0e} of the masked network, got {wrong}; "
+            "no figures for different computations"
+        )
+    return errors

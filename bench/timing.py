@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Paired timing: variants take turns in one process, ratios are formed round by round."""
+
+import gc
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of a sample."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.3f} ({self.low:.3f} - {self.high:.3f})"
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Return median and quartiles.
+
+    Raises:
+        ValueError: there are no values.
+    """
+    if not values:
+        raise ValueError("expected at least one value, got none")
+    low, median, high = np.percentile(np.asarray(values, dtype=float), [25, 50, 75])
+    return Spread(float(median), float(low), float(high))
+
+
+def paired(times: Mapping[str, Sequence[float]], over: str, under: str) -> Spread:
+    """Return the spread of times[over] / times[under], taken round by round."""
+    pairs = zip(times[over], times[under], strict=True)
+    return spread([a / b for a, b in pairs])
+
+
+def require_passive_wait() -> None:
+    """Refuse to time with spinning OpenMP threads.
+
+    With the default policy, idle threads spin and steal time from the next parallel region: the
+    same step can take many times longer in one run than in the next.
+
+    Raises:
+        RuntimeError: OMP_WAIT_POLICY is not passive.
+    """
+    policy = os.environ.get("OMP_WAIT_POLICY")
+    if policy is None or policy.strip().lower() != "passive":
+        got = "it is not set" if policy is None else f"got {policy!r}"
+        raise RuntimeError(
+            "expected OMP_WAIT_POLICY=passive in the environment before Python starts, "
+            f"{got}; step times are not reproducible otherwise"
+        )
+
+
+def interleave(
+    steps: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warmup: int = 3,
+    device: torch.device | str = "cpu",
+    label: str = "",
+) -> dict[str, list[float]]:
+    """Time each step once per round, the starting variant moving on by one every round.
+
+    Args:
+        steps: variant name -> a function that does one whole step.
+        rounds: timed rounds.
+        warmup: untimed rounds before them.
+        device: where the steps run; a GPU is synchronised around each step.
+        label: text before the progress bar.
+
+    Returns:
+        Milliseconds per variant, one entry per round.
+
+    Raises:
+        ValueError: rounds < 1 or warmup < 0.
+        RuntimeError: the wait policy is not passive.
+    """
+    if rounds < 1 or warmup < 0:
+        raise ValueError(f"expected rounds >= 1 and warmup >= 0, got {rounds} and {warmup}")
+    require_passive_wait()
+    names, times = list(steps), {name: [] for name in steps}
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        with tqdm(total=(warmup + rounds) * len(names), desc=label, disable=None) as bar:
+            for index in range(-warmup, rounds):
+                for name in names[index % len(names) :] + names[: index % len(names)]:
+                    took = once(steps[name], torch.device(device))
+                    if index >= 0:
+                        times[name].append(took)
+                    bar.update()
+    finally:
+        if collecting:
+            gc.enable()
+    return times
+
+
+def once(step: Callable[[], object], device: torch.device) -> float:
+    """Return the milliseconds of one call, a GPU idle before and after it."""
+    synchronise(device)
+    start = time.perf_counter()
+    step()
+    synchronise(device)
+    return (time.perf_counter() - start) * 1e3
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def environment(device: torch.device | str = "cpu") -> dict[str, object]:
+    """Return what a reader needs to judge a figure: hardware, versions, threads, load, commit."""
+    from l0kernels._version import __version__
+
+    device = torch.device(device)
+    load = os.getloadavg() if hasattr(os, "getloadavg") else None
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "cpu": cpu_name(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY"),
+        "load_average": None if load is None else [round(value, 2) for value in load],
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "l0kernels": __version__,
+        "git": git_commit(),
+    }
+
+
+def cpu_name() -> str:
+    """Return the processor's model, with family and model number where the name says little."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields: dict[str, str] = {}
+    for line in lines:
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip(), value.strip())
+    name = fields.get("model name") or platform.machine()
+    numbers = [f"{key} {fields[key]}" for key in ("cpu family", "model") if key in fields]
+    return f"{name} ({', '.join(numbers)})" if numbers else name
+
+
+def git_commit() -> str | None:
+    """Return the commit of the checkout this file is in, None when installed elsewhere."""
+    folder = Path(__file__).resolve().parent
+    top = run_git("rev-parse", "--show-toplevel", folder=folder)
+    if top is None or Path(top) != folder.parent:
+        return None
+    commit = run_git("rev-parse", "--short=12", "HEAD", folder=folder)
+    changed = run_git("status", "--porcelain", "--untracked-files=no", folder=folder)
+    return f"{commit}+changes" if changed else commit
+
+
+def run_git(*arguments: str, folder: Path) -> str | None:
+    try:
+        command = ["git", "-C", str(folder), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
