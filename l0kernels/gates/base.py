@@ -275,8 +275,13 @@ class Gates(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # A draw belongs to one graph: it is never copied or pickled.
         state = self.__dict__.copy()
-        state.update(_draw=None, _graphs=weakref.WeakSet(), _held=0)
+        state.update(_draw=None, _held=0)
+        del state["_graphs"]
         return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._graphs = weakref.WeakSet()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # A checkpoint from before conversion has no gates: keep the present ones.
@@ -312,6 +317,20 @@ class Gates(nn.Module):
                 f"recomputation in backward: expected the draw of the forward being recomputed, "
                 f"got a later one (step {int(self.step)}); call backward before the next draw, or "
                 f"put both forwards under one l0kernels.hold"
+            )
+
+    def keep_for_recomputation(self) -> None:
+        """Let the model be run again in backward under the draw of its forward.
+
+        Raises:
+            RuntimeError: that draw was made without gradients, by reentrant checkpointing around
+                the whole model.
+        """
+        if not self.current_draw().z.requires_grad:
+            raise RuntimeError(
+                "reentrant checkpointing around the model runs its forward without gradients: "
+                "expected it inside l0kernels.expected_loss or l0kernels.hold, got neither "
+                "(or pass use_reentrant=False)"
             )
 
     def draw(self) -> None:
@@ -438,9 +457,10 @@ def _draw_before_forward(root: nn.Module, args: Any) -> None:
     """Forward pre-hook of the root; a module-level function, so that it survives copies."""
     gates = root.l0
     assert isinstance(gates, Gates)
-    if gates._held or (not torch.compiler.is_compiling() and _in_backward()):
-        return
-    gates.draw()
+    if not torch.compiler.is_compiling() and _in_backward():
+        gates.keep_for_recomputation()
+    elif not gates._held:
+        gates.draw()
 
 
 def _port_key(ref: GateRef) -> tuple[str, ...]:
