@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: Apache-2.0
+// Philox4x32-10: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
+#pragma once
+
+#include "common/host_device.h"
+
+namespace l0k {
+
+struct Words4 {
+  uint32_t x, y, z, w;
+};
+
+struct PhiloxKey {
+  uint32_t low, high;
+};
+
+L0K_HD Words4 philox_round(Words4 c, PhiloxKey key) {
+  const uint64_t a = uint64_t{0xD2511F53u} * c.x;
+  const uint64_t b = uint64_t{0xCD9E8D57u} * c.z;
+  return {static_cast<uint32_t>(b >> 32) ^ c.y ^ key.low, static_cast<uint32_t>(b),
+          static_cast<uint32_t>(a >> 32) ^ c.w ^ key.high, static_cast<uint32_t>(a)};
+}
+
+L0K_HD Words4 philox4x32(Words4 counter, PhiloxKey key) {
+  for (int round = 0; round < 10; ++round) {
+    counter = philox_round(counter, key);
+    key.low += 0x9E3779B9u;
+    key.high += 0xBB67AE85u;
+  }
+  return counter;
+}
+
+// Which noise a draw reads. `kind` names the purpose of a draw, `sample` numbers repeated ones.
+struct NoiseStream {
+  uint64_t seed;
+  uint32_t step;
+  uint32_t row;
+  uint32_t kind;
+  uint32_t sample;
+};
+
+constexpr int kNoiseBits = 23;
+constexpr double kNoiseScale = 8388608.0;  // 2^23
+
+// Words of gates 4 * block .. 4 * block + 3.
+L0K_HD Words4 noise_words(const NoiseStream& stream, uint32_t block) {
+  return philox4x32({block, stream.row, stream.kind << 24 | stream.sample, stream.step},
+                    {static_cast<uint32_t>(stream.seed), static_cast<uint32_t>(stream.seed >> 32)});
+}
+
+// The integer k of a word; the uniform number is u = (k + .5) 2^-23.
+L0K_HD int32_t noise_k(uint32_t word) { return static_cast<int32_t>(word >> (32 - kNoiseBits)); }
+
+L0K_HD int32_t noise_k(const NoiseStream& stream, int64_t gate) {
+  const Words4 words = noise_words(stream, static_cast<uint32_t>(gate / 4));
+  const uint32_t lanes[4] = {words.x, words.y, words.z, words.w};
+  return noise_k(lanes[gate % 4]);
+}
+
+}  // namespace l0k
