@@ -27,7 +27,8 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"l0kernels {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     for name, (module_name, summary) in COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=f"{summary.capitalize()}.")
+        description = f"{summary[0].upper()}{summary[1:]}."
+        command = commands.add_parser(name, help=summary, description=description)
         command.add_argument("--debug", action="store_true", help="show tracebacks of errors")
         if name in words:
             module = importlib.import_module(module_name)
