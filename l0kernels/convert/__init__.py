@@ -188,7 +188,9 @@ def _for_groups(
     if not isinstance(lam, Mapping):
         return lam
     if set(lam) != set(asked.groups):
-        raise ValueError(f"lam: expected one value for each of {list(asked.groups)}, got {list(lam)}")
+        raise ValueError(
+            f"lam: expected one value for each of {list(asked.groups)}, got {list(lam)}"
+        )
     return {name: lam[name] for name in kept.groups}
 
 

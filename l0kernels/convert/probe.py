@@ -267,4 +267,3 @@ def probe(
             for name, out in replayer.recorded.items()
         },
     )
-

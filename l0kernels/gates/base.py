@@ -111,7 +111,9 @@ class Gates(nn.Module):
         super().__init__()
         for name, size in groups.items():
             if not isinstance(size, int) or size < 1:
-                raise ValueError(f"group {name!r}: expected a positive number of units, got {size!r}")
+                raise ValueError(
+                    f"group {name!r}: expected a positive number of units, got {size!r}"
+                )
         if not groups:
             raise ValueError("groups: expected at least one, got none")
         if n_train < 1:
@@ -170,9 +172,7 @@ class Gates(nn.Module):
         for name, size in zip(self.names, self.sizes, strict=True):
             yield name, slice(self.starts[name], self.starts[name] + size)
 
-    def attach(
-        self, root: nn.Module, positions: Mapping[str, int] | None = None
-    ) -> nn.Module:
+    def attach(self, root: nn.Module, positions: Mapping[str, int] | None = None) -> nn.Module:
         """Connect the gates to the gated layers of a model and draw before its forward.
 
         ``root.l0`` becomes these gates. Call it once, after the layers have their references.

@@ -41,7 +41,12 @@ def make(seed: int = 0, **options) -> Net:
     torch.manual_seed(0)
     net = Net()
     return l0.convert(
-        net, "hard_concrete", example_inputs=(torch.randn(2, 3, 4, 4),), lam=1e-3, seed=seed, **options
+        net,
+        "hard_concrete",
+        example_inputs=(torch.randn(2, 3, 4, 4),),
+        lam=1e-3,
+        seed=seed,
+        **options,
     )
 
 
