@@ -306,8 +306,9 @@ def test_packed_fp32_errs_at_most_twice_as_much_as_masked_fp32(name: str):
     case = CASES[name]()
     exact_twin = copy.deepcopy(case.plain).double()
     # PyTorch's own error depends on the layout: the masked twin gets that of the packed network.
-    for p, like in zip(case.plain.parameters(), case.packed.parameters(), strict=False):
-        p.data = torch.empty_like(like).copy_(p)
+    packed_parameters = dict(case.packed.named_parameters())
+    for name_, p in case.plain.named_parameters():
+        p.data = torch.empty_like(packed_parameters[name_]).copy_(p)
     gates = case.packed.l0
     ours: dict[str, list[float]] = {}
     theirs: dict[str, list[float]] = {}

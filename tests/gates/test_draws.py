@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When gates are drawn, and how long a draw lives."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import l0kernels as l0
+
+
+def make(seed: int = 0) -> nn.Module:
+    torch.manual_seed(0)
+    gates = l0.gates.HardConcrete({"a": 12}, seed=seed)
+    net = nn.Sequential(
+        l0.nn.GatedLinear(5, 12, out_gate=gates["a"]),
+        nn.ReLU(),
+        l0.nn.GatedLinear(12, 3, in_gate=gates["a"]),
+    )
+    return gates.attach(net)
+
+
+X = torch.linspace(-1, 1, 20).view(4, 5)
+
+
+def open_set(net: nn.Module) -> list[int]:
+    return net.l0["a"].index.tolist()
+
+
+def test_every_training_forward_draws_anew():
+    net = make()
+    seen = set()
+    for step in range(1, 6):
+        net(X)
+        assert int(net.l0.step) == step
+        seen.add(tuple(net.l0["a"].z.tolist()))
+    assert len(seen) == 5
+
+
+def test_one_draw_per_expected_loss():
+    net = make()
+    draws = []
+
+    def closure() -> Tensor:
+        out = net(X) + net(X)
+        draws.append(net.l0["a"].z)
+        return out.sum()
+
+    l0.expected_loss(net, closure)
+    assert int(net.l0.step) == 1 and len(draws) == 1
+
+
+def test_hold_keeps_the_draw_across_forwards_and_scopes():
+    net = make()
+    with l0.hold(net):
+        first = net.l0["a"].z
+        net(X)
+        l0.expected_loss(net, lambda: net(X).sum())
+        with l0.hold(net):
+            net(X)
+        assert net.l0["a"].z.equal(first)
+        assert int(net.l0.step) == 1
+    net(X)
+    assert int(net.l0.step) == 2
+
+
+def test_hold_ends_when_the_body_raises():
+    net = make()
+    with pytest.raises(ZeroDivisionError), l0.hold(net):
+        _ = 1 / 0
+    net(X)
+    assert int(net.l0.step) == 2
+
+
+def test_draws_depend_on_seed_and_step_only():
+    first, second, other = make(3), make(3), make(4)
+    torch.manual_seed(99)
+    for net in (first, other):
+        net(X)
+    second.l0.step.fill_(0)
+    torch.manual_seed(5)
+    second(X)
+    assert first.l0["a"].z.equal(second.l0["a"].z)
+    assert not first.l0["a"].z.equal(other.l0["a"].z)
+
+
+def test_eval_is_deterministic_and_follows_the_parameters():
+    net = make().eval()
+    with torch.no_grad():
+        before = net(X)
+        assert net(X).equal(before) and int(net.l0.step) == 0
+        net[2].weight.mul_(2)
+        torch.testing.assert_close(net(X) - net[2].bias, 2 * (before - net[2].bias))
+        net.l0.log_alpha.fill_(-5.0)
+        assert net(X).equal(net[2].bias.expand(4, 3))
+
+
+def test_frozen_packs_once_and_ends():
+    net = make().eval()
+    with torch.no_grad():
+        expected = net(X)
+        with l0.frozen(net):
+            assert net(X).equal(expected)
+            packed = net.l0._draw.packed[net[2]][0]
+            net(X)
+            assert net.l0._draw.packed[net[2]][0] is packed
+        net[2].weight.zero_()
+        assert net(X).equal(net[2].bias.expand(4, 3))
+
+
+def test_frozen_refuses_training_and_held_draws():
+    net = make()
+    with pytest.raises(RuntimeError, match="expected a model in eval mode"), l0.frozen(net):
+        pass
+    net.eval()
+    with (
+        pytest.raises(RuntimeError, match="outside hold"),
+        l0.hold(net),
+        l0.frozen(net),
+    ):
+        pass
+
+
+def test_masked_and_packed_share_the_draw():
+    nets = [make(), make()]
+    outs = []
+    for net, impl in zip(nets, ("auto", "reference"), strict=True):
+        with l0.use_impl(impl):
+            outs.append(net(X))
+    assert nets[0].l0["a"].z.equal(nets[1].l0["a"].z)
+    torch.testing.assert_close(*outs)
+    assert outs[0].shape == outs[1].shape
+
+
+def test_layers_without_a_draw_say_what_to_do():
+    net = make()
+    with pytest.raises(RuntimeError, match="no gates are drawn"):
+        net[0](X)
+    gates = l0.gates.HardConcrete({"a": 12})
+    with pytest.raises(RuntimeError, match="not attached"):
+        l0.nn.GatedLinear(5, 12, out_gate=gates["a"])(X)
+
+
+def test_expected_loss_wants_a_scalar():
+    net = make()
+    with pytest.raises(ValueError, match=r"scalar tensor from the closure, got \(4, 3\)"):
+        l0.expected_loss(net, lambda: net(X))
+    assert net.l0._held == 0
+
+
+def test_param_groups_split_weights_and_gates():
+    net = make()
+    weights, gates = l0.param_groups(net, lr=0.1, weight_decay=5e-4, gate_lr=2.0)
+    assert gates["params"] == [net.l0.log_alpha]
+    assert gates["lr"] == 2.0 and gates["weight_decay"] == 0.0
+    assert len(weights["params"]) == 4 and weights["weight_decay"] == 5e-4
+    assert l0.param_groups(net, lr=0.1)[1]["lr"] == 0.1
+
+
+def test_training_resumes_bit_for_bit():
+    def train(net: nn.Module, optimizer, steps: int) -> None:
+        for _ in range(steps):
+            loss = l0.expected_loss(net, lambda: net(X).square().mean()) + l0.penalty(net)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    def start(seed: int = 0):
+        net = make(seed)
+        return net, torch.optim.Adam(l0.param_groups(net, lr=1e-2))
+
+    straight, optimizer = start()
+    train(straight, optimizer, 8)
+    first, optimizer = start()
+    train(first, optimizer, 3)
+    resumed, resumed_optimizer = start(seed=7)
+    resumed.load_state_dict(first.state_dict())
+    resumed_optimizer.load_state_dict(optimizer.state_dict())
+    train(resumed, resumed_optimizer, 5)
+    for a, b in zip(straight.parameters(), resumed.parameters(), strict=True):
+        assert a.equal(b)

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hard concrete gates of a model: law, penalty, parameters, bad input."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import l0kernels as l0
+from l0kernels.gates.hard_concrete import BETA, GAMMA, ZETA
+
+# P(z = 0), P(z = 1) and the test gate for initial drop rates: closed forms of the law.
+TABLE = {0.01: (0.0020, 0.9524, 1.0), 0.3: (0.0797, 0.3205, 0.740), 0.5: (0.1682, 0.1682, 0.5)}
+
+
+def small(lam=0.1, n_train=10, **options) -> tuple[nn.Module, l0.gates.HardConcrete]:
+    gates = l0.gates.HardConcrete({"a": 3, "b": 17}, lam=lam, n_train=n_train, **options)
+    net = nn.Sequential(
+        l0.nn.GatedConv2d(2, 3, 5, out_gate=gates["a"]),
+        nn.ReLU(),
+        nn.Flatten(),
+        l0.nn.GatedLinear(12, 17, in_gate=gates["a"].expand(4), out_gate=gates["b"]),
+        l0.nn.GatedLinear(17, 2, in_gate=gates["b"]),
+    )
+    gates.attach(net)
+    return net, gates
+
+
+@pytest.mark.parametrize("rate", TABLE)
+def test_law_at_the_initial_drop_rates(rate: float):
+    gates = l0.gates.HardConcrete({"a": 40_000}, droprate=rate)
+    nn.init.constant_(gates.log_alpha, math.log((1 - rate) / rate))
+    layer = nn.Sequential(l0.nn.GatedLinear(2, 40_000, out_gate=gates["a"]))
+    gates.attach(layer)
+    gates.draw()
+    z = gates["a"].z
+    closed, full, test_gate = TABLE[rate]
+    for share, expected in (((z == 0).double().mean(), closed), ((z == 1).double().mean(), full)):
+        deviation = math.sqrt(expected * (1 - expected) / z.numel())
+        assert abs(float(share) - expected) < 4.5 * deviation + 1e-4
+    assert abs(float(gates.deterministic()[0]) - test_gate) < 1e-3
+    assert abs(float(gates.open_probability()[0]) - (1 - closed)) < 1e-4
+
+
+def test_initial_log_alpha_follows_the_drop_rates():
+    gates = l0.gates.HardConcrete({"a": 2000, "b": 1000}, droprate={"a": 0.2, "b": 0.5})
+    a, b = gates.log_alpha[:2000], gates.log_alpha[2000:]
+    assert abs(float(a.mean()) - math.log(4)) < 2e-3 and abs(float(b.mean())) < 2e-3
+    assert 0.009 < float(a.std()) < 0.011
+
+
+def test_penalty_is_the_papers_sum_and_its_gradient():
+    lam = {"a": 2.0, "b": 0.5}
+    net, gates = small(lam=lam, n_train=10)
+    # A convolution's gate has its filter, a neuron's gate the column that reads it.
+    sizes = torch.tensor([2 * 25.0] * 3 + [2.0] * 17, dtype=torch.float64)
+    torch.testing.assert_close(gates.unit_weights, sizes)
+    lams = torch.tensor([2.0] * 3 + [0.5] * 17, dtype=torch.float64)
+    alpha = gates.log_alpha.detach().double().requires_grad_()
+    p = torch.sigmoid(alpha - BETA * math.log(-GAMMA / ZETA))
+    expected = (p * lams * sizes).sum() / 10
+    expected.backward()
+    for prepare in (lambda: None, lambda: net(torch.randn(1, 2, 6, 6))):
+        prepare()
+        net.zero_grad()
+        value = l0.penalty(net)
+        value.backward()
+        torch.testing.assert_close(value.double(), expected.detach(), atol=0, rtol=1e-6)
+        torch.testing.assert_close(gates.log_alpha.grad.double(), alpha.grad, atol=0, rtol=1e-5)
+    torch.testing.assert_close(l0.penalty(net, lam=1.0).double(), (p * sizes).sum() / 10)
+
+
+def test_penalty_follows_a_parameter_update():
+    net, gates = small()
+    net(torch.randn(1, 2, 6, 6))
+    before = float(l0.penalty(net))
+    with torch.no_grad():
+        gates.log_alpha.add_(1.0)
+    assert float(l0.penalty(net)) > before
+
+
+def test_penalty_per_flop_weighs_by_output_positions():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.ReLU(), nn.Flatten(),
+        nn.Linear(5 * 16, 2),
+    )  # fmt: skip
+    l0.convert(net, "hard_concrete", example_inputs=(torch.randn(2, 1, 8, 8),), n_train=7)
+    p = net.l0.open_probability()
+    # 3x3 filters over 6x6 and 4x4 output positions.
+    expected = (p[:4].sum() * 9 * 36 + p[4:].sum() * 36 * 16) / 7
+    torch.testing.assert_close(l0.penalty(net, per="flop").double(), expected, rtol=1e-6, atol=0)
+
+
+def test_clamped_before_each_draw():
+    net, gates = small()
+    nn.init.constant_(gates.log_alpha, 50.0)
+    net(torch.randn(1, 2, 6, 6))
+    assert float(gates.log_alpha.max()) == pytest.approx(math.log(100))
+    nn.init.constant_(gates.log_alpha, -50.0)
+    net(torch.randn(1, 2, 6, 6))
+    assert float(gates.log_alpha.min()) == pytest.approx(math.log(0.01))
+
+
+def test_counts_by_group():
+    net, gates = small()
+    with torch.no_grad():
+        gates.log_alpha[:3] = torch.tensor([5.0, -5.0, 5.0])
+        gates.log_alpha[3:] = -5.0
+    assert gates.open_now() == {"a": 2, "b": 0}
+    p = gates.open_probability()
+    assert gates.expected_open() == pytest.approx(
+        {"a": float(p[:3].sum()), "b": float(p[3:].sum())}
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"groups": {}}, "at least one"),
+        ({"groups": {"a": 0}}, "positive number of units, got 0"),
+        ({"groups": {"a": 3}, "lam": {"b": 1.0}}, r"each of \['a'\], got \['b'\]"),
+        ({"groups": {"a": 3}, "n_train": 0}, "positive integer, got 0"),
+        ({"groups": {"a": 3}, "seed": -1}, "got -1"),
+        ({"groups": {"a": 3}, "droprate": 1.0}, r"\(0, 1\), got \{'a': 1.0\}"),
+    ],
+)
+def test_bad_arguments(options: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        l0.gates.HardConcrete(options.pop("groups"), **options)
+
+
+def test_nan_log_alpha_is_named():
+    net, gates = small()
+    with torch.no_grad():
+        gates.log_alpha[4] = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        net(torch.randn(1, 2, 6, 6))
+
+
+def test_unknown_group_names_the_groups():
+    _, gates = small()
+    with pytest.raises(KeyError, match=r"\['a', 'b'\]"):
+        gates["c"]
+
+
+def test_penalty_arguments():
+    net, _ = small()
+    with pytest.raises(ValueError, match="'weight' or 'flop', got 'byte'"):
+        l0.penalty(net, per="byte")
+    with pytest.raises(ValueError, match="output positions"):
+        l0.penalty(net, per="flop")
+    with pytest.raises(ValueError, match="with gates"):
+        l0.penalty(nn.Linear(2, 2))
