@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``l0kernels train``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from l0kernels.recipes import plot, published, summary
+from l0kernels.recipes.arm import LAYOUTS, MASKED, PACKED
+from l0kernels.recipes.checkpoint import write_whole
+from l0kernels.recipes.data import Images, load
+from l0kernels.recipes.errors import InputError
+from l0kernels.recipes.loop import Plan, Run
+from l0kernels.recipes.published import Recipe, Settings
+
+INTERRUPTED = 130
+LINES_WITHOUT_BAR = 10
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options.
+
+    Args:
+        parser: of the command ``train``.
+    """
+    add = parser.add_argument
+    add("recipe", nargs="?", metavar="RECIPE", help=", ".join(published.RECIPES))
+    add("--list", action="store_true", help="print the recipes, their settings and sources")
+    add("--data", metavar="DIR", help="folder with MNIST-style IDX files (default: digits)")
+    add("--settings", metavar="NAME", help="named settings, see --list (default: by the data)")
+    add("--epochs", type=int, metavar="N")
+    add("--batch", type=int, metavar="N")
+    add("--lr", type=float, metavar="X", help="learning rate of the weights")
+    add("--gate-lr", type=float, metavar="X", help="learning rate of the gates")
+    add("--lam", metavar="X[,X...]", help="penalty: one number, or one per group of gates")
+    seeds = parser.add_mutually_exclusive_group()
+    seeds.add_argument("--seed", type=int, metavar="S", help="default 0")
+    seeds.add_argument("--seeds", metavar="S,S,...", help="several runs, one after another")
+    add("--compare", action="store_true", help="train the masked reference beside it")
+    add(
+        "--reference-layout",
+        choices=[*LAYOUTS, "auto"],
+        default="auto",
+        help="memory format of the masked reference (auto: the faster one, measured)",
+    )
+    add("--out", metavar="DIR", help="default: runs/RECIPE-DATA")
+    add("--resume", action="store_true", help="continue from the checkpoints in --out")
+    add("--save-every", type=int, metavar="N", default=1, help="epochs between checkpoints")
+    add("--progress", action="store_true", help="progress bar even where there is no terminal")
+    add("--json", action="store_true", help="print the results as JSON instead of a table")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train as asked.
+
+    Args:
+        args: parsed options.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        InputError: an option, a file or a folder cannot be used.
+    """
+    if args.list:
+        print(published.describe())
+        return 0
+    plans = _plans(args)
+    plot.need()
+    if args.resume and not any(plan.checkpoint.exists() for plan in plans):
+        raise InputError(f"--resume: expected {plans[0].checkpoint}, got no such file")
+    results: list[summary.Result] = []
+    for plan in plans:
+        current = Run(plan)
+        try:
+            _train(current, args)
+        except KeyboardInterrupt:
+            print(_interrupted(current), file=sys.stderr)
+            return INTERRUPTED
+        results.append(summary.Result(plan, current.history, current.layout))
+    _finish(results, plans[0].folder.parent, args.json)
+    return 0
+
+
+def _plans(args: argparse.Namespace) -> list[Plan]:
+    if args.recipe is None:
+        raise InputError(f"expected a recipe, one of {', '.join(published.RECIPES)}, or --list")
+    recipe = published.find(args.recipe)
+    seeds = _seeds(args)
+    if args.save_every < 1:
+        raise InputError(f"--save-every: expected a positive integer, got {args.save_every}")
+    name = args.settings or ("published" if args.data else "digits")
+    settings = _settings(args, recipe, recipe.settings(name))
+    images = load(Path(args.data) if args.data else None)
+    out = _out(args, recipe, images)
+    return [
+        Plan(
+            recipe=recipe,
+            settings=settings,
+            images=images,
+            seed=seed,
+            compare=args.compare,
+            reference_layout=None if args.reference_layout == "auto" else args.reference_layout,
+            save_every=args.save_every,
+            folder=out / f"seed-{seed}",
+        )
+        for seed in seeds
+    ]
+
+
+def _seeds(args: argparse.Namespace) -> list[int]:
+    words = [str(args.seed or 0)] if args.seeds is None else args.seeds.split(",")
+    try:
+        seeds = [int(word) for word in words]
+    except ValueError as error:
+        raise InputError(f"--seeds: expected integers like 0,1,2, got {args.seeds!r}") from error
+    if any(not 0 <= seed < 2**63 for seed in seeds) or len(set(seeds)) < len(seeds):
+        raise InputError(f"--seed: expected different integers in [0, 2**63), got {seeds}")
+    return seeds
+
+
+def _settings(args: argparse.Namespace, recipe: Recipe, start: Settings) -> Settings:
+    given = {
+        key: getattr(args, key)
+        for key in ("epochs", "batch", "lr", "gate_lr")
+        if getattr(args, key) is not None
+    }
+    if args.lam is not None:
+        given["lam"] = _lam(args.lam, recipe)
+    settings = replace(start, **given)
+    settings.check()
+    return settings
+
+
+def _lam(text: str, recipe: Recipe) -> tuple[float, ...]:
+    try:
+        values = tuple(float(word) for word in text.split(","))
+    except ValueError as error:
+        raise InputError(f"--lam: expected numbers like .1 or 10,.5,.1,10, got {text!r}") from error
+    count = len(recipe.groups)
+    if len(values) not in (1, count):
+        raise InputError(
+            f"--lam: expected 1 number or {count} (for {', '.join(recipe.groups)}), "
+            f"got {len(values)}"
+        )
+    return values * count if len(values) == 1 else values
+
+
+def _out(args: argparse.Namespace, recipe: Recipe, images: Images) -> Path:
+    out = Path(args.out) if args.out else Path("runs") / f"{recipe.name}-{images.name}"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"--out: expected a folder that can be made, got {out}: {error.strerror}"
+        ) from error
+    return out
+
+
+def _train(current: Run, args: argparse.Namespace) -> None:
+    plan = current.plan
+    if args.resume and plan.checkpoint.exists():
+        current.resume()
+    else:
+        current.start()
+    arms = len(current.arms)
+    left = plan.settings.epochs - current.epoch
+    show = args.progress or sys.stderr.isatty()
+    title = f"{plan.recipe.name} seed {plan.seed}"
+    total = left * plan.steps * arms
+    with tqdm(total=total, desc=title, unit="step", disable=not show, dynamic_ncols=True) as bar:
+
+        def on_epoch() -> None:
+            line = _line(current)
+            bar.set_postfix_str(line, refresh=False)
+            if not show and _worth_a_line(current):
+                print(f"{title}: {line}", file=sys.stderr, flush=True)
+
+        current.on_step, current.on_epoch = bar.update, on_epoch
+        current.train()
+
+
+def _worth_a_line(current: Run) -> bool:
+    every = max(1, current.plan.settings.epochs // LINES_WITHOUT_BAR)
+    return current.epoch % every == 0 or current.epoch == current.plan.settings.epochs
+
+
+def _line(current: Run) -> str:
+    record = current.history[-1]
+    packed = record["arms"][PACKED]
+    left = packed["weights_realised"] / packed["weights_total"]
+    text = (
+        f"epoch {current.epoch}/{current.plan.settings.epochs} loss {packed['loss']:.3f} "
+        f"accuracy {packed['accuracy']:.2f} open {left:.1%} {packed['step_ms']:.1f} ms"
+    )
+    if MASKED in record["arms"]:
+        text += f" (masked {record['arms'][MASKED]['step_ms']:.1f})"
+    return text
+
+
+def _interrupted(current: Run) -> str:
+    where = f"interrupted in epoch {current.epoch + 1} of {current.plan.settings.epochs}"
+    if not current.saved:
+        return f"{where}; nothing is saved yet, so the same command begins anew"
+    return (
+        f"{where}; {current.plan.checkpoint} holds epoch {current.saved}; "
+        f"repeat the command with --resume to continue"
+    )
+
+
+def _finish(results: list[summary.Result], out: Path, as_json: bool) -> None:
+    numbers = json.dumps(summary.to_dict(results), indent=2)
+    table = summary.markdown(results)
+    write_whole(out / "summary.json", lambda file: file.write(numbers.encode() + b"\n"))
+    write_whole(out / "table.md", lambda file: file.write(table.encode() + b"\n"))
+    plot.draw(results, out / "curves.png")
+    print(numbers if as_json else table)
+    kept = "table.md, summary.json, curves.png, seed-*/checkpoint.pt, seed-*/epochs.jsonl"
+    print(f"written to {out}: {kept}", file=sys.stderr)

@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop: one seed of one recipe, with the masked reference beside it if asked."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from l0kernels.recipes import checkpoint, measure
+from l0kernels.recipes.arm import (
+    MASKED,
+    PACKED,
+    Arm,
+    drawn_weights,
+    gated_network,
+    open_units,
+    weights_left,
+)
+from l0kernels.recipes.data import Images
+from l0kernels.recipes.errors import InputError
+from l0kernels.recipes.published import Recipe, Settings
+
+CHECKPOINT = "checkpoint.pt"
+PREVIOUS = "checkpoint.previous.pt"
+LOG = "epochs.jsonl"
+ENTRY = (
+    "loss",
+    "data_loss",
+    "seconds",
+    "step_ms",
+    "accuracy",
+    "open_units",
+    "weights_total",
+    "weights_expected",
+    "weights_realised",
+    "weights_test",
+    "step_memory",
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to train.
+
+    Args:
+        recipe: network and gates.
+        settings: what decides the result.
+        images: the data.
+        seed: of parameters, gates and the order of the data.
+        compare: train the masked reference beside the packed network.
+        reference_layout: memory format of the reference; None measures which is faster.
+        save_every: epochs between two checkpoints; the last epoch is always saved.
+        folder: where the checkpoint and the log go.
+    """
+
+    recipe: Recipe
+    settings: Settings
+    images: Images
+    seed: int
+    compare: bool
+    reference_layout: str | None
+    save_every: int
+    folder: Path
+
+    @property
+    def checkpoint(self) -> Path:
+        """The checkpoint file."""
+        return self.folder / CHECKPOINT
+
+    @property
+    def steps(self) -> int:
+        """Steps per epoch and arm."""
+        return -(-len(self.images.train_x) // self.settings.batch)
+
+
+def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
+    """The order in which an epoch visits the training set.
+
+    Args:
+        seed: of the run.
+        epoch: from 1 on.
+        count: size of the training set.
+
+    Returns:
+        Permutation, int64 of shape [count], that depends on nothing but the arguments.
+    """
+    key = np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)[0]
+    return torch.randperm(count, generator=torch.Generator().manual_seed(int(key >> np.uint64(1))))
+
+
+class Run:
+    """One seed in training; ``history`` has one entry per finished epoch.
+
+    Args:
+        plan: what to train.
+        on_step: called after every step.
+        on_epoch: called after every epoch, before it is saved.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        on_step: Callable[[], object] = lambda: None,
+        on_epoch: Callable[[], object] = lambda: None,
+    ) -> None:
+        self.plan = plan
+        self.on_step = on_step
+        self.on_epoch = on_epoch
+        self.history: list[dict[str, Any]] = []
+        self.arms: list[Arm] = []
+        self.saved = 0
+
+    @property
+    def epoch(self) -> int:
+        """Number of finished epochs."""
+        return len(self.history)
+
+    @property
+    def layout(self) -> str | None:
+        """Memory format of the masked reference; None without one."""
+        return self.arms[1].layout if len(self.arms) > 1 else None
+
+    def start(self) -> None:
+        """Begin anew; a checkpoint that is there already is kept under another name."""
+        plan = self.plan
+        plan.folder.mkdir(parents=True, exist_ok=True)
+        if plan.checkpoint.exists():
+            os.replace(plan.checkpoint, plan.folder / PREVIOUS)
+        self._make_arms(plan.reference_layout)
+        self._write_log()
+
+    def resume(self) -> None:
+        """Continue from the checkpoint.
+
+        Raises:
+            InputError: it is missing, damaged, or of another run.
+        """
+        plan, path = self.plan, self.plan.checkpoint
+        content = checkpoint.load(path)
+        checkpoint.same(path, "recipe", plan.recipe.name, content["recipe"])
+        checkpoint.same(path, "seed", plan.seed, content["seed"])
+        checkpoint.same(path, "setting", self._settings(), content["settings"])
+        checkpoint.same(path, "data", plan.images.fingerprint, content["data"])
+        names = [PACKED, MASKED] if plan.compare else [PACKED]
+        checkpoint.same(path, "networks", names, list(content["arms"]))
+        if content["epoch"] > plan.settings.epochs:
+            raise InputError(
+                f"--epochs: expected at least {content['epoch']}, the epochs that {path} has, "
+                f"got {plan.settings.epochs}"
+            )
+        layout = content.get("reference_layout")
+        if plan.compare and layout not in measure.LAYOUTS:
+            raise InputError(
+                f"{path}: expected reference_layout in {list(measure.LAYOUTS)}, got {layout!r}"
+            )
+        self._make_arms(layout)
+        try:
+            for arm in self.arms:
+                arm.restore(content["arms"][arm.name])
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{path}: expected the state of {plan.recipe.name}, "
+                f"got one that does not fit: {' '.join(str(error).split())[:200]}"
+            ) from error
+        self._check_history(content["history"])
+        self.history = content["history"]
+        self.saved = self.epoch
+        self._write_log()
+
+    def train(self) -> None:
+        """Run the epochs that are left, saving as planned."""
+        plan = self.plan
+        if self.epoch < plan.settings.epochs:
+            batches = self._sample()
+            for arm in self.arms:
+                measure.warm_up(arm, batches)
+        while self.epoch < plan.settings.epochs:
+            self._train_epoch()
+            self.on_epoch()
+            if self.epoch % plan.save_every == 0 or self.epoch == plan.settings.epochs:
+                self.save()
+
+    def save(self) -> None:
+        """Write the checkpoint of the finished epochs."""
+        plan = self.plan
+        content = {
+            "recipe": plan.recipe.name,
+            "seed": plan.seed,
+            "settings": self._settings(),
+            "data": plan.images.fingerprint,
+            "epoch": self.epoch,
+            "reference_layout": self.layout,
+            "arms": {arm.name: arm.state() for arm in self.arms},
+            "history": self.history,
+        }
+        checkpoint.save(plan.checkpoint, content)
+        self.saved = self.epoch
+
+    def _check_history(self, history: list[Any]) -> None:
+        for number, record in enumerate(history, 1):
+            whole = isinstance(record, dict) and record.get("epoch") == number
+            arms = record.get("arms") if whole else None
+            if not isinstance(arms, dict) or any(
+                set(arms.get(arm.name, ())) != set(ENTRY) for arm in self.arms
+            ):
+                raise InputError(
+                    f"{self.plan.checkpoint}: expected a whole record of epoch {number}, "
+                    f"got one that is not"
+                )
+
+    def _settings(self) -> dict[str, Any]:
+        # There is no schedule: a finished run may go on with more epochs.
+        settings = self.plan.settings.to_dict()
+        del settings["epochs"]
+        return settings
+
+    def _make_arms(self, layout: str | None) -> None:
+        plan = self.plan
+        net = gated_network(plan.recipe, plan.settings, len(plan.images.train_x), plan.seed)
+        self.arms = [Arm(PACKED, net, plan.settings, None)]
+        if plan.compare:
+            twin = Arm(MASKED, copy.deepcopy(net), plan.settings, "nchw")
+            chosen = layout or measure.fastest_layout(twin, self._sample())
+            self.arms.append(Arm(MASKED, twin.net, plan.settings, chosen))
+
+    def _parts(self, epoch: int) -> tuple[Tensor, ...]:
+        count = len(self.plan.images.train_x)
+        return epoch_order(self.plan.seed, epoch, count).split(self.plan.settings.batch)
+
+    def _batch(self, part: Tensor) -> measure.Batch:
+        return self.plan.images.train_x[part], self.plan.images.train_y[part]
+
+    def _sample(self) -> list[measure.Batch]:
+        """A few batches for measurements."""
+        return [self._batch(part) for part in self._parts(0)[: measure.ROUNDS]]
+
+    def _train_epoch(self) -> None:
+        epoch = self.epoch + 1
+        # Turns alternate, so that neither arm always runs on the warmer or cooler machine.
+        turns = self.arms if epoch % 2 else self.arms[::-1]
+        entries = {arm.name: self._train_arm(arm, epoch) for arm in turns}
+        record = {
+            "epoch": epoch,
+            "first": turns[0].name,
+            "arms": {arm.name: entries[arm.name] for arm in self.arms},
+        }
+        with (self.plan.folder / LOG).open("a") as log:
+            log.write(json.dumps(record) + "\n")
+        self.history.append(record)
+
+    def _train_arm(self, arm: Arm, epoch: int) -> dict[str, Any]:
+        images = self.plan.images
+        times: list[float] = []
+        loss = data_loss = drawn = 0.0
+        for part in self._parts(epoch):
+            batch = self._batch(part)
+            step = arm.step(arm.place(batch[0]), batch[1])
+            share = len(part) / len(images.train_x)
+            times.append(step.seconds)
+            data_loss += float(step.data_loss) * share
+            loss += float(step.data_loss + step.penalty) * share
+            drawn += drawn_weights(arm.net) * share
+            self.on_step()
+        left = weights_left(arm.net)
+        measured = epoch in (1, self.plan.settings.epochs)
+        return {
+            "loss": loss,
+            "data_loss": data_loss,
+            "seconds": sum(times),
+            "step_ms": 1e3 * statistics.median(times),
+            "accuracy": arm.accuracy(images.test_x, images.test_y),
+            "open_units": open_units(arm.net),
+            "weights_total": int(left["total"]),
+            "weights_expected": left["expected"],
+            "weights_realised": drawn,
+            "weights_test": int(left["test"]),
+            "step_memory": measure.step_memory(arm, self._sample()[0]) if measured else None,
+        }
+
+    def _write_log(self) -> None:
+        text = "".join(json.dumps(record) + "\n" for record in self.history)
+        checkpoint.write_whole(self.plan.folder / LOG, lambda file: file.write(text.encode()))

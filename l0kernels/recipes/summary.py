@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a finished run says: numbers, and a table to paste."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from l0kernels._version import __version__
+from l0kernels.recipes.arm import MASKED, PACKED
+from l0kernels.recipes.loop import Plan
+
+MIB = 2**20
+TITLES = {PACKED: "packed", MASKED: "masked"}
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished seed.
+
+    Args:
+        plan: what was trained.
+        history: one record per epoch, as ``Run`` makes them.
+        layout: memory format of the masked reference, or None.
+    """
+
+    plan: Plan
+    history: list[dict[str, Any]]
+    layout: str | None
+
+    def series(self, arm: str, key: str) -> list[Any]:
+        """One entry of one arm over all epochs."""
+        return [record["arms"][arm][key] for record in self.history]
+
+    @property
+    def compared(self) -> bool:
+        """Whether the masked reference ran beside."""
+        return self.plan.compare
+
+
+def arm_summary(result: Result, arm: str) -> dict[str, Any]:
+    """Final numbers of one arm, plain values.
+
+    Args:
+        result: a finished seed.
+        arm: ``"packed"`` or ``"masked"``.
+    """
+    first, last = result.history[0]["arms"][arm], result.history[-1]["arms"][arm]
+    total = last["weights_total"]
+    measured = [m for m in result.series(arm, "step_memory") if m is not None]
+    return {
+        "accuracy": last["accuracy"],
+        "open_units": "-".join(str(n) for n in last["open_units"]),
+        "weights_total": total,
+        "left_expected": last["weights_expected"] / total,
+        "left_realised": last["weights_realised"] / total,
+        "left_test": last["weights_test"] / total,
+        "loss": last["loss"],
+        "data_loss": last["data_loss"],
+        "step_ms_first": first["step_ms"],
+        "step_ms_last": last["step_ms"],
+        "seconds": sum(result.series(arm, "seconds")),
+        "step_memory_first": measured[0],
+        "step_memory_last": measured[-1],
+    }
+
+
+def comparison(result: Result) -> dict[str, float]:
+    """How the two arms of a seed compare, plain values.
+
+    Args:
+        result: a finished seed with both arms.
+    """
+    packed, masked = result.series(PACKED, "seconds"), result.series(MASKED, "seconds")
+    speed = [m / p for p, m in zip(packed, masked, strict=True)]
+    accuracies = result.series(PACKED, "accuracy")[-1], result.series(MASKED, "accuracy")[-1]
+    return {
+        "speed_up_first": speed[0],
+        "speed_up_last": speed[-1],
+        "speed_up_best": max(speed),
+        "speed_up": sum(masked) / sum(packed),
+        "loss_difference": _largest_difference(result, "loss"),
+        "data_loss_difference": _largest_difference(result, "data_loss"),
+        "accuracy_difference": abs(accuracies[0] - accuracies[1]),
+    }
+
+
+def _largest_difference(result: Result, key: str) -> float:
+    pairs = zip(result.series(PACKED, key), result.series(MASKED, key), strict=True)
+    return max(abs(p - m) / abs(m) if m else abs(p) for p, m in pairs)
+
+
+def to_dict(results: list[Result]) -> dict[str, Any]:
+    """Everything the table says, ready for JSON."""
+    plan = results[0].plan
+    return {
+        "recipe": plan.recipe.name,
+        "data": plan.images.name,
+        "n_train": len(plan.images.train_x),
+        "n_test": len(plan.images.test_x),
+        "settings": plan.settings.to_dict(),
+        "machine": _machine(),
+        "seeds": [
+            {
+                "seed": result.plan.seed,
+                "reference_layout": result.layout,
+                "arms": {arm: arm_summary(result, arm) for arm in _arms(result)},
+                **({"compared": comparison(result)} if result.compared else {}),
+            }
+            for result in results
+        ],
+    }
+
+
+def markdown(results: list[Result]) -> str:
+    """The table at the end of a run."""
+    plan = results[0].plan
+    settings = plan.settings
+    machine = _machine()
+    lines = [
+        f"**{plan.recipe.name}** on {plan.images.name}: {len(plan.images.train_x):,} train, "
+        f"{len(plan.images.test_x):,} test; {settings.epochs} epochs of {plan.steps} steps, "
+        f"batch {settings.batch}, lr {settings.lr:g}, gate lr {settings.gate_lr:g}, "
+        f"lam {_numbers(settings.lam)} / {settings.penalty_n or len(plan.images.train_x):,}; "
+        f"l0kernels {machine['l0kernels']}, torch {machine['torch']}, "
+        f"{machine['threads']} threads",
+        "",
+        "| seed | arm | test accuracy % | open units | weights left % expected / drawn / test "
+        "| ms per step first / last epoch | step memory MiB first / last epoch |",
+        "|---:|---|---:|---|---:|---:|---:|",
+    ]
+    lines += [_arm_row(result, arm) for result in results for arm in _arms(result)]
+    if results[0].compared:
+        lines += [
+            "",
+            "| seed | speed-up first epoch | last | best | whole run | largest difference of "
+            "epoch losses % total / data | accuracy difference, points |",
+            "|---:|---:|---:|---:|---:|---:|---:|",
+        ]
+        lines += [_comparison_row(result) for result in results]
+    return "\n".join([*lines, "", _legend(results[0])])
+
+
+def _arms(result: Result) -> list[str]:
+    return [PACKED, MASKED] if result.compared else [PACKED]
+
+
+def _arm_row(result: Result, arm: str) -> str:
+    s = arm_summary(result, arm)
+    title = TITLES[arm] + (f" ({result.layout})" if arm == MASKED else "")
+    left = " / ".join(f"{100 * s[f'left_{kind}']:.1f}" for kind in ("expected", "realised", "test"))
+    steps = f"{s['step_ms_first']:.2f} / {s['step_ms_last']:.2f}"
+    memory = f"{s['step_memory_first'] / MIB:.1f} / {s['step_memory_last'] / MIB:.1f}"
+    return (
+        f"| {result.plan.seed} | {title} | {s['accuracy']:.2f} | {s['open_units']} | {left} "
+        f"| {steps} | {memory} |"
+    )
+
+
+def _comparison_row(result: Result) -> str:
+    c = comparison(result)
+    return (
+        f"| {result.plan.seed} | {c['speed_up_first']:.2f} | {c['speed_up_last']:.2f} "
+        f"| {c['speed_up_best']:.2f} | {c['speed_up']:.2f} "
+        f"| {100 * c['loss_difference']:.2f} / {100 * c['data_loss_difference']:.2f} "
+        f"| {c['accuracy_difference']:.2f} |"
+    )
+
+
+def _legend(result: Result) -> str:
+    lines = [
+        "Weights of convolutions and linear layers left of all "
+        f"{result.history[-1]['arms'][PACKED]['weights_total']:,}: expected under the training "
+        "gates, drawn (mean over the last epoch's steps), with the test gates. ms per step: median "
+        "of an epoch; draw, penalty, forward, backward and optimizer. Step memory: peak of "
+        "PyTorch's allocator in one step beyond parameters and optimizer state."
+    ]
+    if result.compared:
+        lines.append(
+            "Masked: the same network, draws and batches, computed densely; its memory format is "
+            "the faster of two, measured. Speed-up: masked / packed seconds of training steps."
+        )
+    return " ".join(lines)
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "l0kernels": __version__,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "platform": platform.machine(),
+    }
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    if len(set(values)) == 1:
+        return f"{values[0]:g}"
+    return f"[{', '.join(f'{v:g}' for v in values)}]"
