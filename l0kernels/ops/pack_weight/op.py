@@ -33,7 +33,8 @@ def _backward_fake(grad, weight, z, rows, row_map, cols, col_map, need_weight, n
 
 
 def _forward_python(weight, z, rows, row_map, cols, col_map, dtype):
-    return reference.pack_weight(weight, z, rows, row_map, cols, col_map, dtype).clone()
+    packed = _forward_fake(weight, z, rows, row_map, cols, col_map, dtype)
+    return packed.copy_(reference.pack_weight(weight, z, rows, row_map, cols, col_map, dtype))
 
 
 def _backward_python(grad, weight, z, rows, row_map, cols, col_map, need_weight, need_z):

@@ -1,0 +1,628 @@
+// SPDX-License-Identifier: Apache-2.0
+// pack_weight and its backward pass on the CPU.
+//
+// Every weight is seen as [O, A, L]: O output features, A lines each, L numbers per line. A
+// channels_last weight has one line per kernel position and one number per input feature; any
+// other weight is one line with all kernel positions of an input feature side by side. So packing
+// gathers within lines, and all loops run over adjacent numbers.
+#include "common/host_device.h"
+#include "cpu/common.h"
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+namespace l0k {
+namespace {
+
+using c10::BFloat16;
+using c10::Half;
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+
+constexpr int64_t kGrain = 65536;       // numbers per task below which threads do not pay
+constexpr int64_t kChunk = 32768;       // numbers per chunk of the backward pass, about
+constexpr int64_t kMaxChunks = 64;      // each has its own sums, added in the order of the chunks
+constexpr int64_t kProductsInSum = 64;  // products summed in float32 before they go to float64
+
+// What is computed in: scales, products and short sums.
+template <typename Weight>
+using Compute = std::conditional_t<std::is_same_v<Weight, double>, double, float>;
+
+// ---- layout ----
+
+bool is_dense(const Tensor& t, bool channels_last) {
+  const int64_t dims = t.dim();
+  const int64_t last_channels[4] = {1, 3, 2, 0};  // fastest dimension first
+  int64_t stride = 1;
+  for (int64_t i = 0; i < dims; ++i) {
+    const int64_t d = channels_last ? last_channels[i] : dims - 1 - i;
+    if (t.size(d) != 1 && t.stride(d) != stride) return false;
+    stride *= t.size(d);
+  }
+  return true;
+}
+
+bool has_layout(const Tensor& t, bool channels_last) {
+  return t.numel() == 0 || is_dense(t, channels_last);
+}
+
+bool is_channels_last(const Tensor& weight) {
+  return weight.dim() == 4 && has_layout(weight, true) && !has_layout(weight, false);
+}
+
+MemoryFormat format_of(bool channels_last) {
+  return channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+}
+
+Tensor with_layout(const Tensor& t, bool channels_last) {
+  return has_layout(t, channels_last) ? t : torch::stable::contiguous(t, format_of(channels_last));
+}
+
+struct Shape {
+  int64_t rows;   // O
+  int64_t cols;   // I
+  int64_t lines;  // A
+  int64_t inner;  // numbers per line and input feature
+
+  int64_t line() const { return cols * inner; }
+};
+
+Shape shape_of(const Tensor& weight, bool channels_last) {
+  int64_t kernel = 1;
+  for (int64_t d = 2; d < weight.dim(); ++d) kernel *= weight.size(d);
+  const int64_t cols = weight.dim() > 1 ? weight.size(1) : 1;
+  return channels_last ? Shape{weight.size(0), cols, kernel, 1}
+                       : Shape{weight.size(0), cols, 1, kernel};
+}
+
+// ---- rows and columns ----
+
+// One axis of a weight: which features are packed, and by which gates they are scaled.
+struct Axis {
+  const char* name;
+  int64_t full;
+  int64_t packed;
+  bool selects;          // else all features are packed, in order
+  bool scales;           // else nothing is scaled
+  const int64_t* index;  // packed -> full
+  const int64_t* gates;  // [2, full]
+  std::vector<Tensor> keep;  // owns what the pointers point to
+
+  int64_t feature(int64_t i) const { return selects ? index[i] : i; }
+};
+
+Axis make_axis(const char* name, int64_t full, const std::optional<Tensor>& index,
+               const std::optional<Tensor>& map) {
+  Axis axis{name, full, full, index.has_value(), map.has_value(), nullptr, nullptr, {}};
+  if (index) {
+    axis.keep.push_back(torch::stable::contiguous(*index));
+    axis.index = data<int64_t>(axis.keep.back());
+    axis.packed = index->size(0);
+    bool within = true;
+    for (int64_t i = 0; i < axis.packed; ++i) within &= axis.index[i] >= 0 && axis.index[i] < full;
+    require(within, name, ": expected indices from 0 to ", full - 1);
+  }
+  if (map) {
+    axis.keep.push_back(torch::stable::contiguous(*map));
+    axis.gates = data<int64_t>(axis.keep.back());
+  }
+  return axis;
+}
+
+template <typename S>
+struct Gates {
+  const S* z;
+  int64_t count;  // with the one that is always open
+};
+
+// The scale of every packed feature.
+template <typename S>
+std::vector<S> scales_of(const Axis& axis, const Gates<S>& gates) {
+  std::vector<S> scales(axis.packed, S(1));
+  if (!axis.scales) return scales;
+  for (int64_t i = 0; i < axis.packed; ++i) {
+    const int64_t a = axis.gates[axis.feature(i)];
+    const int64_t b = axis.gates[axis.full + axis.feature(i)];
+    require(a >= 0 && a < gates.count && b >= 0 && b < gates.count, axis.name,
+            "_map: expected gates from 0 to ", gates.count - 1);
+    scales[i] = gates.z[a] * gates.z[b];
+  }
+  return scales;
+}
+
+template <typename S>
+std::vector<uint8_t> open_rows(const Axis& axis, const Gates<S>& gates) {
+  const std::vector<S> scales = scales_of(axis, gates);
+  std::vector<uint8_t> open(scales.size());
+  for (size_t i = 0; i < scales.size(); ++i) open[i] = scales[i] != S(0);
+  return open;
+}
+
+// Repeats every entry for the numbers that an input feature has in a line.
+template <typename T>
+std::vector<T> repeated(const std::vector<T>& values, int64_t times) {
+  if (times == 1) return values;
+  std::vector<T> all(values.size() * times);
+  for (size_t i = 0; i < values.size(); ++i) {
+    std::fill_n(all.begin() + static_cast<int64_t>(i) * times, times, values[i]);
+  }
+  return all;
+}
+
+// Where the numbers of features lie in a line.
+std::vector<int32_t> places(const std::vector<int64_t>& features, int64_t inner) {
+  std::vector<int32_t> all(features.size() * inner);
+  int32_t* next = all.data();
+  for (int64_t feature : features) {
+    for (int64_t b = 0; b < inner; ++b) *next++ = static_cast<int32_t>(feature * inner + b);
+  }
+  return all;
+}
+
+// ---- forward ----
+
+struct Pack {
+  const void* weight;
+  void* packed;
+  int64_t lines, full_line, packed_line;
+  bool plain;                // whole lines, not scaled
+  bool gathers;              // else whole lines, scaled
+  const int64_t* row_full;   // packed -> full
+  const uint8_t* row_open;
+  const int32_t* gather;     // places in a full line
+  const void* scale;         // one per packed number of a line
+};
+
+template <typename W, typename P>
+L0K_HD void copy_line(const W* __restrict from, P* __restrict to, int64_t count) {
+  if constexpr (std::is_same_v<W, P>) {
+    std::memcpy(to, from, count * sizeof(P));
+  } else {
+    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<P>(from[i]);
+  }
+}
+
+template <typename W, typename P, typename S>
+L0K_HD void scale_line(const W* __restrict from, const S* __restrict scale, P* __restrict to,
+                       int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const S product = static_cast<S>(from[i]) * scale[i];
+    to[i] = static_cast<P>(scale[i] == S(0) ? S(0) : product);  // the weight may be infinite
+  }
+}
+
+template <typename W, typename P, typename S>
+L0K_HD void gather_line(const W* __restrict from, const int32_t* __restrict gather,
+                        const S* __restrict scale, P* __restrict to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const S product = static_cast<S>(from[gather[i]]) * scale[i];
+    to[i] = static_cast<P>(scale[i] == S(0) ? S(0) : product);
+  }
+}
+
+template <typename W, typename P>
+L0K_HD void pack_rows(const Pack& p, int64_t begin, int64_t end) {
+  using S = Compute<W>;
+  const S* scale = static_cast<const S*>(p.scale);
+  for (int64_t r = begin; r < end; ++r) {
+    const W* from = static_cast<const W*>(p.weight) + p.row_full[r] * p.lines * p.full_line;
+    P* to = static_cast<P*>(p.packed) + r * p.lines * p.packed_line;
+    if (!p.row_open[r]) {
+      std::memset(to, 0, p.lines * p.packed_line * sizeof(P));
+    } else if (p.plain) {
+      copy_line(from, to, p.lines * p.packed_line);
+    } else {
+      for (int64_t a = 0; a < p.lines; ++a, from += p.full_line, to += p.packed_line) {
+        if (p.gathers) {
+          gather_line(from, p.gather, scale, to, p.packed_line);
+        } else {
+          scale_line(from, scale, to, p.packed_line);
+        }
+      }
+    }
+  }
+}
+
+// ---- backward ----
+
+struct Unpack {
+  const void* grad;
+  const void* weight;
+  void* grad_weight;  // null: not wanted
+  double* sums;       // [chunks, cols], <grad, weight> of every input feature; null: not wanted
+  int64_t rows, cols, lines, full_line, packed_line, inner;
+  int64_t rows_per_chunk;
+  const int64_t* row_slot;  // full -> packed, -1 where closed
+  bool plain;               // whole lines, not scaled
+  bool gathers;             // else whole lines, scaled
+  const int32_t* from;      // where open numbers lie in a packed line ...
+  const int32_t* to;        // ... and in a full one
+  int64_t open_numbers;
+  const void* scale;        // one per number of a full line, 0 where closed
+};
+
+// Lays a packed line out in a full one; closed places of `line` are 0 and stay so.
+template <typename P, typename S>
+L0K_HD void spread_line(const Unpack& u, const P* __restrict grad, const S* __restrict scale,
+                        S* __restrict line) {
+  if (u.gathers) {
+    for (int64_t i = 0; i < u.open_numbers; ++i) line[u.to[i]] = static_cast<S>(grad[u.from[i]]);
+  } else {
+    for (int64_t i = 0; i < u.full_line; ++i) {
+      const S value = static_cast<S>(grad[i]);
+      line[i] = scale[i] == S(0) ? S(0) : value;
+    }
+  }
+}
+
+template <typename S>
+struct Scratch {
+  std::vector<S> line;
+  std::vector<S> products;    // short sums
+  std::vector<double> total;
+
+  explicit Scratch(int64_t size) : line(size), products(size), total(size) {}
+};
+
+template <typename S>
+L0K_HD void flush(Scratch<S>& scratch) {
+  S* __restrict products = scratch.products.data();
+  double* __restrict total = scratch.total.data();
+  const int64_t size = static_cast<int64_t>(scratch.total.size());
+  for (int64_t i = 0; i < size; ++i) {
+    total[i] += static_cast<double>(products[i]);
+    products[i] = S(0);
+  }
+}
+
+template <typename W, typename P, typename S>
+L0K_HD void unpack_line(const Unpack& u, const P* grad, const W* __restrict weight,
+                        W* __restrict grad_weight, Scratch<S>& scratch) {
+  const S* __restrict scale = static_cast<const S*>(u.scale);
+  S* __restrict line = scratch.line.data();
+  spread_line(u, grad, scale, line);
+  if (grad_weight != nullptr) {
+    for (int64_t i = 0; i < u.full_line; ++i) grad_weight[i] = static_cast<W>(line[i] * scale[i]);
+  }
+  if (u.sums != nullptr) {
+    S* __restrict products = scratch.products.data();
+    for (int64_t i = 0; i < u.full_line; ++i) products[i] += line[i] * static_cast<S>(weight[i]);
+  }
+}
+
+template <typename W, typename P>
+L0K_HD void unpack_rows(const Unpack& u, int64_t chunk, Scratch<Compute<W>>& scratch) {
+  const int64_t end = std::min(u.rows, (chunk + 1) * u.rows_per_chunk);
+  const int64_t lines_per_flush = std::max<int64_t>(1, kProductsInSum / u.lines) * u.lines;
+  int64_t lines_summed = 0;
+  for (int64_t row = chunk * u.rows_per_chunk; row < end; ++row) {
+    const int64_t start = row * u.lines * u.full_line;
+    const W* weight = static_cast<const W*>(u.weight) + start;
+    W* grad_weight =
+        u.grad_weight == nullptr ? nullptr : static_cast<W*>(u.grad_weight) + start;
+    const int64_t slot = u.row_slot[row];
+    if (slot < 0) {
+      if (grad_weight != nullptr) {
+        std::memset(grad_weight, 0, u.lines * u.full_line * sizeof(W));
+      }
+      continue;
+    }
+    const P* grad = static_cast<const P*>(u.grad) + slot * u.lines * u.packed_line;
+    if (u.plain) {
+      copy_line(grad, grad_weight, u.lines * u.full_line);
+      continue;
+    }
+    for (int64_t a = 0; a < u.lines; ++a) {
+      unpack_line(u, grad + a * u.packed_line, weight + a * u.full_line,
+                  grad_weight == nullptr ? nullptr : grad_weight + a * u.full_line, scratch);
+    }
+    lines_summed += u.lines;
+    if (u.sums != nullptr && lines_summed >= lines_per_flush) {
+      flush(scratch);
+      lines_summed = 0;
+    }
+  }
+  if (u.sums != nullptr) flush(scratch);
+}
+
+template <typename S>
+void store_sums(const Unpack& u, int64_t chunk, Scratch<S>& scratch) {
+  for (int64_t i = 0; i < u.cols; ++i) {
+    double sum = 0;
+    for (int64_t b = 0; b < u.inner; ++b) sum += scratch.total[i * u.inner + b];
+    u.sums[chunk * u.cols + i] = sum;
+  }
+  std::fill(scratch.total.begin(), scratch.total.end(), 0.0);
+}
+
+// ---- one pair of functions for each pair of dtypes, compiled for several instruction sets ----
+
+#define L0K_DTYPES(X)               \
+  X(f64, double, double)            \
+  X(f32, float, float)              \
+  X(f32_to_bf16, float, BFloat16)   \
+  X(f32_to_f16, float, Half)        \
+  X(bf16, BFloat16, BFloat16)       \
+  X(f16, Half, Half)
+
+#define L0K_INSTANCE(name, W, P)                                             \
+  L0K_CLONES void pack_##name(const Pack& p, int64_t begin, int64_t end) {   \
+    pack_rows<W, P>(p, begin, end);                                          \
+  }                                                                          \
+  L0K_CLONES void unpack_##name(const Unpack& u, int64_t chunk,              \
+                                Scratch<Compute<W>>& scratch) {              \
+    unpack_rows<W, P>(u, chunk, scratch);                                    \
+  }
+L0K_DTYPES(L0K_INSTANCE)
+
+template <typename T>
+constexpr ScalarType type_of() {
+  if constexpr (std::is_same_v<T, double>) return ScalarType::Double;
+  if constexpr (std::is_same_v<T, float>) return ScalarType::Float;
+  if constexpr (std::is_same_v<T, BFloat16>) return ScalarType::BFloat16;
+  if constexpr (std::is_same_v<T, Half>) return ScalarType::Half;
+}
+
+using PackRows = void (*)(const Pack&, int64_t, int64_t);
+template <typename S>
+using UnpackRows = void (*)(const Unpack&, int64_t, Scratch<S>&);
+
+PackRows pack_function(ScalarType weight, ScalarType packed) {
+#define L0K_CHOOSE(name, W, P) \
+  if (weight == type_of<W>() && packed == type_of<P>()) return pack_##name;
+  L0K_DTYPES(L0K_CHOOSE)
+#undef L0K_CHOOSE
+  require(false, "pack_weight: no kernel for this pair of dtypes");
+  return nullptr;
+}
+
+template <typename S>
+UnpackRows<S> unpack_function(ScalarType weight, ScalarType packed) {
+#define L0K_CHOOSE(name, W, P)                                              \
+  if constexpr (std::is_same_v<S, Compute<W>>) {                            \
+    if (weight == type_of<W>() && packed == type_of<P>()) return unpack_##name; \
+  }
+  L0K_DTYPES(L0K_CHOOSE)
+#undef L0K_CHOOSE
+  require(false, "pack_weight_backward: no kernel for this pair of dtypes");
+  return nullptr;
+}
+
+// ---- operators ----
+
+struct Arguments {
+  Tensor weight;  // dense
+  bool channels_last;
+  Shape shape;
+  Tensor z;  // contiguous; undefined without gates
+  Axis row, col;
+
+  template <typename S>
+  Gates<S> gates() const {
+    return z.defined() ? Gates<S>{data<S>(z), z.size(0)} : Gates<S>{nullptr, 0};
+  }
+};
+
+Arguments make_arguments(const Tensor& weight, const std::optional<Tensor>& z,
+                         const std::optional<Tensor>& rows, const std::optional<Tensor>& row_map,
+                         const std::optional<Tensor>& cols, const std::optional<Tensor>& col_map) {
+  const bool channels_last = is_channels_last(weight);
+  const Shape shape = shape_of(weight, channels_last);
+  require(shape.line() <= std::numeric_limits<int32_t>::max(),
+          "pack_weight: expected fewer than 2^31 numbers per line");
+  return {with_layout(weight, channels_last),
+          channels_last,
+          shape,
+          z ? torch::stable::contiguous(*z) : Tensor(),
+          make_axis("rows", shape.rows, rows, z ? row_map : std::nullopt),
+          make_axis("cols", shape.cols, cols, z ? col_map : std::nullopt)};
+}
+
+std::vector<int64_t> features_of(const Axis& axis) {
+  std::vector<int64_t> features(axis.packed);
+  for (int64_t i = 0; i < axis.packed; ++i) features[i] = axis.feature(i);
+  return features;
+}
+
+template <typename S>
+void run_pack(const Arguments& args, const Tensor& packed) {
+  const Shape& shape = args.shape;
+  const bool plain = !args.col.selects && !args.col.scales;
+  const std::vector<int64_t> row_full = features_of(args.row);
+  const std::vector<uint8_t> row_open = open_rows(args.row, args.gates<S>());
+  std::vector<int32_t> gather;
+  std::vector<S> scale;
+  if (args.col.selects) gather = places(features_of(args.col), shape.inner);
+  if (!plain) scale = repeated(scales_of(args.col, args.gates<S>()), shape.inner);
+
+  Pack p{};
+  p.weight = args.weight.const_data_ptr();
+  p.packed = packed.mutable_data_ptr();
+  p.lines = shape.lines;
+  p.full_line = shape.line();
+  p.packed_line = args.col.packed * shape.inner;
+  p.plain = plain;
+  p.gathers = args.col.selects;
+  p.row_full = row_full.data();
+  p.row_open = row_open.data();
+  p.gather = gather.data();
+  p.scale = scale.data();
+  const PackRows run = pack_function(args.weight.scalar_type(), packed.scalar_type());
+  const int64_t grain = kGrain / std::max<int64_t>(1, p.lines * p.packed_line) + 1;
+  torch::stable::parallel_for(0, args.row.packed, grain,
+                              [&](int64_t begin, int64_t end) { run(p, begin, end); });
+}
+
+Tensor pack_weight(Tensor weight, std::optional<Tensor> z, std::optional<Tensor> rows,
+                   std::optional<Tensor> row_map, std::optional<Tensor> cols,
+                   std::optional<Tensor> col_map, ScalarType dtype) {
+  const Arguments args = make_arguments(weight, z, rows, row_map, cols, col_map);
+  std::vector<int64_t> sizes(weight.sizes().begin(), weight.sizes().end());
+  sizes[0] = args.row.packed;
+  if (sizes.size() > 1) sizes[1] = args.col.packed;
+  Tensor packed = torch::stable::empty(sizes, dtype, std::nullopt, std::nullopt, std::nullopt,
+                                       format_of(args.channels_last));
+  if (packed.numel() == 0) return packed;
+  if (weight.scalar_type() == ScalarType::Double) {
+    run_pack<double>(args, packed);
+  } else {
+    run_pack<float>(args, packed);
+  }
+  return packed;
+}
+
+// For every full row its place in the packed weight, -1 if it is closed or a dummy.
+template <typename S>
+std::vector<int64_t> row_slots(const Axis& row, const Gates<S>& gates) {
+  const std::vector<uint8_t> open = open_rows(row, gates);
+  std::vector<int64_t> slots(row.full, -1);
+  int64_t repeats = 0;
+  std::vector<uint8_t> seen(row.full, 0);
+  for (int64_t r = 0; r < row.packed; ++r) {
+    const int64_t feature = row.feature(r);
+    repeats += seen[feature];
+    seen[feature] = 1;
+    if (open[r]) slots[feature] = r;
+  }
+  require(repeats == 0, "rows: expected distinct indices");
+  return slots;
+}
+
+// The open columns, in packed order.
+template <typename S>
+struct OpenColumns {
+  std::vector<int64_t> packed, full;
+  std::vector<S> full_scale;  // of every full column, 0 where closed
+};
+
+template <typename S>
+OpenColumns<S> open_columns(const Axis& col, const Gates<S>& gates) {
+  OpenColumns<S> open;
+  open.full_scale.assign(col.full, S(0));
+  const std::vector<S> scales = scales_of(col, gates);
+  std::vector<uint8_t> seen(col.full, 0);
+  int64_t repeats = 0;
+  for (int64_t c = 0; c < col.packed; ++c) {
+    const int64_t feature = col.feature(c);
+    repeats += seen[feature];
+    seen[feature] = 1;
+    if (scales[c] == S(0)) continue;
+    open.packed.push_back(c);
+    open.full.push_back(feature);
+    open.full_scale[feature] = scales[c];
+  }
+  require(repeats == 0, "cols: expected distinct indices");
+  return open;
+}
+
+template <typename S>
+void add_gate_grads(const Axis& col, const Gates<S>& gates, const OpenColumns<S>& open,
+                    const std::vector<double>& sums, int64_t chunks, S* grad_z) {
+  std::vector<double> grad(gates.count, 0.0);
+  for (int64_t feature : open.full) {
+    double sum = 0;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += sums[chunk * col.full + feature];
+    const int64_t a = col.gates[feature];
+    const int64_t b = col.gates[col.full + feature];
+    grad[a] += sum * static_cast<double>(gates.z[b]);
+    grad[b] += sum * static_cast<double>(gates.z[a]);
+  }
+  grad.back() = 0.0;
+  for (int64_t j = 0; j < gates.count; ++j) grad_z[j] = static_cast<S>(grad[j]);
+}
+
+int64_t rows_per_chunk(const Shape& shape) {
+  const int64_t row = std::max<int64_t>(1, shape.lines * shape.line());
+  return std::max({int64_t{1}, kChunk / row, (shape.rows + kMaxChunks - 1) / kMaxChunks});
+}
+
+template <typename S>
+void run_unpack(const Arguments& args, const Tensor& grad, const Tensor& grad_weight,
+                const Tensor& grad_z) {
+  const Shape& shape = args.shape;
+  const bool sums_wanted = grad_z.defined() && args.col.scales;
+  const std::vector<int64_t> slots = row_slots(args.row, args.gates<S>());
+  const OpenColumns<S> open = open_columns(args.col, args.gates<S>());
+  const std::vector<S> scale = repeated(open.full_scale, shape.inner);
+  const std::vector<int32_t> from = places(open.packed, shape.inner);
+  const std::vector<int32_t> to = places(open.full, shape.inner);
+
+  Unpack u{};
+  u.grad = grad.const_data_ptr();
+  u.weight = args.weight.const_data_ptr();
+  u.grad_weight = grad_weight.defined() ? grad_weight.mutable_data_ptr() : nullptr;
+  u.rows = shape.rows;
+  u.cols = shape.cols;
+  u.lines = shape.lines;
+  u.full_line = shape.line();
+  u.packed_line = args.col.packed * shape.inner;
+  u.inner = shape.inner;
+  u.rows_per_chunk = rows_per_chunk(shape);
+  u.row_slot = slots.data();
+  u.plain = !args.col.selects && !args.col.scales;
+  u.gathers = args.col.selects;
+  u.from = from.data();
+  u.to = to.data();
+  u.open_numbers = static_cast<int64_t>(from.size());
+  u.scale = scale.data();
+
+  const int64_t chunks = (shape.rows + u.rows_per_chunk - 1) / u.rows_per_chunk;
+  std::vector<double> sums(sums_wanted ? chunks * shape.cols : 0);
+  u.sums = sums_wanted ? sums.data() : nullptr;
+  const auto run = unpack_function<S>(args.weight.scalar_type(), grad.scalar_type());
+  if (u.grad_weight != nullptr || sums_wanted) {
+    torch::stable::parallel_for(0, chunks, 2, [&](int64_t begin, int64_t end) {
+      Scratch<S> scratch(u.plain ? 0 : u.full_line);
+      for (int64_t chunk = begin; chunk < end; ++chunk) {
+        run(u, chunk, scratch);
+        if (sums_wanted) store_sums(u, chunk, scratch);
+      }
+    });
+  }
+  if (sums_wanted) {
+    add_gate_grads(args.col, args.gates<S>(), open, sums, chunks, out<S>(grad_z));
+  } else if (grad_z.defined()) {
+    std::fill_n(out<S>(grad_z), grad_z.numel(), S(0));
+  }
+}
+
+Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
+
+std::tuple<Tensor, Tensor> pack_weight_backward(
+    Tensor grad, Tensor weight, std::optional<Tensor> z, std::optional<Tensor> rows,
+    std::optional<Tensor> row_map, std::optional<Tensor> cols, std::optional<Tensor> col_map,
+    bool need_weight, bool need_z) {
+  const Arguments args = make_arguments(weight, z, rows, row_map, cols, col_map);
+  const Tensor upstream = with_layout(grad, args.channels_last);
+  const bool direct = has_layout(weight, args.channels_last);
+  const Tensor dense = need_weight ? torch::stable::empty_like(args.weight) : Tensor();
+  const Tensor grad_z =
+      need_z ? torch::stable::new_empty(args.z, {args.z.size(0)}) : Tensor();
+  if (weight.scalar_type() == ScalarType::Double) {
+    run_unpack<double>(args, upstream, dense, grad_z);
+  } else {
+    run_unpack<float>(args, upstream, dense, grad_z);
+  }
+  Tensor grad_weight = dense;
+  if (need_weight && !direct) {  // computed in another layout than the weight has
+    grad_weight = torch::stable::empty_like(weight);
+    torch::stable::copy_(grad_weight, dense);
+  }
+  return {need_weight ? grad_weight : nothing(weight), need_z ? grad_z : nothing(weight)};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(l0kernels, CPU, m) {
+  m.impl("pack_weight", TORCH_BOX(&pack_weight));
+  m.impl("pack_weight_backward", TORCH_BOX(&pack_weight_backward));
+}
+
+}  // namespace l0k
