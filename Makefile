@@ -28,7 +28,7 @@ help:
 	@echo 'make clean  remove .venv, build and runs'
 
 demo: $(STAMP)
-	$(RUN)/l0kernels train lenet5-hc --compare --seeds 3 --out runs/demo
+	$(RUN)/l0kernels train lenet5-hc --compare --seeds 0,1,2 --out runs/demo
 
 test: $(STAMP)
 	$(RUN)/python -m pytest -q -rs --durations=10
