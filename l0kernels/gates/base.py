@@ -137,7 +137,7 @@ class Gates(nn.Module):
         self.unit_weights = torch.ones(self.count, dtype=torch.float64)
         self.unit_flops: Tensor | None = None
         self.refused: dict[str, str] = {}
-        self._cost = torch.zeros(self.count)
+        self._cost = self._cost_of(self.lam, self.unit_weights).float()
         self._draw: Draw | None = None
         self._graphs: weakref.WeakSet[_Graph] = weakref.WeakSet()
         self._held = 0
@@ -268,7 +268,8 @@ class Gates(nn.Module):
         super()._apply(fn, recurse)
         self.layout = GateLayout(*(fn(t) for t in self.layout))
         self.port_maps = [fn(m) for m in self.port_maps]
-        self._cost = fn(self._cost)
+        # Anew rather than converted: a detour over a narrow dtype would lose digits.
+        self._cost = self._cost_of(self.lam, self.unit_weights).to(self.log_alpha)
         self._draw = None
         return self
 

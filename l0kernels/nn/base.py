@@ -101,13 +101,22 @@ class GatedLayer(nn.Module):
             return full
         return pack_weight(full, draw.z, rows, row_map, cols, col_map, dtype)
 
-    def select_inputs(self, x: Tensor, dim: int, draw: Draw) -> Tensor:
-        """Drop input features that only a gate without producer closes."""
+    def select_inputs(self, x: Tensor, dim: int, draw: Draw, weight: Tensor) -> Tensor:
+        """Drop input features that only a gate without producer closes.
+
+        Raises:
+            ValueError: ``x`` has another width than the draw packs.
+        """
         gates = self.gates
         assert gates is not None
-        if self.in_port < 0 or not gates.port_packs[self.in_port]:
-            return x
-        return x.index_select(dim, draw.position[self.in_port])
+        if self.in_port >= 0 and gates.port_packs[self.in_port]:
+            return x.index_select(dim, draw.position[self.in_port])
+        if not self.depthwise and x.shape[dim] != weight.shape[1]:
+            raise ValueError(
+                f"{type(self).__name__}: expected {weight.shape[1]} input features, "
+                f"got {x.shape[dim]}"
+            )
+        return x
 
 
 def _scale(gates: Gates | None, port: int, draw: Draw) -> Tensor:

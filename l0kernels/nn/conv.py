@@ -74,7 +74,7 @@ class GatedConv2d(GatedLayer, nn.Conv2d):
                 x = x * self.scale(draw).to(x.dtype).view(-1, 1, 1)
             return super().forward(x)
         weight, bias = self.packed_parameters(draw)
-        return self._convolve(self.select_inputs(x, -3, draw), weight, bias)
+        return self._convolve(self.select_inputs(x, -3, draw, weight), weight, bias)
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         groups = weight.shape[0] if self.depthwise else 1

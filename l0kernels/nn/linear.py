@@ -56,4 +56,4 @@ class GatedLinear(GatedLayer, nn.Linear):
             x = x if self.in_port < 0 else x * self.scale(draw).to(x.dtype)
             return super().forward(x)
         weight, bias = self.packed_parameters(draw)
-        return F.linear(self.select_inputs(x, -1, draw), weight, bias)
+        return F.linear(self.select_inputs(x, -1, draw, weight), weight, bias)
