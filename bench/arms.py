@@ -28,7 +28,7 @@ LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.01, 0.9, 5e-4
 # Gates are clamped to log alpha <= ln 100 in training (Louizos et al. 2018, authors' code).
 MOST_OPEN = math.log(100)
 CHECK_BATCH = 4
-TOLERANCE = 1e-8
+TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -82,10 +82,14 @@ class Arm:
         self.net, self.loss, self.gates, self.x, self.y = net, loss, list(gates), x, y
         own = set(self.gates)
         weights = [p for p in net.parameters() if p not in own]
-        groups: list[dict[str, object]] = [{"params": weights}]
+        self.trained = [*weights, *self.gates]
+        # torch's fused SGD copies every gradient that is not contiguous, for nothing: it gets
+        # contiguous views of the same memory, in all variants alike.
+        self.views = [nn.Parameter(contiguous_view(p.detach())) for p in self.trained]
+        groups: list[dict[str, object]] = [{"params": self.views[: len(weights)]}]
         if self.gates:
-            groups.append({"params": self.gates, "lr": 0.0, "weight_decay": 0.0})
-        # One optimizer for all variants: the fused one reads and writes each weight once.
+            fixed = {"params": self.views[len(weights) :], "lr": 0.0, "weight_decay": 0.0}
+            groups.append(fixed)
         self.optimizer = torch.optim.SGD(
             groups,
             lr=LEARNING_RATE,
@@ -98,8 +102,12 @@ class Arm:
     def step(self) -> None:
         """Draw, forward, penalty, backward and optimizer: all that a training step does."""
         loss = self.loss(self.x, self.y)
-        self.optimizer.zero_grad()
+        for parameter, view in zip(self.trained, self.views, strict=True):
+            parameter.grad = view.grad = None
         loss.backward()
+        for parameter, view in zip(self.trained, self.views, strict=True):
+            if parameter.grad is not None:
+                view.grad = contiguous_view(parameter.grad)
         self.optimizer.step()
 
     @torch.no_grad()
@@ -107,6 +115,19 @@ class Arm:
         """Make every gate open with probability keep."""
         for gate in self.gates:
             gate.fill_(log_alpha_for(keep))
+
+
+def contiguous_view(tensor: Tensor) -> Tensor:
+    """Return the same memory as a contiguous tensor, channels_last ones as [N, H, W, C].
+
+    Raises:
+        RuntimeError: the tensor is strided in another way.
+    """
+    if tensor.is_contiguous():
+        return tensor
+    if not tensor.is_contiguous(memory_format=torch.channels_last):
+        raise RuntimeError(f"expected a contiguous or channels_last tensor, got {tensor.stride()}")
+    return tensor.permute(0, 2, 3, 1)
 
 
 def make_arm(task: Task, variant: str, keep: float = 1.0) -> Arm:
@@ -247,7 +268,7 @@ def gradient(parameter: Tensor) -> Tensor:
 
 
 def require_agreement(task: Task, net: nn.Module, variants: Iterable[str]) -> dict[str, float]:
-    """Return `disagreement`, or refuse to go on where it is above 1e-8.
+    """Return `disagreement`, or refuse to go on where it is above `TOLERANCE`.
 
     Raises:
         RuntimeError: a variant computes something else than the masked network.
