@@ -68,7 +68,10 @@ def test_auto_without_a_compiler_builds_without_library_and_says_why(build):
 
 
 @pytest.mark.parametrize(("choice", "succeeds"), [("auto", True), ("cpu", False)])
-def test_sources_that_do_not_compile(build, source_tree, choice, succeeds):
+def test_sources_that_do_not_compile(build, source_tree, tmp_path, choice, succeeds):
+    stale = tmp_path / "built" / "l0kernels" / "_C.so"
+    stale.parent.mkdir(parents=True)
+    stale.write_bytes(b"left by an earlier build")
     for source in source_tree.glob("csrc/**/*.cpp"):
         source.write_text("this is not C++\n")
     done, package = build(L0K_BUILD=choice)
