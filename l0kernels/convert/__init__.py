@@ -13,13 +13,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from l0kernels.convert.check import TOLERANCE, check, steps
+from l0kernels.convert.check import STEPS, TOLERANCE, check
 from l0kernels.convert.groups import Plan, Select, make_plan
 from l0kernels.convert.probe import Trace, probe, to_double
 from l0kernels.convert.swap import install, uninstall
 from l0kernels.gates import METHODS, Gates
 
 GRANULARITIES = ("unit", "input")
+
+# Input channels from which oneDNN's convolutions gain from channels_last.
+CHANNELS_LAST_FROM = 32
 
 
 def convert(
@@ -174,7 +177,7 @@ def _verdict(
     trial = copy.deepcopy(model).double()
     trial.zero_grad(set_to_none=True)
     install(trial, METHODS["hard_concrete"](plan.groups).double(), plan, trace)
-    tick = _bar("checking packed against masked")(steps())
+    tick = _bar("checking packed against masked")(STEPS)
     error, where = check(trial, to_double(example_inputs), tick)
     if error <= TOLERANCE:
         return None
@@ -197,12 +200,11 @@ def _for_groups(
 def _prefer_channels_last(model: nn.Module, plan: Plan, trace: Trace) -> None:
     """Store wide gated filters as [O, kh, kw, I], the layout CPU convolutions are fastest in."""
     for name, module in model.named_modules():
-        wide = isinstance(module, nn.Conv2d) and module.in_channels >= CHANNELS_LAST_FROM
-        if wide and module.weight.device.type == "cpu" and _is_touched(name, plan, trace):
-            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
-
-
-CHANNELS_LAST_FROM = 32
+        if not isinstance(module, nn.Conv2d) or not _is_touched(name, plan, trace):
+            continue
+        weight = module.weight
+        if weight.shape[1] >= CHANNELS_LAST_FROM and weight.device.type == "cpu":
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
 
 def _is_touched(name: str, plan: Plan, trace: Trace) -> bool:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 # Dead activations (ReLU, clipping, pooling) hide a change of one sign or size: several are tried.
@@ -92,6 +93,17 @@ def to_double(value: Any) -> Any:
     )
 
 
+class NoDropout(TorchFunctionMode):
+    """Leaves dropout out: every run would draw other noise."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if "dropout" in getattr(func, "__name__", ""):
+            return args[0] if args else (kwargs or {})["input"]
+        return func(*args, **(kwargs or {}))
+
+
 class _Replayer:
     """A copy of the model whose layers return recorded outputs.
 
@@ -102,9 +114,9 @@ class _Replayer:
     def __init__(self, model: nn.Module, example_inputs: tuple[Any, ...]) -> None:
         self.model = copy.deepcopy(model).double().eval()
         self.arguments = to_double(example_inputs)
-        self.inputs_of: dict[str, Tensor] = {}
-        self.recorded: dict[str, Tensor] = {}
-        self.calls: dict[str, int] = {}
+        # One entry per call of a layer in a forward.
+        self.inputs_of: dict[str, list[Tensor]] = {}
+        self.recorded: dict[str, list[Tensor]] = {}
         self.touched: dict[str, Tensor] = {}
         self.dims: dict[str, int] = {}
         self._recording = True
@@ -123,27 +135,32 @@ class _Replayer:
         def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if self._recording:
                 # Cloned: an in-place operation may follow.
-                self.calls[name] = self.calls.get(name, 0) + 1
-                self.inputs_of.setdefault(name, x.clone())
+                self.inputs_of.setdefault(name, []).append(x.clone())
                 out = forward(x, *args, **kwargs)
                 if is_layer(module):
-                    self.recorded.setdefault(name, out.clone())
+                    self.recorded.setdefault(name, []).append(out.clone())
                 return out
-            self._compare(name, x)
-            replayed = self._current.get(name)
-            return forward(x, *args, **kwargs) if replayed is None else replayed.clone()
+            call = self._compare(name, x)
+            if name not in self._current:
+                return forward(x, *args, **kwargs)
+            return self._current[name][call].clone()
 
         return run
 
-    def _compare(self, name: str, x: Tensor) -> None:
-        new = (x != self.inputs_of[name]).movedim(self.dims[name], 0).flatten(1).any(1)
+    def _compare(self, name: str, x: Tensor) -> int:
+        call = self._calls.get(name, 0)
+        self._calls[name] = call + 1
+        new = (x != self.inputs_of[name][call]).movedim(self.dims[name], 0).flatten(1).any(1)
         self.touched[name] = self.touched[name] | new if name in self.touched else new
+        return call
 
     def _run(self) -> list[Tensor]:
-        leaves = tree_leaves(self.model(*self.arguments))
+        self._calls: dict[str, int] = {}
+        with NoDropout():
+            leaves = tree_leaves(self.model(*self.arguments))
         return [leaf.clone() for leaf in leaves if isinstance(leaf, Tensor)]
 
-    def replay(self, changed: dict[str, Tensor]) -> bool:
+    def replay(self, changed: dict[str, list[Tensor]]) -> bool:
         """Run with these layer outputs; returns whether an output of the model changed."""
         self._current = self.recorded | changed
         outputs = self._run()
@@ -163,7 +180,7 @@ class _Prober:
         self.replayer = _Replayer(model, example_inputs)
         self.readers = list(self.replayer.inputs_of)
         dims = self.replayer.dims
-        self.width = {n: out.shape[dims[n]] for n, out in self.replayer.recorded.items()}
+        self.width = {n: outs[0].shape[dims[n]] for n, outs in self.replayer.recorded.items()}
         self.first_unit: dict[str, int] = {}
         total = 0
         for name in self.replayer.layers:
@@ -179,7 +196,10 @@ class _Prober:
         for scale in SCALES:
             generator = torch.Generator().manual_seed(seed)
             changed = {
-                name: _change(replayer.recorded[name], replayer.dims[name], units, scale, generator)
+                name: [
+                    _change(out, replayer.dims[name], units, scale, generator)
+                    for out in replayer.recorded[name]
+                ]
                 for name, units in chosen.items()
             }
             output |= replayer.replay(changed)
@@ -260,10 +280,10 @@ def probe(
         first_unit=prober.first_unit,
         width=prober.width,
         readings={name: Reading(touched_by[name], units[name]) for name in prober.readers},
-        calls=replayer.calls,
+        calls={name: len(inputs) for name, inputs in replayer.inputs_of.items()},
         reaches_output=reaches_output,
         positions={
-            name: out.numel() // prober.width[name] // max(1, out.shape[0])
-            for name, out in replayer.recorded.items()
+            name: outs[0].numel() // prober.width[name] // max(1, outs[0].shape[0])
+            for name, outs in replayer.recorded.items()
         },
     )

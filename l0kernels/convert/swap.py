@@ -45,7 +45,7 @@ def uninstall(model: nn.Module) -> None:
     """Give every layer its plain class back and remove the gates."""
     for module in model.modules():
         if isinstance(module, GatedLayer):
-            module.__class__ = PLAIN_CLASS[type(module)]
+            module.__class__ = PLAIN_CLASS[type(module)]  # pyright: ignore
             for name in ("in_gate", "out_gate", "in_port", "out_port"):
                 module.__dict__.pop(name, None)
     for handle, hook in list(model._forward_pre_hooks.items()):

@@ -18,6 +18,8 @@ class GatedLayer(nn.Module):
     which output features exist in a draw.
     """
 
+    weight: Tensor
+    bias: Tensor | None
     in_gate: GateRef | None = None
     out_gate: GateRef | None = None
     in_port: int = -1

@@ -82,9 +82,9 @@ class _GatedBatchNorm(GatedLayer, nn.modules.batchnorm._BatchNorm):
 
     def _pack(self, draw: Draw) -> tuple[Tensor, Tensor | None]:
         # Normalisation stays in the dtype of its parameters under autocast.
-        return tuple(
-            self._pack_one(t, draw, t.dtype, columns=False) for t in (self.weight, self.bias)
-        )
+        assert self.bias is not None
+        weight = self._pack_one(self.weight, draw, self.weight.dtype, columns=False)
+        return weight, self._pack_one(self.bias, draw, self.bias.dtype, columns=False)
 
     def _count_batch(self) -> float:
         """Count the batch and return the averaging factor of this update."""

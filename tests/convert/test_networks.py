@@ -297,7 +297,7 @@ def errors_by_kind(exact: dict[str, Tensor], got: dict[str, Tensor]) -> dict[str
         if names:
             t = torch.cat([exact[n].double().flatten() for n in names])
             error = torch.cat([got[n].double().flatten() for n in names]) - t
-                errors[kind] = float(error.norm() / t.norm().clamp_min(1e-30))
+            errors[kind] = float(error.norm() / t.norm().clamp_min(1e-30))
     return errors
 
 
