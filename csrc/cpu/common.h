@@ -11,15 +11,15 @@
 #include <sstream>
 #include <stdexcept>
 
-// Compiles a function for several instruction sets; the dynamic loader picks one per machine.
-// Results do not depend on the choice: fused multiply-add is off for all.
+// Compiles a function for plain x86-64 and for the instruction sets named; the dynamic loader
+// picks one per machine. Results do not depend on the choice: fused multiply-add is off for all.
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__has_attribute)
 #if __has_attribute(target_clones)
-#define L0K_CLONES __attribute__((target_clones("default", "avx2", "avx512f")))
+#define L0K_CLONES(...) __attribute__((target_clones("default", __VA_ARGS__)))
 #endif
 #endif
 #ifndef L0K_CLONES
-#define L0K_CLONES
+#define L0K_CLONES(...)
 #endif
 
 namespace l0k {

@@ -106,8 +106,13 @@ Axis make_axis(const char* name, int64_t full, const std::optional<Tensor>& inde
     axis.index = data<int64_t>(axis.keep.back());
     axis.packed = index->size(0);
     bool within = true;
-    for (int64_t i = 0; i < axis.packed; ++i) within &= axis.index[i] >= 0 && axis.index[i] < full;
+    bool in_order = axis.packed == full;
+    for (int64_t i = 0; i < axis.packed; ++i) {
+      within &= axis.index[i] >= 0 && axis.index[i] < full;
+      in_order &= axis.index[i] == i;
+    }
     require(within, name, ": expected indices from 0 to ", full - 1);
+    axis.selects = !in_order;  // everything is open: whole lines are faster than gathers
   }
   if (map) {
     axis.keep.push_back(torch::stable::contiguous(*map));
@@ -166,6 +171,15 @@ std::vector<int32_t> places(const std::vector<int64_t>& features, int64_t inner)
   return all;
 }
 
+template <typename S>
+std::vector<int32_t> closed_places(const std::vector<S>& scale) {
+  std::vector<int32_t> closed;
+  for (size_t i = 0; i < scale.size(); ++i) {
+    if (scale[i] == S(0)) closed.push_back(static_cast<int32_t>(i));
+  }
+  return closed;
+}
+
 // ---- forward ----
 
 struct Pack {
@@ -178,6 +192,8 @@ struct Pack {
   const uint8_t* row_open;
   const int32_t* gather;     // places in a full line
   const void* scale;         // one per packed number of a line
+  const int32_t* closed;     // places in a packed line whose scale is 0
+  int64_t closed_numbers;
 };
 
 template <typename W, typename P>
@@ -192,19 +208,21 @@ L0K_HD void copy_line(const W* __restrict from, P* __restrict to, int64_t count)
 template <typename W, typename P, typename S>
 L0K_HD void scale_line(const W* __restrict from, const S* __restrict scale, P* __restrict to,
                        int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    const S product = static_cast<S>(from[i]) * scale[i];
-    to[i] = static_cast<P>(scale[i] == S(0) ? S(0) : product);  // the weight may be infinite
-  }
+  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<P>(static_cast<S>(from[i]) * scale[i]);
 }
 
 template <typename W, typename P, typename S>
 L0K_HD void gather_line(const W* __restrict from, const int32_t* __restrict gather,
                         const S* __restrict scale, P* __restrict to, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
-    const S product = static_cast<S>(from[gather[i]]) * scale[i];
-    to[i] = static_cast<P>(scale[i] == S(0) ? S(0) : product);
+    to[i] = static_cast<P>(static_cast<S>(from[gather[i]]) * scale[i]);
   }
+}
+
+// Products with a closed gate: 0 times a weight would be NaN where the weight is infinite.
+template <typename T>
+L0K_HD void clear(T* line, const int32_t* places, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) line[places[i]] = T(0.0f);
 }
 
 template <typename W, typename P>
@@ -225,6 +243,7 @@ L0K_HD void pack_rows(const Pack& p, int64_t begin, int64_t end) {
         } else {
           scale_line(from, scale, to, p.packed_line);
         }
+        clear(to, p.closed, p.closed_numbers);
       }
     }
   }
@@ -246,19 +265,18 @@ struct Unpack {
   const int32_t* to;        // ... and in a full one
   int64_t open_numbers;
   const void* scale;        // one per number of a full line, 0 where closed
+  const int32_t* closed;    // places in a full line whose scale is 0
+  int64_t closed_numbers;
 };
 
 // Lays a packed line out in a full one; closed places of `line` are 0 and stay so.
 template <typename P, typename S>
-L0K_HD void spread_line(const Unpack& u, const P* __restrict grad, const S* __restrict scale,
-                        S* __restrict line) {
+L0K_HD void spread_line(const Unpack& u, const P* __restrict grad, S* __restrict line) {
   if (u.gathers) {
     for (int64_t i = 0; i < u.open_numbers; ++i) line[u.to[i]] = static_cast<S>(grad[u.from[i]]);
   } else {
-    for (int64_t i = 0; i < u.full_line; ++i) {
-      const S value = static_cast<S>(grad[i]);
-      line[i] = scale[i] == S(0) ? S(0) : value;
-    }
+    for (int64_t i = 0; i < u.full_line; ++i) line[i] = static_cast<S>(grad[i]);
+    clear(line, u.closed, u.closed_numbers);
   }
 }
 
@@ -287,7 +305,7 @@ L0K_HD void unpack_line(const Unpack& u, const P* grad, const W* __restrict weig
                         W* __restrict grad_weight, Scratch<S>& scratch) {
   const S* __restrict scale = static_cast<const S*>(u.scale);
   S* __restrict line = scratch.line.data();
-  spread_line(u, grad, scale, line);
+  spread_line(u, grad, line);
   if (grad_weight != nullptr) {
     for (int64_t i = 0; i < u.full_line; ++i) grad_weight[i] = static_cast<W>(line[i] * scale[i]);
   }
@@ -352,13 +370,14 @@ void store_sums(const Unpack& u, int64_t chunk, Scratch<S>& scratch) {
   X(bf16, BFloat16, BFloat16)       \
   X(f16, Half, Half)
 
-#define L0K_INSTANCE(name, W, P)                                             \
-  L0K_CLONES void pack_##name(const Pack& p, int64_t begin, int64_t end) {   \
-    pack_rows<W, P>(p, begin, end);                                          \
-  }                                                                          \
-  L0K_CLONES void unpack_##name(const Unpack& u, int64_t chunk,              \
-                                Scratch<Compute<W>>& scratch) {              \
-    unpack_rows<W, P>(u, chunk, scratch);                                    \
+// Without AVX-512: its scatter instructions are slower than single stores.
+#define L0K_INSTANCE(name, W, P)                                                          \
+  L0K_CLONES("avx2") void pack_##name(const Pack& p, int64_t begin, int64_t end) {        \
+    pack_rows<W, P>(p, begin, end);                                                       \
+  }                                                                                       \
+  L0K_CLONES("avx2")                                                                      \
+  void unpack_##name(const Unpack& u, int64_t chunk, Scratch<Compute<W>>& scratch) {      \
+    unpack_rows<W, P>(u, chunk, scratch);                                                 \
   }
 L0K_DTYPES(L0K_INSTANCE)
 
@@ -441,6 +460,7 @@ void run_pack(const Arguments& args, const Tensor& packed) {
   std::vector<S> scale;
   if (args.col.selects) gather = places(features_of(args.col), shape.inner);
   if (!plain) scale = repeated(scales_of(args.col, args.gates<S>()), shape.inner);
+  const std::vector<int32_t> closed = closed_places(scale);
 
   Pack p{};
   p.weight = args.weight.const_data_ptr();
@@ -454,6 +474,8 @@ void run_pack(const Arguments& args, const Tensor& packed) {
   p.row_open = row_open.data();
   p.gather = gather.data();
   p.scale = scale.data();
+  p.closed = closed.data();
+  p.closed_numbers = static_cast<int64_t>(closed.size());
   const PackRows run = pack_function(args.weight.scalar_type(), packed.scalar_type());
   const int64_t grain = kGrain / std::max<int64_t>(1, p.lines * p.packed_line) + 1;
   torch::stable::parallel_for(0, args.row.packed, grain,
@@ -551,6 +573,7 @@ void run_unpack(const Arguments& args, const Tensor& grad, const Tensor& grad_we
   const std::vector<int64_t> slots = row_slots(args.row, args.gates<S>());
   const OpenColumns<S> open = open_columns(args.col, args.gates<S>());
   const std::vector<S> scale = repeated(open.full_scale, shape.inner);
+  const std::vector<int32_t> closed = closed_places(scale);
   const std::vector<int32_t> from = places(open.packed, shape.inner);
   const std::vector<int32_t> to = places(open.full, shape.inner);
 
@@ -572,6 +595,8 @@ void run_unpack(const Arguments& args, const Tensor& grad, const Tensor& grad_we
   u.to = to.data();
   u.open_numbers = static_cast<int64_t>(from.size());
   u.scale = scale.data();
+  u.closed = closed.data();
+  u.closed_numbers = static_cast<int64_t>(closed.size());
 
   const int64_t chunks = (shape.rows + u.rows_per_chunk - 1) / u.rows_per_chunk;
   std::vector<double> sums(sums_wanted ? chunks * shape.cols : 0);

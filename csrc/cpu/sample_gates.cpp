@@ -38,8 +38,9 @@ struct Tile {
 
 // ---- one tile: plain loops that the compiler vectorises for each instruction set ----
 
-L0K_CLONES void fill_noise(const NoiseStream& stream, int64_t first_gate, int64_t count,
-                           int32_t* __restrict k) {
+L0K_CLONES("avx2", "avx512f")
+void fill_noise(const NoiseStream& stream, int64_t first_gate, int64_t count,
+                int32_t* __restrict k) {
   const uint32_t first = static_cast<uint32_t>(first_gate / 4);
   const int64_t blocks = (count + 3) / 4;
   for (int64_t i = 0; i < blocks; ++i) {
@@ -85,12 +86,19 @@ L0K_HD void slopes_of(const LawType& law, Tile& tile) {
   }
 }
 
-L0K_CLONES void hard_concrete_values(const HardConcrete& law, double tiny, Tile& tile) {
+L0K_CLONES("avx2", "avx512f")
+void hard_concrete_values(const HardConcrete& law, double tiny, Tile& tile) {
   values_of(law, tiny, tile);
 }
-L0K_CLONES void hard_concrete_slopes(const HardConcrete& law, Tile& tile) { slopes_of(law, tile); }
-L0K_CLONES void bernoulli_values(double tiny, Tile& tile) { values_of(Bernoulli{}, tiny, tile); }
-L0K_CLONES void bernoulli_slopes(Tile& tile) { slopes_of(Bernoulli{}, tile); }
+
+L0K_CLONES("avx2", "avx512f")
+void hard_concrete_slopes(const HardConcrete& law, Tile& tile) { slopes_of(law, tile); }
+
+L0K_CLONES("avx2", "avx512f")
+void bernoulli_values(double tiny, Tile& tile) { values_of(Bernoulli{}, tiny, tile); }
+
+L0K_CLONES("avx2", "avx512f")
+void bernoulli_slopes(Tile& tile) { slopes_of(Bernoulli{}, tile); }
 
 // ---- all gates ----
 
@@ -229,13 +237,15 @@ void check_offsets(const char* name, const int64_t* offsets, int64_t segments, i
   require(ordered, name, ": expected ascending offsets from 0 to ", size);
 }
 
-L0K_CLONES bool all_within(const int64_t* __restrict gates, int64_t count, uint64_t largest) {
+L0K_CLONES("avx2", "avx512f")
+bool all_within(const int64_t* __restrict gates, int64_t count, uint64_t largest) {
   uint64_t outside = 0;
   for (int64_t i = 0; i < count; ++i) outside |= static_cast<uint64_t>(gates[i]) > largest;
   return outside == 0;
 }
 
-L0K_CLONES bool any_other(const int64_t* __restrict gates, int64_t count, int64_t value) {
+L0K_CLONES("avx2", "avx512f")
+bool any_other(const int64_t* __restrict gates, int64_t count, int64_t value) {
   uint64_t other = 0;
   for (int64_t i = 0; i < count; ++i) other |= static_cast<uint64_t>(gates[i] ^ value);
   return other != 0;
