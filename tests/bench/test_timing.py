@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rounds are paired and rotated, statistics are right, spinning threads are refused."""
+
+import gc
+import os
+
+import pytest
+
+from l0kernels.bench import timing
+
+
+def test_spread_is_median_and_quartiles():
+    got = timing.spread([5.0, 1.0, 4.0, 2.0, 3.0])
+    assert got == timing.Spread(3.0, 2.0, 4.0)
+    assert str(got) == "3.000 (2.000 - 4.000)"
+    assert timing.spread([7.0]) == timing.Spread(7.0, 7.0, 7.0)
+    with pytest.raises(ValueError, match="at least one value"):
+        timing.spread([])
+
+
+def test_ratios_are_paired_before_the_median():
+    times = {"a": [1.0, 20.0, 3.0], "b": [1.0, 10.0, 1.0]}
+    assert timing.paired(times, "a", "b") == timing.Spread(2.0, 1.5, 2.5)
+    with pytest.raises(ValueError):
+        timing.paired({"a": [1.0], "b": [1.0, 2.0]}, "a", "b")
+
+
+def test_variants_take_turns_and_the_first_moves_on():
+    calls: list[str] = []
+    steps = {name: lambda name=name: calls.append(name) for name in "abc"}
+    times = timing.interleave(steps, rounds=4, warmup=0)
+    assert "".join(calls) == "abc" + "bca" + "cab" + "abc"
+    assert {name: len(ms) for name, ms in times.items()} == {"a": 4, "b": 4, "c": 4}
+    assert all(value >= 0 for ms in times.values() for value in ms)
+
+
+def test_warmup_runs_but_does_not_count():
+    calls: list[str] = []
+    times = timing.interleave({"a": lambda: calls.append("a")}, rounds=2, warmup=3)
+    assert len(calls) == 5
+    assert len(times["a"]) == 2
+
+
+def test_garbage_collection_is_back_after_an_error():
+    def fail() -> None:
+        raise KeyError("stop")
+
+    with pytest.raises(KeyError, match="stop"):
+        timing.interleave({"a": fail}, rounds=1)
+    assert gc.isenabled()
+
+
+def test_rounds_are_checked():
+    for rounds, warmup in ((0, 0), (1, -1)):
+        with pytest.raises(ValueError, match="expected rounds >= 1 and warmup >= 0"):
+            timing.interleave({"a": int}, rounds=rounds, warmup=warmup)
+
+
+@pytest.mark.parametrize("policy", [None, "active", ""])
+def test_spinning_threads_are_refused(monkeypatch: pytest.MonkeyPatch, policy: str | None):
+    if policy is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    else:
+        monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    got = "it is not set" if policy is None else f"got '{policy}'"
+    with pytest.raises(RuntimeError, match=f"expected OMP_WAIT_POLICY=passive .*{got}"):
+        timing.interleave({"a": int}, rounds=1)
+
+
+@pytest.mark.parametrize("policy", ["passive", "PASSIVE", " Passive "])
+def test_passive_threads_are_accepted(monkeypatch: pytest.MonkeyPatch, policy: str):
+    monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    times = timing.interleave({"a": int}, rounds=1, warmup=0)
+    assert len(times["a"]) == 1
+
+
+def test_environment_says_what_a_reader_needs():
+    found = timing.environment()
+    for key in ("cpu", "threads", "torch", "l0kernels", "git", "load_average", "time"):
+        assert key in found
+    assert found["device"] == "cpu"
+    assert found["OMP_WAIT_POLICY"] == os.environ["OMP_WAIT_POLICY"]
+    assert isinstance(found["cpu"], str) and found["cpu"]
+
+
+def test_commit_is_only_told_for_a_checkout(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(timing, "run_git", lambda *arguments, folder: None)
+    assert timing.git_commit() is None
+    answers = {"rev-parse": "/elsewhere", "status": ""}
+    monkeypatch.setattr(timing, "run_git", lambda first, *rest, folder: answers[first])
+    assert timing.git_commit() is None

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All gated variants of a step compute the same; what they draw follows the hard concrete law."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from l0kernels.bench import arms, index_select, masked, models
+
+SMALL = ("mlp-784-300-100", "lenet5", "wrn-10-1")
+PLAIN = (masked.MaskedAsWritten, masked.MaskedAtBest, index_select.IndexSelect)
+
+
+def task(name: str, batch: int = 4) -> arms.Task:
+    return arms.Task(models.network(name), batch, torch.device("cpu"))
+
+
+def mixed_draw(sizes: list[int]) -> list[Tensor]:
+    """Gates of every kind: 0, 1 and in between."""
+    generator = torch.Generator().manual_seed(5)
+    draws = [torch.rand(size, generator=generator).double() * 3 - 1 for size in sizes]
+    return [draw.clamp(0, 1) for draw in draws]
+
+
+def hooked(net: nn.Module, groups: tuple[models.Group, ...], z: list[Tensor]) -> nn.Module:
+    """The definition: a plain network whose consumers' inputs are multiplied by z."""
+    for group, values in zip(groups, z, strict=True):
+        scale = values.repeat_interleave(group.spread)
+
+        def times(module: nn.Module, args: tuple[Tensor, ...], scale: Tensor = scale) -> Tensor:
+            x = args[0]
+            return x * scale.view(1, -1, *[1] * (x.dim() - 2))
+
+        net.get_submodule(group.consumer).register_forward_pre_hook(times)
+    return net
+
+
+@pytest.mark.parametrize("variant", PLAIN)
+@pytest.mark.parametrize("name", ["mlp-784-300-100", "lenet5", "vgg16", "wrn-10-1"])
+def test_plain_variant_is_the_definition(name: str, variant: type):
+    network = models.network(name)
+    net = network.build().double()
+    z = [draw.requires_grad_() for draw in mixed_draw(models.full_widths(net, network.groups))]
+    x, y = network.example(4)
+    x = x.double()
+    truth = hooked(copy.deepcopy(net), network.groups, z)
+    F.cross_entropy(truth(x), y).backward()
+    exact = {key: p.grad for key, p in truth.named_parameters()}
+
+    named = dict(net.named_parameters())
+    gated = variant(net, network.groups, 1000).double()
+    gated.pin([draw.detach() for draw in z])
+    F.cross_entropy(gated(x), y).backward()
+
+    assert torch.allclose(gated(x), truth(x), rtol=1e-10, atol=1e-12)
+    for key, p in named.items():
+        assert torch.allclose(p.grad, exact[key], rtol=1e-8, atol=1e-12), key
+    got = torch.cat([p.grad for p in gated.gate_parameters()])
+    values = torch.cat(list(z)).detach()
+    s = (values - masked.GAMMA) / (masked.ZETA - masked.GAMMA)
+    slope = (masked.ZETA - masked.GAMMA) / masked.BETA * s * (1 - s)
+    slope = torch.where((values > 0) & (values < 1), slope, 0.0)
+    expected = torch.cat([draw.grad for draw in z]) * slope
+    assert torch.allclose(got, expected, rtol=1e-8, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("keep", [1.0, 0.5])
+def test_all_variants_agree(name: str, keep: float):
+    what = task(name)
+    net = arms.make_arm(what, "ours", keep).net
+    errors = arms.require_agreement(what, net, arms.VARIANTS)
+    assert set(errors) == {"masked-nchw", "index-select", "ours"}
+
+
+def test_disagreement_is_refused(monkeypatch: pytest.MonkeyPatch):
+    what = task("lenet5")
+    net = arms.make_arm(what, "ours", 0.5).net
+    fill = index_select.Slot.fill
+
+    def slightly_wrong(slot: index_select.Slot, z: Tensor) -> None:
+        fill(slot, z)
+        slot.scale = slot.scale * 1.001
+
+    monkeypatch.setattr(index_select.Slot, "fill", slightly_wrong)
+    with pytest.raises(RuntimeError, match="within 1e-06 .* got {'index-select'.*no figures"):
+        arms.require_agreement(what, net, ["ours", "index-select"])
+
+
+def test_draws_follow_the_law():
+    log_alpha = torch.full((40_000,), 0.4)
+    z = masked.hard_concrete(log_alpha, masked.draw_noise(log_alpha))
+    for got, p in (
+        ((z != 0).double().mean(), torch.sigmoid(torch.tensor(0.4 - masked.SHIFT))),
+        ((z == 1).double().mean(), torch.sigmoid(torch.tensor(0.4 + masked.SHIFT))),
+    ):
+        assert abs(got - p) < 5 * math.sqrt(float(p * (1 - p)) / len(z))
+
+
+def test_noise_repeats_a_draw():
+    log_alpha = torch.linspace(-4, 4, 500).double()
+    z = masked.hard_concrete(log_alpha, masked.draw_noise(log_alpha))
+    again = masked.hard_concrete(log_alpha, masked.noise_for(z, log_alpha))
+    assert torch.allclose(again, z, rtol=0, atol=1e-14)
+    assert torch.equal(again == 0, z == 0)
+    assert torch.equal(again == 1, z == 1)
+
+
+def test_log_alpha_for_open_fraction():
+    for keep in (0.1, 0.25, 0.5, 0.9):
+        p = masked.open_probability(torch.tensor(arms.log_alpha_for(keep), dtype=torch.float64))
+        assert float(p) == pytest.approx(keep, rel=1e-9)
+    assert arms.log_alpha_for(1.0) == pytest.approx(math.log(100))
+    with pytest.raises(ValueError, match="expected 0 < keep <= 1, got 0"):
+        arms.log_alpha_for(0)
+
+
+def test_open_units_keeps_two():
+    cases = {
+        (0.0, 0.3, 0.0, 1.0): [1, 3],
+        (0.0, 0.0, 0.5, 0.0): [0, 2],
+        (0.0, 0.0, 0.0): [0, 1],
+        (0.7, 0.0): [0, 1],
+        (0.0,): [0],
+    }
+    for z, expected in cases.items():
+        assert index_select.open_units(torch.tensor(z)).tolist() == expected
+
+
+def test_packed_weight_keeps_channels_last():
+    weight = torch.randn(6, 8, 3, 3).to(memory_format=torch.channels_last)
+    source, target = index_select.Slot(1), index_select.Slot(1)
+    z_in = torch.tensor([0, 0.5, 1, 0, 0.25, 0, 0, 1])
+    source.fill(z_in)
+    target.fill(torch.tensor([1.0, 0, 1, 0, 0, 0.5]))
+    packed = index_select.pack(weight, source, target)
+    assert packed.is_contiguous(memory_format=torch.channels_last)
+    expected = (weight * z_in.view(-1, 1, 1))[[0, 2, 5]][:, [1, 2, 4, 7]]
+    assert torch.equal(packed, expected)
+
+
+@pytest.mark.parametrize("variant", ["masked-best", "index-select", "oracle", "ours"])
+def test_steps_equal_the_usual_optimizer(variant: str):
+    what = task("wrn-10-1")
+    arm, other = (arms.make_arm(what, variant, 0.5) for _ in range(2))
+    usual = torch.optim.SGD(
+        [{"params": [p for p in other.trained if all(p is not g for g in other.gates)]}],
+        lr=arms.LEARNING_RATE,
+        momentum=arms.MOMENTUM,
+        weight_decay=arms.WEIGHT_DECAY,
+        nesterov=True,
+    )
+    torch.manual_seed(3)
+    for _ in range(3):
+        arm.step()
+    torch.manual_seed(3)
+    for _ in range(3):
+        usual.zero_grad()
+        other.loss(other.x, other.y).backward()
+        usual.step()
+    for mine, theirs in zip(arm.trained, other.trained, strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", ["masked-nchw", "masked-best", "index-select", "ours"])
+def test_gates_stay_where_they_are_set(variant: str):
+    arm = arms.make_arm(task("lenet5"), variant, 0.25)
+    first = arm.loss(arm.x, arm.y)
+    arm.step()
+    arm.step()
+    for gate in arm.gates:
+        assert torch.equal(gate, torch.full_like(gate, arms.log_alpha_for(0.25)))
+        assert gate.grad is not None and gate.grad.abs().sum() > 0
+    assert arm.loss(arm.x, arm.y) != first
+
+
+def test_oracle_is_built_small():
+    arm = arms.make_arm(task("wrn-10-1"), "oracle", 0.25)
+    assert models.full_widths(arm.net, models.network("wrn-10-1").groups) == [4, 8, 16]
+    assert arm.gates == []
+
+
+def test_unknown_variant():
+    with pytest.raises(ValueError, match="expected one of masked-nchw, .* got 'dense'"):
+        arms.make_arm(task("lenet5"), "dense")
+
+
+def test_contiguous_view_shares_memory_or_refuses():
+    weight = torch.randn(4, 5, 3, 3).to(memory_format=torch.channels_last)
+    view = arms.contiguous_view(weight)
+    assert view.is_contiguous() and view.data_ptr() == weight.data_ptr()
+    assert arms.contiguous_view(view) is view
+    with pytest.raises(RuntimeError, match="expected a contiguous or channels_last"):
+        arms.contiguous_view(weight.transpose(0, 1))
