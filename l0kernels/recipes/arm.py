@@ -158,6 +158,10 @@ class Arm:
         Raises:
             RuntimeError, ValueError, KeyError, TypeError: the state does not fit.
         """
+        # Gates may be missing in checkpoints of other programs, not in ours.
+        missing = set(self.net.state_dict()) - set(state["model"])
+        if missing:
+            raise ValueError(f"model: expected entries {sorted(missing)}, got none")
         self.net.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         for parameter in self.net.parameters():

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from l0kernels.recipes import plot, published, summary
 from l0kernels.recipes.arm import LAYOUTS, MASKED, PACKED
+from l0kernels.recipes.checkpoint import load as load_checkpoint
 from l0kernels.recipes.checkpoint import write_whole
 from l0kernels.recipes.data import Images, load
 from l0kernels.recipes.errors import InputError
@@ -206,10 +207,11 @@ def _line(current: Run) -> str:
 
 def _interrupted(current: Run) -> str:
     where = f"interrupted in epoch {current.epoch + 1} of {current.plan.settings.epochs}"
-    if not current.saved:
+    path = current.plan.checkpoint
+    if not path.exists():
         return f"{where}; nothing is saved yet, so the same command begins anew"
     return (
-        f"{where}; {current.plan.checkpoint} holds epoch {current.saved}; "
+        f"{where}; {path} holds epoch {load_checkpoint(path)['epoch']}; "
         f"repeat the command with --resume to continue"
     )
 

@@ -118,7 +118,6 @@ class Run:
         self.on_epoch = on_epoch
         self.history: list[dict[str, Any]] = []
         self.arms: list[Arm] = []
-        self.saved = 0
 
     @property
     def epoch(self) -> int:
@@ -174,7 +173,6 @@ class Run:
             ) from error
         self._check_history(content["history"])
         self.history = content["history"]
-        self.saved = self.epoch
         self._write_log()
 
     def train(self) -> None:
@@ -204,7 +202,6 @@ class Run:
             "history": self.history,
         }
         checkpoint.save(plan.checkpoint, content)
-        self.saved = self.epoch
 
     def _check_history(self, history: list[Any]) -> None:
         for number, record in enumerate(history, 1):

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``l0kernels train``: results, and bad input."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from l0kernels.cli import main
+from l0kernels.recipes.published import RECIPES
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def _train(idx_folder: Path, out: Path, *words: str) -> int:
+    given = ["--data", str(idx_folder), "--out", str(out), "--batch", "30", "--epochs", "2"]
+    return main(["train", "mlp-hc", *given, *words])
+
+
+def test_ends_with_table_plot_and_checkpoint(
+    idx_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert _train(idx_folder, out, "--compare", "--seeds", "0,3") == 0
+    table = capsys.readouterr().out
+    assert table == (out / "table.md").read_text()
+    rows = [line for line in table.splitlines() if line.startswith("| 0 |")]
+    assert [row.split(" | ")[1] for row in rows[:1]] == ["packed"]
+    assert len(rows) == 3
+    assert rows[1].startswith("| 0 | masked (nchw) |")
+    widths = {line.count("|") for line in table.splitlines() if line.startswith("|")}
+    assert widths == {8}
+    assert (out / "curves.png").read_bytes().startswith(PNG)
+    assert (out / "curves.png").stat().st_size > 10_000
+    for seed in (0, 3):
+        assert (out / f"seed-{seed}" / "checkpoint.pt").exists()
+        assert len((out / f"seed-{seed}" / "epochs.jsonl").read_text().splitlines()) == 2
+
+
+def test_json_and_more_epochs(
+    idx_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _train(idx_folder, tmp_path / "out", "--json", "--lam", "5", "--gate-lr", ".1") == 0
+    first = json.loads(capsys.readouterr().out)
+    assert first["settings"]["lam"] == [5.0, 5.0, 5.0]
+    assert first["settings"]["penalty_n"] is None
+    assert "compared" not in first["seeds"][0]
+    arm = first["seeds"][0]["arms"]["packed"]
+    assert 0 < arm["left_realised"] < 1
+    words = ["--json", "--lam", "5", "--gate-lr", ".1", "--resume", "--epochs", "3"]
+    assert _train(idx_folder, tmp_path / "out", *words) == 0
+    more = json.loads(capsys.readouterr().out)
+    assert more["settings"]["epochs"] == 3
+    assert more["seeds"][0]["arms"]["packed"]["seconds"] > arm["seconds"]
+
+
+def test_list_names_settings_sources_and_doubts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--list"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"{name}: {recipe.summary}" in text for name, recipe in RECIPES.items())
+    assert "arXiv:1712.01312" in text
+    assert "ours, not published" in text
+    assert "not confirmed" in text
+    assert "lam        10, 0.5, 0.1, 10" in text
+
+
+BAD = {
+    "no recipe": ([], "expected a recipe, one of lenet5-hc, mlp-hc, or --list"),
+    "recipe": (["vgg"], "unknown recipe 'vgg': expected one of lenet5-hc, mlp-hc"),
+    "folder": (["mlp-hc", "--data", "nowhere"], "nowhere: expected a folder with IDX files"),
+    "epochs": (["mlp-hc", "--epochs", "-1"], "--epochs: expected a positive integer, got -1"),
+    "batch": (["mlp-hc", "--batch", "0"], "--batch: expected a positive integer, got 0"),
+    "lr": (["mlp-hc", "--lr", "nan"], "--lr: expected a positive number, got nan"),
+    "gate lr": (["mlp-hc", "--gate-lr", "-1"], "--gate-lr: expected a positive number, got -1.0"),
+    "lam count": (["mlp-hc", "--lam", "1,2"], "--lam: expected 1 number or 3 (for fc1.in, fc1"),
+    "lam text": (["mlp-hc", "--lam", "much"], "--lam: expected numbers like .1 or 10,.5,.1,10"),
+    "lam sign": (["mlp-hc", "--lam", "-.5"], "--lam: expected numbers of at least 0, got [-0.5"),
+    "seeds": (["mlp-hc", "--seeds", "a"], "--seeds: expected integers like 0,1,2, got 'a'"),
+    "twice": (["mlp-hc", "--seeds", "1,1"], "--seed: expected different integers in [0, 2**63)"),
+    "seed": (["mlp-hc", "--seed", "-2"], "--seed: expected different integers in [0, 2**63)"),
+    "settings": (
+        ["mlp-hc", "--settings", "x"],
+        "--settings: expected one of published, digits, got 'x'",
+    ),
+    "save": (["mlp-hc", "--save-every", "0"], "--save-every: expected a positive integer, got 0"),
+    "resume": (["mlp-hc", "--resume"], "--resume: expected runs/mlp-hc-digits/seed-0/checkpoint"),
+    "out": (["mlp-hc", "--out", "file/x"], "--out: expected a folder that can be made, got file/x"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line(
+    case: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    words, message = BAD[case]
+    assert main(["train", *words]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert len(told.err.splitlines()) == 1
+    assert message in told.err
+
+
+def test_missing_matplotlib_is_told_before_training(
+    idx_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    out = tmp_path / "out"
+    assert _train(idx_folder, out) == 2
+    assert "pip install 'l0kernels[train]'" in capsys.readouterr().err
+    assert list(out.iterdir()) == []
