@@ -6,6 +6,7 @@ The library has no Python binding: loading it only adds implementations to `torc
 
 import functools
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -51,3 +52,14 @@ def cpp_available() -> bool:
 def why_not() -> str:
     """Why the C++ CPU ops are missing; an empty string when they are loaded."""
     return load()
+
+
+@functools.cache
+def note_missing() -> None:
+    """Say once per process that PyTorch ops stand in for the C++ ones, and why."""
+    if why_not():
+        warnings.warn(
+            f"the C++ CPU ops are missing ({why_not()}); slower PyTorch ops run instead. "
+            "Installing again with L0K_BUILD=cpu builds them or says what that needs",
+            stacklevel=2,
+        )
