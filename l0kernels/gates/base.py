@@ -46,6 +46,7 @@ class Draw:
         z: values of all gates and a final 1 for "no gate", shape [gates + 1].
         lists: packed features of all ports, see ``functional.OpenLists``.
         layout: the ports.
+        selects: for each port, whether it drops features that arrive.
         expected: penalty-weighted expected number of open gates (0-d), or None.
         version: version of log_alpha that was drawn from.
     """
@@ -55,6 +56,7 @@ class Draw:
         z: Tensor,
         lists: OpenLists,
         layout: GateLayout,
+        selects: list[bool],
         expected: Tensor | None = None,
         version: int = -1,
     ) -> None:
@@ -63,15 +65,19 @@ class Draw:
         self.version = version
         starts = layout.port_offsets.tolist()
         counts = lists.counts.tolist()
-        spans = list(zip(starts, counts, strict=False))
-        self.index = [lists.index.narrow(0, start, count) for start, count in spans]
-        self.position = [lists.position.narrow(0, start, count) for start, count in spans]
+        spans = list(zip(starts, counts, selects, strict=False))
+        self.index = [lists.index.narrow(0, start, count) for start, count, _ in spans]
+        # Where the packed features stand among those that arrive; None where all are packed.
+        self.position = [
+            lists.position.narrow(0, start, count) if drops else None
+            for start, count, drops in spans
+        ]
         self.packed: dict[nn.Module, tuple[Tensor, Tensor | None]] | None = None
         self.graph = _Graph()
         if z.requires_grad:
             z.register_hook(self.graph.finish)
         if "torch._dynamo" in sys.modules:
-            _mark_dynamic([*self.index, *self.position])
+            _mark_dynamic(self.index + [p for p in self.position if p is not None])
 
 
 def _mark_dynamic(tensors: list[Tensor]) -> None:
@@ -132,7 +138,7 @@ class Gates(nn.Module):
         empty = torch.zeros(2, 0, dtype=torch.int64)
         self.layout = GateLayout(offsets, empty, torch.zeros(1, dtype=torch.int64))
         self.port_maps: list[Tensor] = []
-        self.port_packs: list[bool] = []
+        self.port_selects: list[bool] = []
         self._ports: dict[tuple[str, ...], int] = {}
         self.unit_weights = torch.ones(self.count, dtype=torch.float64)
         self.unit_flops: Tensor | None = None
@@ -204,6 +210,7 @@ class Gates(nn.Module):
             work = [(layer, positions.get(names[layer], 1)) for layer in layers]
             self.unit_flops = _size_per_unit(self, work)
         self._cost = self._cost_of(self.lam, self.unit_weights).to(self.log_alpha)
+        _keep_draws_out_of_graphs()
         if other is None:
             root.add_module("l0", self)
             root.register_forward_pre_hook(_draw_before_forward)
@@ -216,7 +223,7 @@ class Gates(nn.Module):
                 for gate_map in layer.out_gate.maps:
                     produced[gate_map] = True
         produced[self.count] = False
-        self._ports, self.port_maps, self.port_packs = {}, [], []
+        self._ports, self.port_maps, self.port_selects = {}, [], []
         for name in self.names:
             self._add_port(self[name], produced)
         for layer in layers:
@@ -250,7 +257,7 @@ class Gates(nn.Module):
             extra = torch.where(born, extra, gate_map) if not born.all() else extra
         self._ports[key] = len(self.port_maps)
         self.port_maps.append(torch.stack((made, extra)))
-        self.port_packs.append(bool((extra != self.count).any()))
+        self.port_selects.append(bool((extra != self.count).any()))
 
     def port_of(self, ref: GateRef) -> int:
         """Number of the port that ``attach`` made for a reference.
@@ -353,12 +360,13 @@ class Gates(nn.Module):
             values: shape [gates].
         """
         z = torch.cat((values, values.new_ones(1)))
-        self._draw = Draw(z, open_lists(z.detach(), self.layout), self.layout)
+        self._draw = Draw(z, open_lists(z.detach(), self.layout), self.layout, self.port_selects)
 
     def _sample(self, cost: Tensor) -> Draw:
         key = torch.stack((self.seed, self.step))
         z, expected, lists = sample_gates(self.log_alpha, key, cost, self.layout, self.law)
-        return Draw(z, lists, self.layout, expected, self.log_alpha._version)
+        version = self.log_alpha._version
+        return Draw(z, lists, self.layout, self.port_selects, expected, version)
 
     @contextmanager
     def holding(self) -> Iterator[None]:
@@ -461,7 +469,21 @@ def _draw_before_forward(root: nn.Module, args: Any) -> None:
     if not torch.compiler.is_compiling() and _in_backward():
         gates.keep_for_recomputation()
     elif not gates._held:
-        gates.draw()
+        _draw(gates)
+
+
+_draw: Callable[[Gates], Any] = Gates.draw
+
+
+def _keep_draws_out_of_graphs() -> None:
+    """Make the hook's draw run eagerly, between graphs, under ``torch.compile``.
+
+    Not at import: it loads the compiler, as the first optimizer does. Inside ``expected_loss``
+    and ``hold`` the draw is made before the model runs, and the model is one graph.
+    """
+    global _draw
+    if _draw is Gates.draw:
+        _draw = torch.compiler.disable(Gates.draw, reason="gates are drawn between graphs")
 
 
 def _port_key(ref: GateRef) -> tuple[str, ...]:

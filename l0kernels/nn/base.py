@@ -111,8 +111,9 @@ class GatedLayer(nn.Module):
         """
         gates = self.gates
         assert gates is not None
-        if self.in_port >= 0 and gates.port_packs[self.in_port]:
-            return x.index_select(dim, draw.position[self.in_port])
+        position = None if self.in_port < 0 else draw.position[self.in_port]
+        if position is not None:
+            return x.index_select(dim, position)
         if not self.depthwise and x.shape[dim] != weight.shape[1]:
             raise ValueError(
                 f"{type(self).__name__}: expected {weight.shape[1]} input features, "
@@ -124,7 +125,7 @@ class GatedLayer(nn.Module):
 def _scale(gates: Gates | None, port: int, draw: Draw) -> Tensor:
     assert gates is not None
     made, extra = gates.port_maps[port]
-    return draw.z[made] * draw.z[extra] if gates.port_packs[port] else draw.z[made]
+    return draw.z[made] * draw.z[extra] if gates.port_selects[port] else draw.z[made]
 
 
 def _compute_dtype(weight: Tensor) -> torch.dtype:

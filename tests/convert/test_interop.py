@@ -289,3 +289,21 @@ def test_compile_one_graph_for_thirty_draws():
         widths.add(tuple(net.l0[name].count for name in net.l0.names))
     assert len(widths) > 10
     assert counters.frame_count == 1
+
+
+def test_compile_without_a_scope_draws_between_graphs():
+    net = make()
+    x, y = batch()
+    twin = copy.deepcopy(net)
+    torch._dynamo.reset()
+    compiled = torch.compile(net, backend="aot_eager")
+    for _ in range(4):
+        for model, run in ((net, compiled), (twin, twin)):
+            model.zero_grad()
+            (F.cross_entropy(run(x), y) + l0.penalty(model)).backward()
+        assert_equal(gradients(net), gradients(twin), tolerance=1e-6)
+        assert int(net.l0.step) == int(twin.l0.step)
+    net.eval()
+    twin.eval()
+    with torch.no_grad(), l0.frozen(twin):
+        torch.testing.assert_close(compiled(x), twin(x))
