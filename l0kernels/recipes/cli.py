@@ -5,7 +5,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -77,14 +81,15 @@ def run(args: argparse.Namespace) -> int:
     if args.resume and not any(plan.checkpoint.exists() for plan in plans):
         raise InputError(f"--resume: expected {plans[0].checkpoint}, got no such file")
     results: list[summary.Result] = []
-    for plan in plans:
-        current = Run(plan)
-        try:
-            _train(current, args)
-        except KeyboardInterrupt:
-            print(_interrupted(current), file=sys.stderr)
-            return INTERRUPTED
-        results.append(summary.Result(plan, current.history, current.layout))
+    with deferred_interrupt() as check:
+        for plan in plans:
+            current = Run(plan)
+            try:
+                _train(current, args, check)
+            except KeyboardInterrupt:
+                print(_interrupted(current), file=sys.stderr)
+                return INTERRUPTED
+            results.append(summary.Result(plan, current.history, current.layout))
     _finish(results, plans[0].folder.parent, args.json)
     return 0
 
@@ -164,7 +169,39 @@ def _out(args: argparse.Namespace, recipe: Recipe, images: Images) -> Path:
     return out
 
 
-def _train(current: Run, args: argparse.Namespace) -> None:
+@contextmanager
+def deferred_interrupt() -> Iterator[Callable[[], None]]:
+    """Makes the first Ctrl-C wait for the check between two steps; a second one acts at once.
+
+    Python code called from within PyTorch, such as the file that a checkpoint is written to, must
+    not raise: the interrupt would come out as an unrelated error.
+
+    Yields:
+        The check, which raises KeyboardInterrupt if Ctrl-C was pressed.
+    """
+    pressed = False
+
+    def press(*_: object) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    def check() -> None:
+        if pressed:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield check
+        return
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _train(current: Run, args: argparse.Namespace, check: Callable[[], None]) -> None:
     plan = current.plan
     if args.resume and plan.checkpoint.exists():
         current.resume()
@@ -177,13 +214,17 @@ def _train(current: Run, args: argparse.Namespace) -> None:
     total = left * plan.steps * arms
     with tqdm(total=total, desc=title, unit="step", disable=not show, dynamic_ncols=True) as bar:
 
+        def on_step() -> None:
+            bar.update()
+            check()
+
         def on_epoch() -> None:
             line = _line(current)
             bar.set_postfix_str(line, refresh=False)
             if not show and _worth_a_line(current):
                 print(f"{title}: {line}", file=sys.stderr, flush=True)
 
-        current.on_step, current.on_epoch = bar.update, on_epoch
+        current.on_step, current.on_epoch = on_step, on_epoch
         current.train()
 
 

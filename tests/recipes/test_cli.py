@@ -2,12 +2,14 @@
 """``l0kernels train``: results, and bad input."""
 
 import json
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 
 from l0kernels.cli import main
+from l0kernels.recipes.cli import deferred_interrupt
 from l0kernels.recipes.published import RECIPES
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -117,3 +119,15 @@ def test_missing_matplotlib_is_told_before_training(
     assert _train(idx_folder, out) == 2
     assert "pip install 'l0kernels[train]'" in capsys.readouterr().err
     assert list(out.iterdir()) == []
+
+
+def test_first_interrupt_waits_and_second_acts() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with deferred_interrupt() as check:
+        check()
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            check()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
