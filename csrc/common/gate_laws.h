@@ -41,12 +41,18 @@ L0K_HD double noise_logit(int32_t k) {
 
 struct HardConcrete {
   double beta, gamma, zeta;
-  double shift;  // K = beta ln(-gamma / zeta): P(z = 0) = sigma(K - log_alpha)
+  double closed_shift;  // K0 = beta ln(-gamma / zeta): P(z = 0) = sigma(K0 - log_alpha)
+  double open_shift;    // K1 = beta ln((1 - gamma) / (zeta - 1)): P(z = 1) = sigma(log_alpha - K1)
   double inverse_beta;
 };
 
 inline HardConcrete make_hard_concrete(double beta, double gamma, double zeta) {
-  return {beta, gamma, zeta, beta * std::log(-gamma / zeta), 1.0 / beta};
+  return {beta,
+          gamma,
+          zeta,
+          beta * std::log(-gamma / zeta),
+          beta * std::log((1.0 - gamma) / (zeta - 1.0)),
+          1.0 / beta};
 }
 
 struct Thresholds {
@@ -55,12 +61,12 @@ struct Thresholds {
 };
 
 L0K_HD Odds open_odds(const HardConcrete& law, double log_alpha) {
-  return odds(log_alpha - law.shift);
+  return odds(log_alpha - law.closed_shift);
 }
 
 L0K_HD Thresholds thresholds(const HardConcrete& law, double log_alpha, const Odds& odds_open) {
   const int32_t closed = count_up_to(odds_open.closed);
-  const int32_t open = count_below(sigmoid(-law.shift - log_alpha));
+  const int32_t open = count_below(sigmoid(law.open_shift - log_alpha));
   return {closed, open < closed ? closed : open};
 }
 

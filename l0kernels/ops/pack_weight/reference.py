@@ -39,18 +39,19 @@ def pack_weight(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Packs a weight; the arguments are those of `l0kernels.functional.pack_weight`."""
-    channels_last = is_channels_last(weight)
+    ndim = weight.dim()
     packed = weight if rows is None else weight.index_select(0, rows)
     packed = packed if cols is None else packed.index_select(1, cols)
-    ndim = packed.dim()
+    closed = torch.zeros([1] * ndim, dtype=torch.bool, device=weight.device)
+    scale = None
     if z is not None and row_map is not None:
         closed = _along(feature_scale(z.detach(), row_map, rows) == 0, 0, ndim)
-        packed = packed.masked_fill(closed, 0)
     if z is not None and col_map is not None:
         scale = _along(feature_scale(z, col_map, cols), 1, ndim)
-        # Masked before the product too: Inf * 0 is NaN, forward and in the gradient of the scale.
-        packed = packed.masked_fill(scale == 0, 0).to(z.dtype) * scale
-        packed = packed.masked_fill(scale == 0, 0)
-    packed = packed.to(dtype or weight.dtype)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return packed.contiguous(memory_format=layout)
+        closed = closed | (scale == 0)
+    packed = packed.masked_fill(closed, 0)
+    if scale is not None:
+        # Masked on both sides of the product: Inf * 0 is NaN, forward and in both gradients.
+        packed = (packed.to(scale.dtype) * scale).masked_fill(closed, 0)
+    layout = torch.channels_last if is_channels_last(weight) else torch.contiguous_format
+    return packed.to(dtype or weight.dtype).contiguous(memory_format=layout)

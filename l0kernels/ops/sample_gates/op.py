@@ -55,7 +55,7 @@ def _backward_python(log_alpha, key, cost, grad_z, grad_expected, law, beta, gam
         grad += torch.where(closed | full, 0.0, grad_z[:-1].double() * slope)
     if grad_expected is not None:
         is_concrete = LAWS[law] == "hard_concrete"
-        p = torch.sigmoid(la - reference.shift(beta, gamma, zeta) if is_concrete else la)
+        p = torch.sigmoid(la - reference.closed_shift(beta, gamma, zeta) if is_concrete else la)
         grad += grad_expected.double() * cost.double() * p * (1 - p)
     return grad.to(log_alpha.dtype)
 
@@ -127,13 +127,13 @@ def sample_gates(
     """Draws every gate of a model: values, expected cost of the open ones, ordered open lists.
 
     Gate j gets the 23-bit integer k = word >> 9 from Philox4x32-10 keyed by the seed, at counter
-    (j // 4, 0, 0, step), word j % 4, and u = (k + .5) 2^-23. With la = log_alpha and
-    K = beta ln(-gamma / zeta), all in float64:
+    (j // 4, 0, 0, step), word j % 4, and u = (k + .5) 2^-23. With la = log_alpha,
+    K0 = beta ln(-gamma / zeta) and K1 = beta ln((1 - gamma) / (zeta - 1)), all in float64:
 
     hard concrete: s = sigma((logit(u) + la) / beta), z = clip(s (zeta - gamma) + gamma, 0, 1).
-    z = 0 iff u <= sigma(K - la) and z = 1 iff u >= sigma(-K - la), decided by comparing k with
+    z = 0 iff u <= sigma(K0 - la) and z = 1 iff u >= sigma(K1 - la), decided by comparing k with
     thresholds, so that every device takes the same decisions; in between
-    dz/dla = (zeta - gamma) / beta s (1 - s), elsewhere 0. P(z != 0) = sigma(la - K).
+    dz/dla = (zeta - gamma) / beta s (1 - s), elsewhere 0. P(z != 0) = sigma(la - K0).
 
     bernoulli: z = 1 iff u < sigma(la), else 0; dz/dla = 0. P(z != 0) = sigma(la).
 

@@ -111,9 +111,14 @@ def check_draw(log_alpha: Tensor, key: Tensor) -> None:
         )
 
 
-def shift(beta: float, gamma: float, zeta: float) -> float:
-    """K = beta ln(-gamma / zeta): P(z = 0) = sigma(K - log_alpha)."""
+def closed_shift(beta: float, gamma: float, zeta: float) -> float:
+    """K0 = beta ln(-gamma / zeta): P(z = 0) = sigma(K0 - log_alpha)."""
     return beta * math.log(-gamma / zeta)
+
+
+def open_shift(beta: float, gamma: float, zeta: float) -> float:
+    """K1 = beta ln((1 - gamma) / (zeta - 1)): P(z = 1) = sigma(log_alpha - K1)."""
+    return beta * math.log((1 - gamma) / (zeta - 1))
 
 
 def hard_concrete_decisions(
@@ -121,9 +126,10 @@ def hard_concrete_decisions(
 ) -> tuple[Tensor, Tensor]:
     """Tells which gates are exactly 0 and which exactly 1, by comparing integers."""
     scale = 1 << _NOISE_BITS
-    offset = shift(beta, gamma, zeta)
-    closed_below = torch.floor(torch.sigmoid(offset - log_alpha) * scale + 0.5).clamp(0, scale)
-    open_from = torch.ceil(torch.sigmoid(-offset - log_alpha) * scale - 0.5).clamp(0, scale)
+    p_closed = torch.sigmoid(closed_shift(beta, gamma, zeta) - log_alpha)
+    p_not_full = torch.sigmoid(open_shift(beta, gamma, zeta) - log_alpha)
+    closed_below = torch.floor(p_closed * scale + 0.5).clamp(0, scale)
+    open_from = torch.ceil(p_not_full * scale - 0.5).clamp(0, scale)
     closed = k < closed_below
     return closed, ~closed & (k >= open_from)
 
@@ -148,7 +154,8 @@ def _hard_concrete(
 def _bernoulli(log_alpha: Tensor, k: Tensor) -> Tensor:
     scale = 1 << _NOISE_BITS
     threshold = torch.ceil(torch.sigmoid(log_alpha.detach()) * scale - 0.5).clamp(0, scale)
-    return (k < threshold).double()
+    # A gate of this law has a derivative, 0, like those of the other.
+    return (k < threshold).double() + 0 * torch.sigmoid(log_alpha)
 
 
 def sample_gates(
@@ -169,7 +176,7 @@ def sample_gates(
     k = noise_k(key, log_alpha.shape[0])
     if law == "hard_concrete":
         z = _hard_concrete(la, k, dtype, beta, gamma, zeta)
-        probability = torch.sigmoid(la - shift(beta, gamma, zeta))
+        probability = torch.sigmoid(la - closed_shift(beta, gamma, zeta))
     else:
         z = _bernoulli(la, k)
         probability = torch.sigmoid(la)

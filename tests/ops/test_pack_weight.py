@@ -1,0 +1,574 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packed weights and their gradients, each implementation against the masked dense weight."""
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch.library import opcheck
+
+import l0kernels as l0
+from l0kernels.functional import pack_weight
+from l0kernels.ops.pack_weight import op
+from l0kernels.testing import assert_within_budget, max_error
+
+DTYPES = [
+    (torch.float64, torch.float64),
+    (torch.float32, torch.float32),
+    (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float16),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+]
+EXPANDED = 16
+
+
+@dataclass
+class Case:
+    """Arguments of pack_weight."""
+
+    weight: torch.Tensor
+    z: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
+    row_map: torch.Tensor | None = None
+    cols: torch.Tensor | None = None
+    col_map: torch.Tensor | None = None
+    dtype: torch.dtype | None = None
+
+    def exact(self):
+        """The same numbers in float64."""
+        z = None if self.z is None else self.z.double()
+        indices = (self.rows, self.row_map, self.cols, self.col_map)
+        return Case(self.weight.detach().double(), z, *indices)
+
+
+def gates_of(features, first, gates):
+    """The map of features that have one gate each, numbered from `first`."""
+    return torch.stack([torch.arange(first, first + features), torch.full((features,), gates)])
+
+
+def make_case(shape, share=0.5, dtypes=DTYPES[1], rows=True, cols=True):
+    """A weight with one gate per output and per input feature; the open ones are packed.
+
+    At least two of each are packed, so that closed ones are among them if need be.
+    """
+    out = shape[0]
+    width = shape[1] if len(shape) > 1 else 0
+    gates = out + width
+    is_open = torch.rand(gates) < share
+    z = torch.where(is_open, torch.rand(gates) + 0.25, 0.0)
+    z = torch.cat([z, torch.ones(1)])
+    case = Case(
+        torch.randn(shape).to(dtypes[0]),
+        z.double() if dtypes[0] == torch.float64 else z,
+        dtype=dtypes[1],
+    )
+    if rows:
+        case.rows, case.row_map = kept(is_open[:out]), gates_of(out, 0, gates)
+    if cols and width:
+        case.cols, case.col_map = kept(is_open[out:]), gates_of(width, out, gates)
+    return case
+
+
+def kept(is_open):
+    closed = (~is_open).nonzero().flatten()
+    missing = max(0, min(2, len(is_open)) - int(is_open.sum()))
+    return torch.cat([is_open.nonzero().flatten(), closed[:missing]]).sort().values
+
+
+def scale_of(z, feature_map):
+    fixed = torch.cat([z[:-1], torch.ones_like(z[-1:])])
+    return fixed[feature_map[0]] * fixed[feature_map[1]]
+
+
+def masked_dense(case):
+    """The masked weight with closed rows and columns zeroed, then cut to the packed ones."""
+    weight = case.weight
+    if case.col_map is not None:
+        scale = scale_of(case.z, case.col_map).reshape(1, -1, *[1] * (weight.dim() - 2))
+        weight = torch.where(scale == 0, 0.0, weight) * scale
+    if case.row_map is not None:
+        is_open = scale_of(case.z, case.row_map) != 0
+        weight = torch.where(is_open.reshape(-1, *[1] * (weight.dim() - 1)), weight, 0.0)
+    rows = slice(None) if case.rows is None else case.rows
+    weight = weight[rows]
+    return weight if case.cols is None else weight[:, case.cols]
+
+
+def call(case, weight, z):
+    return pack_weight(weight, z, case.rows, case.row_map, case.cols, case.col_map, case.dtype)
+
+
+def gradients(case, function, upstream):
+    """The packed weight and the gradients of weight and z."""
+    weight = case.weight.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    z = None if case.z is None else case.z.detach().clone().requires_grad_()
+    packed = function(case, weight, z)
+    wanted = [weight] if z is None else [weight, z]
+    grads = torch.autograd.grad(packed, wanted, upstream.to(packed.dtype), allow_unused=True)
+    return (packed.detach(), *grads)
+
+
+def dense_call(case, weight, z):
+    indices = (case.rows, case.row_map, case.cols, case.col_map)
+    packed = masked_dense(Case(weight, z, *indices))
+    return packed.to(case.dtype or weight.dtype)
+
+
+def check(impl, case, upstream=None):
+    """Compares value and gradients with the masked dense weight, exact and in the same dtype."""
+    packed_shape = masked_dense(case.exact()).shape
+    upstream = torch.randn(packed_shape) if upstream is None else upstream
+    upstream = upstream.to(case.dtype or case.weight.dtype)
+    actual = gradients(case, call, upstream)
+    exact = gradients(case.exact(), dense_call, upstream)
+    plain = gradients(case, dense_call, upstream)
+    assert actual[1] is not None
+    assert impl == "reference" or actual[1].stride() == case.weight.stride()
+    assert actual[1].dtype == case.weight.dtype
+    for mine, true, other in zip(actual, exact, plain, strict=True):
+        if true is None:  # nothing is scaled by z
+            assert mine is None or bool((mine == 0).all())
+            continue
+        assert_within_budget(mine, true, other)
+        assert bool((mine[true == 0] == 0).all())
+    return actual
+
+
+# ---- values and gradients ----
+
+SHAPES = [
+    (7,),
+    (1, 1),
+    (5, 3),
+    (31, 17),
+    (20, 1, 5, 5),
+    (13, 11, 3),
+    (11, 13, 3, 3),
+    (8, 16, 1, 1),
+    (5, 7, 3, 2, 2),
+]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes(impl, shape, share):
+    check(impl, make_case(shape, share))
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda pair: f"{pair[0]}-{pair[1]}"[6:])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_dtypes(impl, dtypes, channels_last):
+    case = make_case((19, 23, 3, 3), dtypes=dtypes)
+    if channels_last:
+        case.weight = case.weight.to(memory_format=torch.channels_last)
+    packed = check(impl, case)[0]
+    assert packed.dtype == dtypes[1]
+    assert packed.is_contiguous(memory_format=torch.channels_last) == channels_last
+    assert packed.is_contiguous() != channels_last
+
+
+ARGUMENTS = ("z", "rows", "row_map", "cols", "col_map")
+
+
+@pytest.mark.parametrize("present", list(itertools.product([False, True], repeat=5)), ids=str)
+def test_every_combination_of_arguments(impl, present):
+    case = make_case((12, 10, 3, 3), 0.6)
+    case.weight = case.weight.to(memory_format=torch.channels_last)
+    for name, keep in zip(ARGUMENTS, present, strict=True):
+        if not keep:
+            setattr(case, name, None)
+    if case.z is None and (case.row_map is not None or case.col_map is not None):
+        with pytest.raises(ValueError, match="expected z with them"):
+            call(case, case.weight, None)
+        return
+    check(impl, case)
+
+
+@pytest.mark.parametrize("shape", [(300, 200), (96, 64, 3, 3)], ids=str)
+@pytest.mark.parametrize("share", [0.02, 0.5, 1.0])
+def test_more_than_one_task(impl, shape, share):
+    case = make_case(shape, share)
+    if len(shape) == 4:
+        case.weight = case.weight.to(memory_format=torch.channels_last)
+    check(impl, case)
+
+
+def test_one_open_row_and_column(impl):
+    case = make_case((9, 9, 3, 3), 0.0)
+    case.z[4] = 0.5
+    case.z[9 + 6] = 0.25
+    case.rows, case.cols = torch.tensor([0, 4]), torch.tensor([0, 6])
+    packed, grad, grad_z = check(impl, case)
+    assert bool((packed[0] == 0).all()) and bool((packed[:, 0] == 0).all())
+    assert torch.equal(packed[1, 1], case.weight[4, 6] * 0.25)
+    assert int((grad != 0).sum()) == 9
+    assert grad_z.nonzero().flatten().tolist() == [9 + 6]
+
+
+def test_index_order_is_the_order_of_the_result(impl):
+    case = make_case((8, 9), 1.0)
+    case.rows, case.cols = torch.tensor([5, 0, 3]), torch.tensor([8, 1, 4, 0])
+    check(impl, case)
+
+
+def test_all_rows_in_another_order(impl):
+    case = make_case((6, 5), 1.0)
+    case.rows, case.cols = torch.arange(5, -1, -1), torch.tensor([1, 0, 2, 3, 4])
+    check(impl, case)
+
+
+@pytest.mark.parametrize("empty", ["rows", "cols", "both"])
+def test_nothing_is_packed(impl, empty):
+    case = make_case((6, 5, 3, 3), 1.0)
+    if empty != "cols":
+        case.rows = torch.zeros(0, dtype=torch.int64)
+    if empty != "rows":
+        case.cols = torch.zeros(0, dtype=torch.int64)
+    _, grad, grad_z = check(impl, case)
+    assert bool((grad == 0).all()) and bool((grad_z == 0).all())
+
+
+def test_expanded_gates_add_up(impl):
+    producers, out = 5, 12
+    width = producers * EXPANDED
+    features = torch.arange(producers).repeat_interleave(EXPANDED)
+    z = torch.tensor([0.5, 0.0, 1.0, 0.0, 0.25, 1.0])
+    col_map = torch.stack([features, torch.full((width,), producers)])
+    cols = (z[features] != 0).nonzero().flatten()
+    grad_z = check(impl, Case(torch.randn(out, width), z, None, None, cols, col_map))[2]
+    assert grad_z.nonzero().flatten().tolist() == [0, 2, 4]
+
+
+def test_products_of_two_gates(impl):
+    producers, out = 4, 6
+    width = producers * 3
+    gates = producers + width
+    col_map = torch.stack(
+        [torch.arange(producers).repeat_interleave(3), torch.arange(producers, gates)]
+    )
+    z = torch.cat([torch.rand(gates) + 0.1, torch.ones(1)])
+    z[[1, 5, 9, 10, 11]] = 0  # a producer's gate, single extra ones, all extra ones of a producer
+    cols = torch.tensor([0, 2, 3, 4, 5, 6, 9, 10])
+    check(impl, Case(torch.randn(out, width), z, None, None, cols, col_map))
+
+
+def test_one_gate_twice_on_a_feature(impl):
+    z = torch.tensor([0.5, 0.0, 1.0])
+    check(impl, Case(torch.randn(4, 2), z, None, None, None, torch.tensor([[0, 1], [0, 1]])))
+
+
+def test_negative_gates(impl):
+    z = torch.tensor([-0.5, 0.0, -2.0, 1.0])
+    check(impl, Case(torch.randn(4, 3), z, None, None, None, gates_of(3, 0, 3)))
+
+
+def test_the_gate_that_is_always_open_gets_no_gradient(impl):
+    z = torch.tensor([0.5, 1.0])
+    case = Case(torch.randn(4, 3), z, None, None, None, torch.tensor([[0, 1, 1], [1, 1, 1]]))
+    grad_z = check(impl, case)[2]
+    assert grad_z[1] == 0 and grad_z[0] != 0
+
+
+@pytest.mark.parametrize("need_weight, need_z", [(True, False), (False, True)])
+def test_only_the_gradient_asked_for(impl, need_weight, need_z):
+    case = make_case((12, 10, 3, 3), 0.6)
+    upstream = torch.randn(masked_dense(case).shape)
+    both = gradients(case, call, upstream)
+    weight = case.weight.clone().requires_grad_(need_weight)
+    z = case.z.clone().requires_grad_(need_z)
+    call(case, weight, z).backward(upstream)
+    assert (weight.grad is not None) == need_weight
+    assert (z.grad is not None) == need_z
+    assert torch.equal(weight.grad, both[1]) if need_weight else torch.equal(z.grad, both[2])
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_gradcheck(impl, channels_last):
+    case = make_case((5, 4, 3, 2), 0.7, DTYPES[0])
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    weight = case.weight.to(memory_format=layout).requires_grad_()
+    # Closed gates are left out: opening them a little would change what is packed.
+    width = case.weight.shape[1]
+    gates = case.z.shape[0] - 1
+    case.cols = (case.z[gates - width : -1] != 0).nonzero().flatten()
+    is_open = case.z[:-1] != 0
+    open_z = case.z[:-1][is_open].clone().requires_grad_()
+
+    def packed(weight, open_z):
+        z = torch.ones(gates + 1, dtype=torch.float64)
+        z = z.masked_scatter(torch.cat([is_open, torch.tensor([False])]), open_z)
+        return call(case, weight, torch.where(case.z == 0, 0.0, z))
+
+    assert torch.autograd.gradcheck(packed, (weight, open_z))
+
+
+# ---- strides ----
+
+
+def upstreams(shape):
+    yield "one number", torch.randn(()).expand(shape)
+    yield "one row", torch.randn(1, *shape[1:]).expand(shape)
+    yield "reversed", torch.randn(shape[::-1]).permute(*reversed(range(len(shape))))
+    yield (
+        "every second",
+        torch.randn([2 * n for n in shape])[tuple(slice(0, None, 2) for _ in shape)],
+    )
+    if len(shape) == 4:
+        yield "channels_last", torch.randn(shape).to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    "name", ["one number", "one row", "reversed", "every second", "channels_last"]
+)
+def test_upstream_gradients_of_any_strides(impl, name, channels_last):
+    case = make_case((13, 11, 3, 3), 0.6)
+    if channels_last:
+        case.weight = case.weight.to(memory_format=torch.channels_last)
+    check(impl, case, dict(upstreams(masked_dense(case).shape))[name])
+
+
+def test_gradients_after_cat_and_sum(impl):
+    case = make_case((13, 11), 0.6)
+    weight, z = case.weight.clone().requires_grad_(), case.z.clone().requires_grad_()
+    torch.cat([call(case, weight, z), call(case, 2 * weight, z)], 1).sum().backward()
+    ones = torch.ones(masked_dense(case).shape)
+    _, grad, grad_z = gradients(case, dense_call, ones)
+    torch.testing.assert_close(weight.grad, 3 * grad)
+    torch.testing.assert_close(z.grad, 3 * grad_z)
+
+
+def weights(name):
+    if name == "transposed":
+        return torch.randn(11, 13).t()
+    if name == "every second":
+        return torch.randn(26, 22, 3, 3)[::2, ::2]
+    if name == "expanded":
+        return torch.randn(13, 1, 3, 3).expand(13, 11, 3, 3)
+    if name == "permuted":
+        return torch.randn(3, 11, 3, 13).permute(3, 1, 0, 2)
+    return torch.randn(13, 11, 1, 1).to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    "name", ["transposed", "every second", "expanded", "permuted", "one by one"]
+)
+def test_weights_of_any_strides(impl, name):
+    case = make_case((13, 11, 3, 3), 0.6)
+    weight = weights(name).requires_grad_()
+    z = case.z.clone().requires_grad_()
+    packed = call(case, weight, z)
+    dense = dense_call(case, weight, z)
+    torch.testing.assert_close(packed, dense)
+    upstream = torch.randn(packed.shape)
+    grads = torch.autograd.grad(packed, (weight, z), upstream)
+    for mine, other in zip(grads, torch.autograd.grad(dense, (weight, z), upstream), strict=True):
+        torch.testing.assert_close(mine, other)
+    assert impl == "reference" or grads[0].stride() == torch.empty_like(weight).stride()
+
+
+def test_strided_gates_and_indices(impl):
+    case = make_case((13, 11), 0.6)
+    plain = gradients(case, call, torch.ones(masked_dense(case).shape))
+    for name in ("z", "rows", "cols"):
+        setattr(case, name, getattr(case, name).repeat_interleave(2)[::2])
+    for name in ("row_map", "col_map"):
+        setattr(case, name, getattr(case, name).t().contiguous().t())
+    strided = gradients(case, call, torch.ones(masked_dense(case).shape))
+    assert all(map(torch.equal, plain, strided))
+
+
+# ---- Inf and NaN ----
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dummies", [False, True])
+def test_closed_weights_do_not_matter(impl, bad, channels_last, dummies):
+    case = make_case((8, 9, 3, 3), 1.0)
+    case.z[[1, 8 + 2]] = 0
+    if not dummies:
+        case.rows = case.rows[case.rows != 1]
+        case.cols = case.cols[case.cols != 2]
+    if channels_last:
+        case.weight = case.weight.to(memory_format=torch.channels_last)
+    upstream = torch.randn(masked_dense(case).shape)
+    if dummies:
+        upstream[1] = upstream[:, 2] = bad
+    clean = gradients(case, call, upstream.nan_to_num(0, 0, 0))
+    case.weight[1] = case.weight[:, 2] = bad
+    poisoned = gradients(case, call, upstream)
+    for mine, other in zip(poisoned, clean, strict=True):
+        assert torch.equal(mine, other)
+    assert bool((poisoned[1][1] == 0).all()) and bool((poisoned[1][:, 2] == 0).all())
+    assert poisoned[2][8 + 2] == 0
+
+
+@pytest.mark.parametrize("cols", [False, True])
+def test_open_weights_keep_inf_and_nan(impl, cols):
+    case = make_case((4, 5), 1.0)
+    if not cols:
+        case.cols = None
+    case.weight[1, 2], case.weight[3, 0] = math.inf, math.nan
+    packed = call(case, case.weight, case.z)
+    assert packed[1, 2] == math.inf and packed[3, 0].isnan()
+    assert int(packed.isfinite().sum()) == 18
+
+
+def test_results_are_written_completely(impl):
+    # conftest fills uninitialised memory with NaN; check here that it does.
+    assert torch.empty(3).isnan().all()
+    case = make_case((40, 30, 3, 3), 0.3)
+    upstream = torch.randn(masked_dense(case).shape)
+    for result in gradients(case, call, upstream):
+        assert bool(result.isfinite().all())
+
+
+# ---- threads ----
+
+
+@pytest.mark.parametrize("shape", [(300, 200), (96, 64, 3, 3)], ids=str)
+@pytest.mark.parametrize("cols", [False, True])
+def test_bits_do_not_depend_on_threads(need_cpp, shape, cols):
+    case = make_case(shape, 0.6)
+    if not cols:
+        case.cols = None
+    upstream = torch.randn(masked_dense(case).shape)
+    results = []
+    for threads in (1, 2, 1):
+        torch.set_num_threads(threads)
+        with l0.use_impl("cpp"):
+            results.append(gradients(case, call, upstream))
+    for result in results[1:]:
+        assert all(map(torch.equal, results[0], result))
+
+
+def test_gate_gradients_of_many_small_numbers(impl):
+    case = make_case((2048, 4), 1.0, rows=False)
+    case.weight = torch.rand(2048, 4)
+    exact = gradients(case.exact(), dense_call, torch.ones(2048, 4))[2]
+    grad_z = gradients(case, call, torch.ones(2048, 4))[2]
+    assert max_error(grad_z / exact.clamp(min=1), exact / exact.clamp(min=1)) < 3e-7
+
+
+# ---- errors ----
+
+BAD = {
+    "weight dtype": (TypeError, "weight: expected a floating", {"weight": torch.ones(4, 3).int()}),
+    "dtype": (TypeError, "dtype: expected torch.float32", {"dtype": torch.float64}),
+    "weight dims": (ValueError, "1 to 5 dimensions", {"weight": torch.tensor(1.0)}),
+    "cols of a vector": (ValueError, "1-D weight", {"weight": torch.ones(4)}),
+    "z dtype": (TypeError, "z: expected torch.float32", {"z": torch.ones(8).double()}),
+    "z shape": (ValueError, r"z: expected shape \[G", {"z": torch.ones(2, 4)}),
+    "rows dtype": (TypeError, "rows: expected int64", {"rows": torch.tensor([1.0])}),
+    "rows dims": (ValueError, "rows: expected 1 dimension", {"rows": torch.tensor([[1]])}),
+    "row_map shape": (
+        ValueError,
+        r"row_map: expected shape \[2, 4\]",
+        {"row_map": gates_of(3, 0, 7)},
+    ),
+    "col_map shape": (
+        ValueError,
+        r"col_map: expected shape \[2, 3\]",
+        {"col_map": gates_of(4, 0, 7)},
+    ),
+    "maps without z": (ValueError, "expected z with them", {"z": None}),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_refused(impl, name):
+    error, message, changes = BAD[name]
+    case = make_case((4, 3), 1.0)
+    for field, value in changes.items():
+        setattr(case, field, value)
+    with pytest.raises(error, match=message):
+        call(case, case.weight, case.z)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"rows": torch.tensor([0, 4])}, "rows: expected indices from 0 to 3"),
+        ({"rows": torch.tensor([-1])}, "rows: expected indices from 0 to 3"),
+        ({"cols": torch.tensor([3])}, "cols: expected indices from 0 to 2"),
+        ({"row_map": gates_of(4, 5, 7)}, "rows_map: expected gates from 0 to 7"),
+        ({"col_map": gates_of(3, -1, 7)}, "cols_map: expected gates from 0 to 7"),
+    ],
+)
+def test_cpp_refuses_indices_out_of_bounds(need_cpp, changes, message):
+    case = make_case((4, 3), 1.0)
+    for field, value in changes.items():
+        setattr(case, field, value)
+    with pytest.raises(RuntimeError, match=message), l0.use_impl("cpp"):
+        call(case, case.weight, case.z)
+
+
+@pytest.mark.parametrize("axis", ["rows", "cols"])
+def test_cpp_refuses_repeated_indices_in_backward(need_cpp, axis):
+    case = make_case((4, 3), 1.0)
+    setattr(case, axis, torch.tensor([1, 1]))
+    with pytest.raises(RuntimeError, match=f"{axis}: expected distinct"), l0.use_impl("cpp"):
+        gradients(case, call, torch.ones(masked_dense(case).shape))
+
+
+# ---- registration and compilation ----
+
+
+@pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("shape", [(6, 5), (6, 5, 3, 3)], ids=str)
+def test_opcheck(shape, requires_grad):
+    case = make_case(shape, 0.7)
+    if len(shape) == 4:
+        case.weight = case.weight.to(memory_format=torch.channels_last)
+    weight = case.weight.requires_grad_(requires_grad)
+    z = case.z.requires_grad_(requires_grad)
+    indices = (case.rows, case.row_map, case.cols, case.col_map)
+    opcheck(op._FORWARD, (weight, z, *indices, torch.float32))
+    opcheck(op._FORWARD, (weight, None, None, None, None, None, torch.bfloat16))
+    grad = torch.randn(masked_dense(case).shape)
+    opcheck(op._BACKWARD, (grad, weight, z, *indices, True, True))
+    opcheck(op._BACKWARD, (grad, weight, z, *indices, False, False))
+
+
+@pytest.mark.parametrize("name", ["auto", "reference"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_one_graph_for_all_widths(name, channels_last):
+    full = make_case((12, 10, 3, 3), 1.0)
+    if channels_last:
+        full.weight = full.weight.to(memory_format=torch.channels_last)
+
+    def loss(weight, z, rows, cols):
+        packed = pack_weight(weight, z, rows, full.row_map, cols, full.col_map)
+        return (packed**2).sum() + packed.shape[0]
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    with l0.use_impl(name):
+        for height, width in ((12, 10), (5, 3), (2, 2), (7, 9)):
+            rows = torch.randperm(12)[:height].sort().values
+            cols = torch.randperm(10)[:width].sort().values
+            torch._dynamo.mark_dynamic(rows, 0)
+            torch._dynamo.mark_dynamic(cols, 0)
+            weight, z = full.weight.clone().requires_grad_(), full.z.clone().requires_grad_()
+            value = compiled(weight, z, rows, cols)
+            grads = torch.autograd.grad(value, (weight, z))
+            plain = loss(weight, z, rows, cols)
+            torch.testing.assert_close(value, plain)
+            for mine, other in zip(grads, torch.autograd.grad(plain, (weight, z)), strict=True):
+                torch.testing.assert_close(mine, other)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_same_result_on_every_device(device):
+    case = make_case((12, 10, 3, 3), 0.6)
+    upstream = torch.randn(masked_dense(case).shape)
+    exact = gradients(case.exact(), dense_call, upstream)
+    there = Case(*(None if v is None else v.to(device) for v in list(vars(case).values())[:6]))
+    for mine, true in zip(gradients(there, call, upstream.to(device)), exact, strict=True):
+        torch.testing.assert_close(mine.cpu().double(), true, rtol=1e-5, atol=1e-5)

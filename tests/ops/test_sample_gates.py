@@ -1,0 +1,524 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Draws, their gradients and the open lists, each implementation against closed forms."""
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.library import opcheck
+
+import l0kernels as l0
+from l0kernels.functional import GateLayout, OpenLists, open_lists, sample_gates
+from l0kernels.ops.sample_gates import op, reference
+from l0kernels.testing import assert_within_budget, max_error, z_score
+
+LAWS = ("hard_concrete", "bernoulli")
+BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
+K = BETA * math.log(-GAMMA / ZETA)
+
+
+def offsets(sizes):
+    return torch.tensor([0, *sizes]).cumsum(0)
+
+
+def make_layout(sizes, ports=None):
+    """A layout with groups of these sizes; ports are pairs of gate lists, default one per group."""
+    gates = sum(sizes)
+    if ports is None:
+        starts = offsets(sizes).tolist()
+        ports = [(range(starts[i], starts[i + 1]), None) for i in range(len(sizes))]
+    filled = [
+        (list(born), [gates] * len(born) if extra is None else extra) for born, extra in ports
+    ]
+    maps = torch.tensor(
+        [
+            [gate for born, _ in filled for gate in born],
+            [gate for _, extra in filled for gate in extra],
+        ],
+        dtype=torch.int64,
+    )
+    return GateLayout(offsets(sizes), maps, offsets([len(born) for born, _ in filled]))
+
+
+def make_key(seed=3, step=5):
+    return torch.tensor([seed, step])
+
+
+@dataclass
+class Drawn:
+    z: torch.Tensor
+    expected: torch.Tensor
+    lists: OpenLists
+    grad: torch.Tensor | None
+
+
+def draw(log_alpha, law="hard_concrete", key=None, cost=None, layout=None, grad_z=None, **options):
+    """One draw, and the gradient of sum(grad_z z) + 1.5 expected."""
+    log_alpha = log_alpha.detach().clone().requires_grad_()
+    cost = torch.ones_like(log_alpha.detach()) if cost is None else cost
+    layout = make_layout([log_alpha.shape[0]]) if layout is None else layout
+    key = make_key() if key is None else key
+    z, expected, lists = sample_gates(log_alpha, key, cost, layout, law, **options)
+    grad_z = torch.ones_like(z) if grad_z is None else grad_z
+    (grad,) = torch.autograd.grad(
+        [z, expected], log_alpha, [grad_z, torch.full_like(expected, 1.5)]
+    )
+    return Drawn(z.detach(), expected.detach(), lists, grad)
+
+
+def textbook(log_alpha, key, beta=BETA, gamma=GAMMA, zeta=ZETA):
+    """z of the hard concrete law from u, as published."""
+    u = (reference.noise_k(key, log_alpha.shape[0]).double() + 0.5) / (1 << 23)
+    s = torch.sigmoid((torch.log(u) - torch.log(1 - u) + log_alpha) / beta)
+    return F.hardtanh(s * (zeta - gamma) + gamma, 0.0, 1.0)
+
+
+# ---- values ----
+
+
+@pytest.mark.parametrize("options", [{}, {"beta": 0.3, "gamma": -0.5, "zeta": 1.2}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_hard_concrete_follows_the_textbook(impl, dtype, options):
+    log_alpha = (3 * torch.randn(20011)).to(dtype)
+    drawn = draw(log_alpha, **options)
+    exact = log_alpha.double().requires_grad_()
+    z = textbook(exact, make_key(), **options)
+    grad_z = torch.autograd.grad(z.sum(), exact)[0]
+    shift = options.get("beta", BETA) * math.log(
+        -options.get("gamma", GAMMA) / options.get("zeta", ZETA)
+    )
+    p = torch.sigmoid(exact.detach() - shift)
+    rounding = torch.finfo(dtype).eps
+    assert max_error(drawn.z[:-1], z) <= 8 * rounding
+    assert torch.equal(drawn.z[:-1] == 0, z == 0)
+    assert drawn.z[-1] == 1
+    assert max_error(drawn.grad, grad_z + 1.5 * p * (1 - p)) <= 16 * rounding
+    assert float(drawn.expected) == pytest.approx(float(p.sum()), rel=8 * rounding)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bernoulli_follows_the_textbook(impl, dtype):
+    log_alpha = (3 * torch.randn(20011)).to(dtype)
+    drawn = draw(log_alpha, "bernoulli")
+    u = (reference.noise_k(make_key(), 20011).double() + 0.5) / (1 << 23)
+    p = torch.sigmoid(log_alpha.double())
+    assert torch.equal(drawn.z[:-1], (u < p).to(dtype))
+    assert max_error(drawn.grad, 1.5 * p * (1 - p)) <= 2 * torch.finfo(dtype).eps
+    assert float(drawn.expected) == pytest.approx(float(p.sum()), rel=1e-6)
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_a_million_decisions_equal_the_reference(need_cpp, law):
+    log_alpha = 4 * torch.randn(1 << 17)
+    layout = make_layout([1 << 17], [])
+    for step in range(9):
+        args = (log_alpha, make_key(11, step), torch.ones_like(log_alpha), layout, law)
+        with l0.use_impl("reference"):
+            expected, _, _ = sample_gates(*args)
+        with l0.use_impl("cpp"):
+            actual, _, _ = sample_gates(*args)
+        assert torch.equal(actual == 0, expected == 0)
+        assert torch.equal(actual == 1, expected == 1)
+        assert max_error(actual, expected) <= torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("log_alpha", [-6.0, -2.3979, K, -0.3, 0.0, 1e-9, 0.7, 1.5986, 4.6, 30.0])
+def test_thresholds_decide_exactly(log_alpha):
+    scalar_math = pytest.importorskip("l0kernels._math", reason="the scalar C++ math is not built")
+    closed_below, open_from = scalar_math.hard_concrete_thresholds(log_alpha)
+    closed_at, open_at = 1 / (1 + math.exp(log_alpha - K)), 1 / (1 + math.exp(log_alpha + K))
+    for k in {0, closed_below - 1, closed_below, open_from - 1, open_from, (1 << 23) - 1}:
+        if not 0 <= k < 1 << 23:
+            continue
+        u = (k + 0.5) / (1 << 23)
+        z = scalar_math.hard_concrete_value(k, log_alpha)
+        assert (z == 0) == (u <= closed_at)
+        assert (z == 1) == (u >= open_at)
+        closed, full = reference.hard_concrete_decisions(
+            torch.tensor([log_alpha], dtype=torch.float64), torch.tensor([k]), BETA, GAMMA, ZETA
+        )
+        assert (bool(closed), bool(full)) == (z == 0, z == 1)
+        slope = scalar_math.hard_concrete_slope(k, log_alpha)
+        assert (slope == 0) == (z in (0, 1))
+    below = scalar_math.bernoulli_threshold(log_alpha)
+    assert (below - 0.5) / (1 << 23) < 1 / (1 + math.exp(-log_alpha)) <= (below + 0.5) / (1 << 23)
+
+
+@pytest.mark.parametrize("value", [-3.0, -1.0, 0.0, 2.2])
+def test_hard_concrete_statistics(impl, value):
+    gates = 1 << 17
+    z = draw(torch.full((gates,), value), key=make_key(1, 2), layout=make_layout([gates], [])).z[
+        :-1
+    ]
+    closed, full = 1 / (1 + math.exp(value - K)), 1 / (1 + math.exp(-value - K))
+    assert abs(z_score(int((z == 0).sum()), gates, closed)) < 4
+    assert abs(z_score(int((z == 1).sum()), gates, full)) < 4
+    # E[z] = integral over u of the stretched concrete distribution, clipped.
+    u = (torch.arange(1 << 16, dtype=torch.float64) + 0.5) / (1 << 16)
+    exact = F.hardtanh(
+        torch.sigmoid((torch.logit(u) + value) / BETA) * (ZETA - GAMMA) + GAMMA, 0, 1
+    )
+    error = float(z.double().mean() - exact.mean())
+    assert abs(error) < 4 * float(exact.std()) / math.sqrt(gates)
+
+
+@pytest.mark.parametrize("value", [-3.0, 0.0, 2.2])
+def test_bernoulli_statistics(impl, value):
+    gates = 1 << 17
+    layout = make_layout([gates], [])
+    z = draw(torch.full((gates,), value), "bernoulli", make_key(1, 2), layout=layout).z[:-1]
+    assert set(z.unique().tolist()) == {0.0, 1.0}
+    assert abs(z_score(int(z.sum()), gates, 1 / (1 + math.exp(-value)))) < 4
+
+
+def test_draws_depend_on_seed_and_step(impl):
+    log_alpha = torch.zeros(64)
+    keys = [make_key(1, 1), make_key(1, 2), make_key(2, 1), make_key(1 + (1 << 32), 1)]
+    draws = [draw(log_alpha, key=key).z for key in keys]
+    assert torch.equal(draws[0], draw(log_alpha, key=make_key(1, 1)).z)
+    for i in range(len(draws)):
+        for j in range(i):
+            assert not torch.equal(draws[i], draws[j])
+
+
+def test_a_draw_does_not_depend_on_the_gates_behind_it(impl):
+    log_alpha = torch.randn(1000)
+    whole = draw(log_alpha).z[:-1]
+    for gates in (1, 3, 17, 255, 256, 257):
+        assert torch.equal(draw(log_alpha[:gates]).z[:-1], whole[:gates])
+
+
+# ---- gradients ----
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_gradients_within_budget(impl, law):
+    log_alpha, cost, grad_z = torch.randn(4480), torch.rand(4480), torch.randn(4481)
+    drawn = draw(log_alpha, law, cost=cost, grad_z=grad_z)
+    assert drawn.grad is not None
+    with l0.use_impl("reference"):
+        exact = draw(log_alpha.double(), law, cost=cost.double(), grad_z=grad_z.double())
+    plain = exact.grad.float()
+    assert_within_budget(drawn.grad, exact.grad, plain)
+    assert_within_budget(drawn.expected, exact.expected, exact.expected.float())
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_gradcheck(impl, law):
+    log_alpha = torch.randn(17, dtype=torch.float64, requires_grad=True)
+    cost = torch.rand(17, dtype=torch.float64)
+    layout = make_layout([10, 7])
+
+    def smooth(log_alpha):
+        z, expected, _ = sample_gates(log_alpha, make_key(), cost, layout, law)
+        # Bernoulli gates are steps: only the expected cost is differentiable.
+        return (z[:-1], expected) if law == "hard_concrete" else expected
+
+    assert torch.autograd.gradcheck(smooth, (log_alpha,))
+
+
+@pytest.mark.parametrize("strided", [False, True])
+def test_each_output_alone_has_a_gradient(impl, strided):
+    log_alpha = torch.randn(40)[::2] if strided else torch.randn(20)
+    log_alpha = log_alpha.detach().requires_grad_()
+    layout, cost = make_layout([20]), torch.rand(40)[::2]
+    z, expected, _ = sample_gates(log_alpha, make_key(), cost, layout, "hard_concrete")
+    (of_z,) = torch.autograd.grad(z.sum(), log_alpha, retain_graph=True)
+    (of_expected,) = torch.autograd.grad(expected, log_alpha, retain_graph=True)
+    (of_both,) = torch.autograd.grad(z.sum() + expected, log_alpha)
+    assert int((of_z != 0).sum()) == int(((z[:-1] > 0) & (z[:-1] < 1)).sum()) > 0
+    assert bool((of_expected > 0).all())
+    torch.testing.assert_close(of_both, of_z + of_expected)
+
+
+def test_saturated_gates_have_gradient_zero_whatever_comes_in(impl):
+    log_alpha = torch.randn(2000)
+    z = draw(log_alpha).z
+    saturated = (z == 0) | (z == 1)
+    grad_z = torch.where(saturated, math.inf, 1.0)
+    log_alpha = log_alpha.requires_grad_()
+    z, _, _ = sample_gates(
+        log_alpha, make_key(), torch.ones(2000), make_layout([2000]), "hard_concrete"
+    )
+    (grad,) = torch.autograd.grad(z, log_alpha, grad_z)
+    assert bool((grad[saturated[:-1]] == 0).all())
+    assert bool((grad[~saturated[:-1]] > 0).all())
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_infinite_log_alpha(impl, law, dtype):
+    log_alpha = torch.tensor([math.inf, -math.inf] * 50, dtype=dtype)
+    drawn = draw(log_alpha, law, cost=torch.full_like(log_alpha, 2.0))
+    assert drawn.z.tolist() == [1.0, 0.0] * 50 + [1.0]
+    assert drawn.expected == 100
+    assert bool((drawn.grad == 0).all())
+
+
+def test_one_draw_serves_several_backward_passes(op_impl):
+    log_alpha = torch.randn(50, requires_grad=True)
+    z, expected, _ = sample_gates(
+        log_alpha, make_key(), torch.ones(50), make_layout([50]), "hard_concrete"
+    )
+    (z * 2).sum().backward()
+    first = log_alpha.grad.clone()
+    (z * 2).sum().backward()
+    assert bool((first != 0).any())
+    assert torch.equal(log_alpha.grad, 2 * first)
+
+
+@pytest.mark.parametrize("changed", ["log_alpha", "key", "cost"])
+def test_changes_between_draw_and_backward_are_noticed(op_impl, changed):
+    tensors = {"log_alpha": torch.randn(5), "key": make_key(), "cost": torch.ones(5)}
+    log_alpha = tensors["log_alpha"].requires_grad_()
+    z, _, _ = sample_gates(
+        log_alpha, tensors["key"], tensors["cost"], make_layout([5]), "hard_concrete"
+    )
+    with torch.no_grad():
+        tensors[changed].add_(1)
+    with pytest.raises(RuntimeError, match="modified in place"):
+        z.sum().backward()
+
+
+def test_double_backward_is_refused(op_impl):
+    log_alpha = torch.zeros(5, requires_grad=True)
+    z, _, _ = sample_gates(log_alpha, make_key(), torch.ones(5), make_layout([5]), "hard_concrete")
+    (grad,) = torch.autograd.grad((z**2).sum(), log_alpha, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_bits_do_not_depend_on_threads(need_cpp, law):
+    log_alpha = torch.randn(100_003)
+    layout = make_layout([100_003], [])
+    results = []
+    for threads in (1, 2, 1):
+        torch.set_num_threads(threads)
+        with l0.use_impl("cpp"):
+            drawn = draw(log_alpha, law, cost=log_alpha.abs(), layout=layout)
+        results.append((drawn.z, drawn.expected, drawn.grad))
+    for result in results[1:]:
+        assert all(map(torch.equal, results[0], result))
+
+
+# ---- open lists ----
+
+
+def lists_by_definition(z, layout):
+    """The packed features of every port, straight from the definition."""
+    z = z.tolist()
+    gates = len(z) - 1
+    kept = {gates}
+    starts = layout.group_offsets.tolist()
+    for begin, end in zip(starts[:-1], starts[1:], strict=True):
+        group = list(range(begin, end))
+        is_open = [gate for gate in group if z[gate] != 0]
+        spare = [gate for gate in group if z[gate] == 0]
+        kept.update(is_open + spare[: max(0, min(2, len(group)) - len(is_open))])
+    ports = []
+    starts = layout.port_offsets.tolist()
+    for begin, end in zip(starts[:-1], starts[1:], strict=True):
+        born, extra = layout.maps[:, begin:end].tolist()
+        arriving = [f for f in range(end - begin) if born[f] in kept]
+        packed = arriving
+        if any(gate != gates for gate in extra):
+            packed = [f for f in arriving if z[born[f]] * z[extra[f]] != 0]
+            spare = [f for f in arriving if f not in packed]
+            packed = sorted(packed + spare[: max(0, min(2, len(arriving)) - len(packed))])
+        ports.append((packed, [arriving.index(f) for f in packed]))
+    return ports
+
+
+def check_lists(lists, z, layout):
+    starts = layout.port_offsets.tolist()
+    ports = lists_by_definition(z, layout)
+    assert lists.counts.tolist() == [len(packed) for packed, _ in ports]
+    assert lists.index.dtype == lists.position.dtype == lists.counts.dtype == torch.int64
+    for i, (packed, position) in enumerate(ports):
+        padding = [0] * (starts[i + 1] - starts[i] - len(packed))
+        assert lists.index[starts[i] : starts[i + 1]].tolist() == packed + padding
+        assert lists.position[starts[i] : starts[i + 1]].tolist() == position + padding
+
+
+LAYOUTS = {
+    "one gate": make_layout([1]),
+    "three gates": make_layout([3]),
+    "two groups": make_layout([10, 7]),
+    "empty groups": make_layout([0, 5, 0, 0, 3, 0]),
+    "no gates": make_layout([], [([0, 0, 0], None)]),
+    "no features": make_layout([4], [([], None), ([], None)]),
+    "expanded": make_layout([5, 3], [([j for j in range(5) for _ in range(16)], None)]),
+    "concatenated": make_layout([4, 4], [([0, 1, 2, 3, 8, 8, 8, 4, 5, 6, 7], None)]),
+    "extra gates": make_layout(
+        [6, 12], [(range(6), None), ([0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5], list(range(6, 18)))]
+    ),
+    "extra gates of inputs": make_layout([9], [([9] * 9, list(range(9)))]),
+    "some extra gates": make_layout([4, 2], [([0, 1, 2, 3, 6], [6, 4, 6, 5, 4]), ([3, 2], None)]),
+}
+
+
+@pytest.mark.parametrize("opened", ["none", "one", "all", "half", "few"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_open_lists(impl, name, opened):
+    layout = LAYOUTS[name]
+    gates = int(layout.group_offsets[-1])
+    share = {"none": 0.0, "one": 0.0, "all": 1.0, "half": 0.5, "few": 0.15}[opened]
+    for _ in range(4):
+        z = torch.rand(gates + 1) * (torch.rand(gates + 1) < share)
+        if opened == "one" and gates:
+            z[int(torch.randint(gates, ()))] = 0.3
+        z[gates] = 1
+        check_lists(open_lists(z, layout), z, layout)
+        check_lists(open_lists(z.double(), layout), z, layout)
+
+
+def test_a_draw_lists_its_own_gates(impl):
+    layout = LAYOUTS["extra gates"]
+    for law in LAWS:
+        drawn = draw(torch.randn(18), law, layout=layout)
+        check_lists(drawn.lists, drawn.z, layout)
+
+
+def test_no_gates_at_all(impl):
+    drawn = draw(torch.zeros(0), layout=make_layout([], []))
+    assert drawn.z.tolist() == [1.0]
+    assert drawn.expected == 0
+    assert drawn.grad.shape == (0,)
+    assert drawn.lists.counts.shape == (0,)
+
+
+# ---- errors ----
+
+
+def test_nan_is_reported(impl):
+    log_alpha = torch.zeros(30)
+    log_alpha[[7, 20]] = math.nan
+    with pytest.raises(ValueError, match="got 2 of 30, first at 7"):
+        sample_gates(log_alpha, make_key(), torch.ones(30), make_layout([30]), "hard_concrete")
+
+
+@pytest.mark.parametrize(
+    "seed, step, message",
+    [(-1, 0, "seed"), (0, -1, "step"), (0, 1 << 32, "step"), (-(1 << 63), 0, "seed")],
+)
+def test_seed_and_step_have_a_range(impl, seed, step, message):
+    with pytest.raises(ValueError, match=f"{message}: expected 0 <= {message}"):
+        draw(torch.zeros(3), key=make_key(seed, step))
+
+
+def test_the_ends_of_the_range_are_legal(impl):
+    assert draw(torch.zeros(3), key=make_key((1 << 63) - 1, (1 << 32) - 1)).z.shape == (4,)
+
+
+BAD = {
+    "half": (TypeError, "float32 or float64", {"log_alpha": torch.zeros(4).half()}),
+    "matrix": (ValueError, "1 dimension", {"log_alpha": torch.zeros(2, 2)}),
+    "cost dtype": (TypeError, "cost: expected", {"cost": torch.ones(4).double()}),
+    "cost shape": (ValueError, "cost: expected shape", {"cost": torch.ones(3)}),
+    "cost grad": (ValueError, "no gradient", {"cost": torch.ones(4, requires_grad=True)}),
+    "key dtype": (TypeError, "key: expected int64", {"key": torch.tensor([1, 2]).int()}),
+    "key shape": (ValueError, r"key: expected shape \[2\]", {"key": torch.tensor([1])}),
+    "law": (ValueError, "hard_concrete, bernoulli; got 'soft'", {"law": "soft"}),
+    "beta": (ValueError, "beta > 0", {"beta": 0.0}),
+    "gamma": (ValueError, "gamma < 0", {"gamma": 0.0}),
+    "zeta": (ValueError, "zeta > 1", {"zeta": 1.0}),
+    "maps shape": (ValueError, "expected shape .2, F", {"maps": torch.zeros(3, 4).long()}),
+    "maps dtype": (TypeError, "maps: expected int64", {"maps": torch.zeros(2, 4)}),
+    "no offsets": (ValueError, "start with 0", {"group_offsets": torch.zeros(0).long()}),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_refused(impl, name):
+    error, message, changes = BAD[name]
+    layout = make_layout([4])
+    layout = layout._replace(**{k: v for k, v in changes.items() if k in layout._fields})
+    args = {
+        "log_alpha": torch.zeros(4),
+        "key": make_key(),
+        "cost": torch.ones(4),
+        "layout": layout,
+        "law": "hard_concrete",
+    }
+    args |= {k: v for k, v in changes.items() if k not in layout._fields}
+    with pytest.raises(error, match=message):
+        sample_gates(**args)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("maps", torch.tensor([[0, 1, 2, 5], [4, 4, 4, 4]])),
+        ("maps", torch.tensor([[0, 1, 2, -1], [4, 4, 4, 4]])),
+        ("group_offsets", torch.tensor([0, 3])),
+        ("group_offsets", torch.tensor([0, 3, 2, 4])),
+        ("port_offsets", torch.tensor([1, 4])),
+        ("port_offsets", torch.tensor([0, 9])),
+    ],
+)
+def test_cpp_refuses_layouts_out_of_bounds(need_cpp, field, value):
+    layout = make_layout([4])._replace(**{field: value})
+    with pytest.raises(RuntimeError, match=f"{field}: expected"), l0.use_impl("cpp"):
+        open_lists(torch.ones(5), layout)
+
+
+# ---- registration and compilation ----
+
+
+def raw_arguments(requires_grad):
+    layout = LAYOUTS["extra gates"]
+    log_alpha = torch.randn(18, requires_grad=requires_grad)
+    return log_alpha, make_key(), torch.rand(18), layout
+
+
+# The gradient lives outside the raw operators; PyTorch says so when asked to differentiate them.
+@pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("law", [0, 1])
+def test_opcheck(requires_grad, law):
+    log_alpha, key, cost, layout = raw_arguments(requires_grad)
+    opcheck(op._FORWARD, (log_alpha, key, cost, *layout, law, BETA, GAMMA, ZETA))
+    grads = torch.randn(19), torch.tensor(1.0)
+    opcheck(op._BACKWARD, (log_alpha, key, cost, *grads, law, BETA, GAMMA, ZETA))
+    opcheck(op._BACKWARD, (log_alpha, key, cost, None, None, law, BETA, GAMMA, ZETA))
+    opcheck(op._LISTS, (torch.rand(19, requires_grad=requires_grad), *layout))
+
+
+@pytest.mark.parametrize("name", ["auto", "reference"])
+def test_compiles_to_one_graph(name):
+    log_alpha, _, cost, layout = raw_arguments(True)
+
+    def loss(key):
+        z, expected, lists = sample_gates(log_alpha, key, cost, layout, "hard_concrete")
+        return (z * torch.arange(19)).sum() + expected, lists.index
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    with l0.use_impl(name):
+        for step in range(3):
+            value, index = compiled(make_key(1, step))
+            (grad,) = torch.autograd.grad(value, log_alpha)
+            plain, plain_index = loss(make_key(1, step))
+            torch.testing.assert_close(value, plain)
+            torch.testing.assert_close(grad, torch.autograd.grad(plain, log_alpha)[0])
+            assert torch.equal(index, plain_index)
+
+
+def test_same_draws_on_every_device(device):
+    layout = LAYOUTS["extra gates"]
+    log_alpha, cost, grad_z = torch.randn(18), torch.rand(18), torch.randn(19)
+    with l0.use_impl("reference"):
+        plain = draw(log_alpha, cost=cost, layout=layout, grad_z=grad_z)
+    there = draw(
+        log_alpha.to(device),
+        key=make_key().to(device),
+        cost=cost.to(device),
+        layout=GateLayout(*(tensor.to(device) for tensor in layout)),
+        grad_z=grad_z.to(device),
+    )
+    torch.testing.assert_close(there.z.cpu(), plain.z)
+    torch.testing.assert_close(there.grad.cpu(), plain.grad)
+    for mine, other in zip(there.lists, plain.lists, strict=True):
+        assert torch.equal(mine.cpu(), other)
