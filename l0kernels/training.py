@@ -13,23 +13,23 @@ from l0kernels.gates.base import Gates
 
 
 def gates_of(model: nn.Module) -> Gates:
-    """The gates of a model, through DDP, ``torch.compile`` and averaged (EMA) wrappers.
+    """The gates of a model, also inside DDP, ``torch.compile``, averaged (EMA) and other modules.
 
     Raises:
-        ValueError: the model has no gates.
+        ValueError: the model has none, or more than one set.
     """
-    inner: Any = model
-    while not isinstance(getattr(inner, "l0", None), Gates):
-        for wrapped in ("module", "_orig_mod"):
-            if isinstance(getattr(inner, wrapped, None), nn.Module):
-                inner = getattr(inner, wrapped)
-                break
-        else:
-            raise ValueError(
-                f"expected a model with gates (from convert or gates.attach), "
-                f"got {type(model).__name__} without"
-            )
-    return inner.l0
+    own = getattr(model, "l0", None)
+    if isinstance(own, Gates):
+        return own
+    found = [m for m in model.modules() if isinstance(m, Gates)]
+    if not found:
+        raise ValueError(
+            f"expected a model with gates (from convert or gates.attach), "
+            f"got {type(model).__name__} without"
+        )
+    if len(found) > 1:
+        raise ValueError(f"expected one set of gates, got {len(found)}; pass the part to work on")
+    return found[0]
 
 
 def expected_loss(model: nn.Module, closure: Callable[[], Tensor]) -> Tensor:

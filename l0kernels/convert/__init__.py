@@ -71,14 +71,16 @@ def convert(
     _check_arguments(model, method, example_inputs, granularity)
     trace = _trace(model, example_inputs)
     plan = make_plan(model, trace, select, granularity)
-    make = METHODS[method]
-    shared: dict[str, Any] = {"seed": seed, "n_train": n_train, **options}
-    checked = _drop_inexact(model, example_inputs, plan, trace)
-    gates = make(checked.groups, lam=_for_groups(lam, plan, checked), **shared)
+    if not plan.groups:
+        raise ValueError(f"convert: nothing can be gated: {plan.refused}")
+    options.update(lam=lam, n_train=n_train, seed=seed)
+    gates = METHODS[method](plan.groups, **options)
+    checked = _drop_inexact(model, gates, example_inputs, plan, trace)
+    if checked is not plan:
+        kept = {name: _for_groups(value, checked) for name, value in options.items()}
+        gates = METHODS[method](checked.groups, **kept)
     parameter = next(model.parameters())
-    gates.to(parameter.device)
-    if parameter.dtype == torch.float64:
-        gates.double()
+    gates.to(parameter.device, torch.promote_types(parameter.dtype, torch.float32))
     gates.train(model.training)
     _prefer_channels_last(model, checked, trace)
     install(model, gates, checked, trace)
@@ -147,36 +149,41 @@ def _trace(model: nn.Module, example_inputs: tuple[Any, ...]) -> Trace:
 
 
 def _drop_inexact(
-    model: nn.Module, example_inputs: tuple[Any, ...], plan: Plan, trace: Trace
+    model: nn.Module, gates: Gates, example_inputs: tuple[Any, ...], plan: Plan, trace: Trace
 ) -> Plan:
-    """The plan without the groups that the self-check finds inexact."""
-    if not plan.groups:
-        raise ValueError(f"convert: nothing can be gated: {plan.refused}")
-    if not _verdict(model, example_inputs, plan, trace):
+    """The plan, or a copy without the groups that the self-check finds inexact."""
+
+    def verdict(trial: Plan) -> str | None:
+        return _verdict(model, type(gates), example_inputs, trial, trace)
+
+    if verdict(plan) is None:
         return plan
     kept = Plan({}, dict(plan.refused))
     for name, size in plan.groups.items():
-        alone = Plan({name: size}, {})
-        reason = _verdict(model, example_inputs, alone, trace)
+        reason = verdict(Plan({name: size}))
         if reason is None:
             kept.groups[name] = size
         else:
             kept.refused[name] = reason
     if not kept.groups:
         raise ValueError(f"convert: nothing can be gated: {kept.refused}")
-    reason = _verdict(model, example_inputs, kept, trace)
+    reason = verdict(kept)
     if reason is not None:
         raise RuntimeError(f"convert: groups are exact one by one but not together: {reason}")
     return kept
 
 
 def _verdict(
-    model: nn.Module, example_inputs: tuple[Any, ...], plan: Plan, trace: Trace
+    model: nn.Module,
+    method: type[Gates],
+    example_inputs: tuple[Any, ...],
+    plan: Plan,
+    trace: Trace,
 ) -> str | None:
     """Why packed and masked runs of this plan differ, or None."""
     trial = copy.deepcopy(model).double()
     trial.zero_grad(set_to_none=True)
-    install(trial, METHODS["hard_concrete"](plan.groups).double(), plan, trace)
+    install(trial, method(plan.groups).double(), plan, trace)
     tick = _bar("checking packed against masked")(STEPS)
     error, where = check(trial, to_double(example_inputs), tick)
     if error <= TOLERANCE:
@@ -184,17 +191,11 @@ def _verdict(
     return f"the self-check found packed and masked to differ by {error:.1e} in {where}"
 
 
-def _for_groups(
-    lam: float | Mapping[str, float], asked: Plan, kept: Plan
-) -> float | dict[str, float]:
-    """Drop the values of groups that the self-check refused."""
-    if not isinstance(lam, Mapping):
-        return lam
-    if set(lam) != set(asked.groups):
-        raise ValueError(
-            f"lam: expected one value for each of {list(asked.groups)}, got {list(lam)}"
-        )
-    return {name: lam[name] for name in kept.groups}
+def _for_groups(value: Any, kept: Plan) -> Any:
+    """Leave out what a per-group option says of groups that the self-check refused."""
+    if not isinstance(value, Mapping):
+        return value
+    return {name: value[name] for name in kept.groups}
 
 
 def _prefer_channels_last(model: nn.Module, plan: Plan, trace: Trace) -> None:

@@ -68,6 +68,16 @@ def _weigh(outputs: list[Tensor]) -> Tensor:
     ).sum()
 
 
+def _run_masked(model: nn.Module, inputs: tuple[Any, ...], values: Tensor) -> dict[str, Tensor]:
+    try:
+        return run_once(model, inputs, values, "reference")
+    except (RuntimeError, ValueError) as error:
+        mode = "training" if model.training else "eval"
+        raise ValueError(
+            f"example_inputs: the model's {mode} forward and backward fail with them: {error}"
+        ) from error
+
+
 def worst_difference(masked: dict[str, Tensor], packed: dict[str, Tensor]) -> tuple[float, str]:
     """Largest error relative to its tensor, and where; gradients share a floor of 1e-3 of the
     largest, because some are zero but for rounding.
@@ -149,7 +159,7 @@ def check(
     for training in (True, False):
         for values in forced_draws(gates):
             with _training(model, training):
-                masked = run_once(model, inputs, values, "reference")
+                masked = _run_masked(model, inputs, values)
                 try:
                     packed = run_once(model, inputs, values, "auto")
                 except (RuntimeError, ValueError, IndexError, TypeError) as error:

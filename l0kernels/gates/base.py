@@ -72,7 +72,7 @@ class Draw:
             lists.position.narrow(0, start, count) if drops else None
             for start, count, drops in spans
         ]
-        self.packed: dict[nn.Module, tuple[Tensor, Tensor | None]] | None = None
+        self.packed: dict[Any, tuple[Tensor, Tensor | None]] | None = None
         self.graph = _Graph()
         if z.requires_grad:
             z.register_hook(self.graph.finish)
@@ -213,6 +213,7 @@ class Gates(nn.Module):
         _keep_draws_out_of_graphs()
         if other is None:
             root.add_module("l0", self)
+        if _draw_before_forward not in root._forward_pre_hooks.values():
             root.register_forward_pre_hook(_draw_before_forward)
         return root
 
@@ -272,7 +273,11 @@ class Gates(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gates:
         # The maps are not buffers: they would be sent by DDP at every step.
+        before = self.log_alpha.data
         super()._apply(fn, recurse)
+        if self.log_alpha.dtype in (torch.float16, torch.bfloat16):
+            # Gates of a half-precision model stay in the precision their law needs.
+            self.log_alpha.data = before.to(self.log_alpha.device)
         self.layout = GateLayout(*(fn(t) for t in self.layout))
         self.port_maps = [fn(m) for m in self.port_maps]
         # Anew rather than converted: a detour over a narrow dtype would lose digits.

@@ -80,10 +80,11 @@ class GatedLayer(nn.Module):
         """Weight (input gates folded in) and bias at the packed widths, in the compute dtype."""
         if draw.packed is None:
             return self._pack(draw)
-        if self not in draw.packed:
+        key = (self, _compute_dtype(self.weight))
+        if key not in draw.packed:
             with torch.no_grad():
-                draw.packed[self] = self._pack(draw)
-        return draw.packed[self]
+                draw.packed[key] = self._pack(draw)
+        return draw.packed[key]
 
     def _pack(self, draw: Draw) -> tuple[Tensor, Tensor | None]:
         dtype = _compute_dtype(self.weight)

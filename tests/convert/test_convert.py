@@ -253,6 +253,16 @@ def with_nan() -> nn.Module:
         (bad_call(model=with_nan()), ValueError, r"NaN or Inf in \['b.weight'\]"),
         (bad_call(lam={"a": 1.0}), ValueError, r"each of \['a', 'b'\], got \['a'\]"),
         (bad_call(model=nn.Linear(6, 2)), ValueError, "nothing can be gated"),
+        (
+            bad_call(
+                model=nn.Sequential(
+                    nn.Flatten(), nn.Linear(108, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)
+                ),
+                example_inputs=(X[:1],),
+            ),
+            ValueError,
+            "training forward and backward fail with them: Expected more than 1 value",
+        ),
     ],
 )
 def test_bad_arguments_change_nothing(call, error: type[Exception], message: str):
@@ -267,6 +277,13 @@ def test_a_failed_convert_leaves_the_model_plain():
             converted(net, **options)
         assert type(net.a) is nn.Conv2d and not hasattr(net, "l0")
         assert not net._forward_pre_hooks
+
+
+def test_options_per_group_outlive_a_refused_group():
+    torch.manual_seed(0)
+    between, reads = WIDTH_DEPENDENT["divided by the width"]
+    net = converted(Pair(between, reads), lam={"a": 1.0, "b": 2.0}, droprate={"a": 0.2, "b": 0.3})
+    assert net.l0.lam == {"b": 2.0}
 
 
 def test_convert_twice_and_revert_twice():

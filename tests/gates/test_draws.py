@@ -100,9 +100,11 @@ def test_frozen_packs_once_and_ends():
         expected = net(X)
         with l0.frozen(net):
             assert net(X).equal(expected)
-            packed = net.l0._draw.packed[net[2]][0]
+            packed = net.l0._draw.packed[net[2], torch.float32][0]
             net(X)
-            assert net.l0._draw.packed[net[2]][0] is packed
+            assert net.l0._draw.packed[net[2], torch.float32][0] is packed
+            with torch.autocast("cpu", torch.bfloat16):
+                assert net(X).dtype == torch.bfloat16
         net[2].weight.zero_()
         assert net(X).equal(net[2].bias.expand(4, 3))
 
@@ -178,3 +180,54 @@ def test_training_resumes_bit_for_bit():
     train(resumed, resumed_optimizer, 5)
     for a, b in zip(straight.parameters(), resumed.parameters(), strict=True):
         assert a.equal(b)
+
+
+class Owner(nn.Module):
+    """Keeps its gates itself, as hand-wired models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.l0 = l0.gates.HardConcrete({"a": 12})
+        self.first = l0.nn.GatedLinear(5, 12, out_gate=self.l0["a"])
+        self.second = l0.nn.GatedLinear(12, 3, in_gate=self.l0["a"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.relu(self.first(x)))
+
+
+def test_a_model_that_owns_its_gates_draws_once_per_forward():
+    net = Owner()
+    net.l0.attach(net)
+    net.l0.attach(net)
+    net(X)
+    net(X)
+    assert int(net.l0.step) == 2
+    assert "l0.log_alpha" in net.state_dict()
+
+
+def test_gates_are_found_inside_a_larger_model():
+    larger = nn.Sequential(make(), nn.Tanh())
+    loss = l0.expected_loss(larger, lambda: larger(X).sum()) + l0.penalty(larger)
+    loss.backward()
+    assert int(larger[0].l0.step) == 1
+    with pytest.raises(ValueError, match="expected one set of gates, got 2"):
+        l0.penalty(nn.Sequential(make(), make()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_models_keep_their_gates_in_fp32(dtype: torch.dtype):
+    net = make()
+    before = net.l0.log_alpha.detach().clone()
+    net.to(dtype)
+    assert net.l0.log_alpha.dtype == torch.float32 and net.l0.log_alpha.equal(before)
+    (net(X.to(dtype)).float().sum() + l0.penalty(net)).backward()
+    assert net[0].weight.grad.dtype == dtype
+    assert net.l0.log_alpha.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("step", [2**32, -1])
+def test_a_step_that_does_not_fit_the_counter_is_an_error(step: int):
+    net = make()
+    net.l0.step.fill_(step - 1)
+    with pytest.raises(ValueError, match=f"got {step}"):
+        net(X)
