@@ -26,7 +26,7 @@ def max_error(actual: Tensor, exact: Tensor) -> float:
         return 0.0
     difference = (actual.detach().double() - exact.detach().double()).abs()
     same = (actual == exact) | (actual.isnan() & exact.isnan())
-    return float(difference.masked_fill(same, 0).nan_to_num(nan=math.inf).max())
+    return float(difference.masked_fill(same, 0).nan_to_num(nan=math.inf, posinf=math.inf).max())
 
 
 def assert_within_budget(actual: Tensor, exact: Tensor, plain: Tensor, factor: float = 2.0) -> None:
