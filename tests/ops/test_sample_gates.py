@@ -146,6 +146,19 @@ def test_thresholds_decide_exactly(log_alpha):
     assert (below - 0.5) / (1 << 23) < 1 / (1 + math.exp(-log_alpha)) <= (below + 0.5) / (1 << 23)
 
 
+@pytest.mark.parametrize("steps", [-0.75, -0.25, 0.25, 0.75])
+def test_decisions_next_to_the_threshold(impl, steps):
+    # log_alpha puts each gate's threshold a fraction of a noise step from the number it draws.
+    gates, key = 1000, make_key(8, 9)
+    edge = (reference.noise_k(key, gates).double() + 0.5 + steps) / (1 << 23)
+    closed = draw(K - torch.logit(edge), key=key).z[:-1] == 0
+    full = draw(-K - torch.logit(edge), key=key).z[:-1] == 1
+    bernoulli = draw(torch.logit(edge), "bernoulli", key=key).z[:-1] == 1
+    assert bool((closed == (steps > 0)).all())
+    assert bool((full == (steps < 0)).all())
+    assert bool((bernoulli == (steps > 0)).all())
+
+
 @pytest.mark.parametrize("value", [-3.0, -1.0, 0.0, 2.2])
 def test_hard_concrete_statistics(impl, value):
     gates = 1 << 17
