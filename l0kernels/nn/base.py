@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from l0kernels.functional import pack_weight
-from l0kernels.gates.base import Draw, Gates
+from l0kernels.gates.base import Gates
+from l0kernels.gates.draw import Draw
 from l0kernels.gates.ref import GateRef
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from l0kernels._config import current_impl
-from l0kernels.gates.base import Draw
+from l0kernels.gates.draw import Draw
 from l0kernels.gates.ref import GateRef
 from l0kernels.nn.base import GatedLayer
 
