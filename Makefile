@@ -22,7 +22,7 @@ endif
 help:
 	@echo 'make demo   train LeNet-5 on digits, ours beside the masked reference; writes runs/demo'
 	@echo 'make test   all tests'
-	@echo 'make bench  time training steps and operators; writes runs/bench'
+	@echo 'make bench  time training steps (writes runs/bench) and operators'
 	@echo 'make lint   ruff and pyright'
 	@echo 'make gpu    the tests and the step bench that need a CUDA device'
 	@echo 'make clean  remove .venv, build and runs'
@@ -35,6 +35,8 @@ test: $(STAMP)
 
 bench: $(STAMP)
 	$(RUN)/l0kernels bench step --model lenet5 --out runs/bench
+	$(RUN)/python -m l0kernels.bench.ops.sample_gates
+	$(RUN)/python -m l0kernels.bench.ops.pack_weight
 
 lint: $(STAMP)
 	$(RUN)/ruff check .
