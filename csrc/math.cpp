@@ -26,7 +26,7 @@ int32_t noise_k(uint64_t seed, uint32_t step, int64_t gate, uint32_t row, uint32
 }
 
 l0k::Thresholds thresholds_of(const l0k::HardConcrete& law, double log_alpha) {
-  return l0k::thresholds(law, log_alpha, l0k::open_odds(law, log_alpha));
+  return l0k::thresholds(law, l0k::odds(law, log_alpha));
 }
 
 std::tuple<int32_t, int32_t> hard_concrete_thresholds(double log_alpha, double beta, double gamma,
@@ -38,7 +38,7 @@ std::tuple<int32_t, int32_t> hard_concrete_thresholds(double log_alpha, double b
 
 int32_t bernoulli_threshold(double log_alpha) {
   const l0k::Bernoulli law;
-  return l0k::thresholds(law, log_alpha, l0k::open_odds(law, log_alpha)).open_from;
+  return l0k::thresholds(law, l0k::odds(law, log_alpha)).open_from;
 }
 
 double hard_concrete_value(int32_t k, double log_alpha, double beta, double gamma, double zeta,
@@ -65,7 +65,7 @@ PYBIND11_MODULE(_math, m) {
   m.def("noise_k", &noise_k, py::arg("seed"), py::arg("step"), py::arg("gate"), py::arg("row") = 0,
         py::arg("kind") = 0, py::arg("sample") = 0);
   m.def("exp", &l0k::exp_fp64, py::arg("x"));
-  m.def("log", &l0k::log_fp64, py::arg("x"));
+  m.def("log_ratio", &l0k::log_ratio, py::arg("a"), py::arg("b"));
   m.def("hard_concrete_thresholds", &hard_concrete_thresholds, py::arg("log_alpha"), beta, gamma,
         zeta);
   m.def("bernoulli_threshold", &bernoulli_threshold, py::arg("log_alpha"));

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// exp and log in float64 from plain additions, multiplications and bit operations, without
-// branches: compilers vectorise them, and they give the same bits on every device as long as
-// the compiler does not contract a * b + c (gate decisions depend on it). Error: below 2 ulp.
+// exp and log in float64 from additions, multiplications and bit operations, without branches:
+// compilers vectorise them, and they give the same bits on every device as long as the compiler
+// does not contract a * b + c (gate decisions depend on it). Relative error: below 2^-51.
 #pragma once
 
 #include "common/host_device.h"
@@ -12,6 +12,7 @@ constexpr double kLn2High = 6.93147180369123816490e-01;  // low 20 bits zero: n 
 constexpr double kLn2Low = 1.90821492927058770002e-10;
 constexpr double kLog2E = 1.44269504088896338700e+00;
 constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52: adding it rounds to an integer
+constexpr double kExpLimit = 700.0;
 
 L0K_HD int64_t to_bits(double x) {
   int64_t bits;
@@ -25,6 +26,10 @@ L0K_HD double from_bits(int64_t bits) {
   return x;
 }
 
+L0K_HD int64_t shift_left(int64_t bits, int places) {
+  return static_cast<int64_t>(static_cast<uint64_t>(bits) << places);
+}
+
 // condition ? a : b as arithmetic: where a ternary has costly arms compilers branch, and do not
 // vectorise.
 L0K_HD double select(bool condition, double a, double b) {
@@ -32,60 +37,47 @@ L0K_HD double select(bool condition, double a, double b) {
   return from_bits((to_bits(a) & mask) | (to_bits(b) & ~mask));
 }
 
-// 2^n for the exponents of normal numbers.
-L0K_HD double power_of_two(int64_t n) { return from_bits((n + 1023) << 52); }
-
-// e^x; overflow gives infinity, underflow denormals and 0, infinite x what they should.
+// e^x, constant beyond |x| = kExpLimit.
 L0K_HD double exp_fp64(double x) {
-  x = select(x < -746.0, -746.0, x);
-  x = select(x > 710.0, 710.0, x);
-  const double shifted = x * kLog2E + kRound;
+  x = select(x < -kExpLimit, -kExpLimit, x);
+  x = select(x > kExpLimit, kExpLimit, x);
+  const double shifted = x * kLog2E + kRound;  // its lowest bits hold the integer n
   const double n = shifted - kRound;
   const double r = (x - n * kLn2High) - n * kLn2Low;  // |r| <= ln(2) / 2
-  double p = 1.0 / 6227020800.0;
-  p = p * r + 1.0 / 479001600.0;
-  p = p * r + 1.0 / 39916800.0;
-  p = p * r + 1.0 / 3628800.0;
-  p = p * r + 1.0 / 362880.0;
-  p = p * r + 1.0 / 40320.0;
-  p = p * r + 1.0 / 5040.0;
-  p = p * r + 1.0 / 720.0;
-  p = p * r + 1.0 / 120.0;
-  p = p * r + 1.0 / 24.0;
-  p = p * r + 1.0 / 6.0;
-  p = p * r + 0.5;
-  p = p * r + 1.0;
-  p = p * r + 1.0;
-  // 2^n in two factors: n itself may lie outside the exponents of normal numbers.
-  const int64_t whole = to_bits(shifted) - to_bits(kRound);
-  const int64_t half = to_bits(n * 0.5 + kRound) - to_bits(kRound);
-  return p * power_of_two(half) * power_of_two(whole - half);
+  // q = (e^r - 1 - r) / r^2, interpolated at Chebyshev points. Summed in
+  // pairs, which wait less for each other than the steps of Horner's rule.
+  const double r2 = r * r;
+  const double r4 = r2 * r2;
+  const double q01 = 0.5000000000000001 + 0.16666666666666669 * r;
+  const double q23 = 0.04166666666662413 + 0.008333333333330062 * r;
+  const double q45 = 0.0013888888917213717 + 0.00019841269863053618 * r;
+  const double q67 = 2.4801521295954376e-05 + 2.7557268459997064e-06 * r;
+  const double q89 = 2.7620088445409746e-07 + 2.510038549551032e-08 * r;
+  const double q = (q01 + q23 * r2) + r4 * ((q45 + q67 * r2) + r4 * q89);
+  const double e_r = 1.0 + (r + r2 * q);
+  return from_bits(to_bits(e_r) + shift_left(to_bits(shifted), 52));  // times 2^n
 }
 
-// ln x for positive normal x.
-L0K_HD double log_fp64(double x) {
-  constexpr int64_t kSqrtHalf = 0x3FE6A09E667F3BCD;  // bits of sqrt(1/2)
+// ln(a / b) for a, b in [2^-500, 2^500].
+L0K_HD double log_ratio(double a, double b) {
+  constexpr int64_t kHalf = 0x0008000000000000;
+  constexpr int64_t kExponent = -0x0010000000000000;  // all bits above the mantissa
   constexpr int64_t kOne = 0x3FF0000000000000;
-  const int64_t bits = to_bits(x);
-  // The exponent that leaves a mantissa in [sqrt(1/2), sqrt(2)), plus 1023 to keep it positive.
-  const uint64_t biased = static_cast<uint64_t>(bits - kSqrtHalf + kOne) >> 52;
+  // The power of two 2^e next to a / b: after scaling b by it, a / b lies in [2/3, 3/2].
+  const int64_t scale = (to_bits(a) - to_bits(b) + kHalf) & kExponent;
+  const double scaled = from_bits(to_bits(b) + scale);
+  const uint64_t biased = static_cast<uint64_t>(scale + kOne) >> 52;  // e + 1023
   const double e = from_bits(static_cast<int64_t>(biased) | 0x4330000000000000) -
                    (4503599627370496.0 + 1023.0);
-  const double m = from_bits(bits - (static_cast<int64_t>(biased << 52) - kOne));
-  const double f = m - 1.0;
-  const double s = f / (2.0 + f);
-  const double s2 = s * s;
-  double p = 1.0 / 21.0;
-  p = p * s2 + 1.0 / 19.0;
-  p = p * s2 + 1.0 / 17.0;
-  p = p * s2 + 1.0 / 15.0;
-  p = p * s2 + 1.0 / 13.0;
-  p = p * s2 + 1.0 / 11.0;
-  p = p * s2 + 1.0 / 9.0;
-  p = p * s2 + 1.0 / 7.0;
-  p = p * s2 + 1.0 / 5.0;
-  p = p * s2 + 1.0 / 3.0;
-  const double tail = 2.0 * s * s2 * p + e * kLn2Low;
+  const double s = (a - scaled) / (a + scaled);  // ln(a / scaled) = 2 atanh(s)
+  const double t = s * s;
+  // p = (atanh(s) / s - 1) / s^2, interpolated at Chebyshev points.
+  const double t2 = t * t;
+  const double p01 = 0.3333333333333348 + 0.1999999999964694 * t;
+  const double p23 = 0.14285714424931004 + 0.11111090564284265 * t;
+  const double p45 = 0.09092348993117236 + 0.07640786424129725 * t;
+  const double p = (p01 + p23 * t2) + (t2 * t2) * (p45 + 0.07568865412658467 * t2);
+  const double tail = 2.0 * s * t * p + e * kLn2Low;
   return e * kLn2High + (2.0 * s + tail);
 }
 

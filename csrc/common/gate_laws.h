@@ -10,19 +10,6 @@
 
 namespace l0k {
 
-// sigma(x) and sigma(-x), both accurate where they are small.
-struct Odds {
-  double open, closed;
-};
-
-L0K_HD Odds odds(double x) {
-  const double e = exp_fp64(x);
-  const double closed = 1.0 / (1.0 + e);
-  return {select(x < 0.0, e * closed, 1.0 - closed), closed};
-}
-
-L0K_HD double sigmoid(double x) { return 1.0 / (1.0 + exp_fp64(-x)); }
-
 // The number of k with u <= q: k < count_up_to(q). Truncation is floor here, as q >= 0.
 L0K_HD int32_t count_up_to(double q) { return static_cast<int32_t>(q * kNoiseScale + 0.5); }
 
@@ -33,26 +20,28 @@ L0K_HD int32_t count_below(double q) {
   return whole + (static_cast<double>(whole) < x ? 1 : 0);
 }
 
-// logit(u) = ln(u / (1 - u)), exact up to one division and one logarithm.
+// logit(u) = ln(u / (1 - u)); both are odd multiples of 2^-24.
 L0K_HD double noise_logit(int32_t k) {
   const double twice = 2.0 * k + 1.0;
-  return log_fp64(twice / (2.0 * kNoiseScale - twice));
+  return log_ratio(twice, 2.0 * kNoiseScale - twice);
 }
 
-struct HardConcrete {
-  double beta, gamma, zeta;
-  double closed_shift;  // K0 = beta ln(-gamma / zeta): P(z = 0) = sigma(K0 - log_alpha)
-  double open_shift;    // K1 = beta ln((1 - gamma) / (zeta - 1)): P(z = 1) = sigma(log_alpha - K1)
-  double inverse_beta;
+// What a gate may become, both tails accurate; exactly 0 beyond |log_alpha - shift| = 690.
+struct Odds {
+  double open;      // P(z != 0)
+  double closed;    // P(z = 0)
+  double not_full;  // P(z < 1)
 };
 
-inline HardConcrete make_hard_concrete(double beta, double gamma, double zeta) {
-  return {beta,
-          gamma,
-          zeta,
-          beta * std::log(-gamma / zeta),
-          beta * std::log((1.0 - gamma) / (zeta - 1.0)),
-          1.0 / beta};
+// From odds e^x of being open; `ratio` times these are the odds of being fully open.
+L0K_HD Odds odds_from(double x, double ratio) {
+  const double e = exp_fp64(x);
+  const double a = 1.0 + e;
+  const double b = 1.0 + e * ratio;
+  const double inverse = 1.0 / (a * b);  // one division for both
+  const double closed = select(x > 690.0, 0.0, b * inverse);
+  const double open = select(x < 0.0, e * closed, 1.0 - closed);
+  return {select(x < -690.0, 0.0, open), closed, a * inverse};
 }
 
 struct Thresholds {
@@ -60,25 +49,39 @@ struct Thresholds {
   int32_t open_from;     // z = 1 iff k >= open_from
 };
 
-L0K_HD Odds open_odds(const HardConcrete& law, double log_alpha) {
-  return odds(log_alpha - law.closed_shift);
+// z = clip(s (zeta - gamma) + gamma, 0, 1) with s = sigma((logit(u) + log_alpha) / beta).
+struct HardConcrete {
+  double gamma, width;  // width = zeta - gamma
+  double inverse_beta;
+  double shift;         // K0 = beta ln(-gamma / zeta): P(z = 0) = sigma(K0 - log_alpha)
+  double full_ratio;    // e^(K0 - K1), K1 = beta ln((1 - gamma) / (zeta - 1)):
+                        // P(z = 1) = sigma(log_alpha - K1)
+};
+
+inline HardConcrete make_hard_concrete(double beta, double gamma, double zeta) {
+  const double shift = beta * std::log(-gamma / zeta);
+  const double full_shift = beta * std::log((1.0 - gamma) / (zeta - 1.0));
+  return {gamma, zeta - gamma, 1.0 / beta, shift, std::exp(shift - full_shift)};
 }
 
-L0K_HD Thresholds thresholds(const HardConcrete& law, double log_alpha, const Odds& odds_open) {
-  const int32_t closed = count_up_to(odds_open.closed);
-  const int32_t open = count_below(sigmoid(law.open_shift - log_alpha));
+L0K_HD Odds odds(const HardConcrete& law, double log_alpha) {
+  return odds_from(log_alpha - law.shift, law.full_ratio);
+}
+
+L0K_HD Thresholds thresholds(const HardConcrete&, const Odds& p) {
+  const int32_t closed = count_up_to(p.closed);
+  const int32_t open = count_below(p.not_full);
   return {closed, open < closed ? closed : open};
 }
 
-// s = sigma((logit(u) + log_alpha) / beta).
 L0K_HD double concrete(const HardConcrete& law, int32_t k, double log_alpha) {
-  return sigmoid((noise_logit(k) + log_alpha) * law.inverse_beta);
+  return 1.0 / (1.0 + exp_fp64(-(noise_logit(k) + log_alpha) * law.inverse_beta));
 }
 
 // z from s; a half-open gate stays within [tiny, 1] whatever rounding says.
 L0K_HD double gate_value(const HardConcrete& law, int32_t k, double s, const Thresholds& t,
                          double tiny) {
-  double z = s * (law.zeta - law.gamma) + law.gamma;
+  double z = s * law.width + law.gamma;
   z = select(z < tiny, tiny, z);
   z = select(z > 1.0, 1.0, z);
   z = select(k >= t.open_from, 1.0, z);
@@ -87,17 +90,16 @@ L0K_HD double gate_value(const HardConcrete& law, int32_t k, double s, const Thr
 
 // dz / dlog_alpha from s.
 L0K_HD double gate_slope(const HardConcrete& law, int32_t k, double s, const Thresholds& t) {
-  const double slope = (law.zeta - law.gamma) * law.inverse_beta * s * (1.0 - s);
+  const double slope = law.width * law.inverse_beta * s * (1.0 - s);
   return select((k < t.closed_below) | (k >= t.open_from), 0.0, slope);
 }
 
+// z = 1 with probability sigma(log_alpha), else 0; no gradient reaches log_alpha through z.
 struct Bernoulli {};
 
-L0K_HD Odds open_odds(const Bernoulli&, double log_alpha) { return odds(log_alpha); }
+L0K_HD Odds odds(const Bernoulli&, double log_alpha) { return odds_from(log_alpha, 1.0); }
 
-L0K_HD Thresholds thresholds(const Bernoulli&, double, const Odds& odds_open) {
-  return {0, count_below(odds_open.open)};
-}
+L0K_HD Thresholds thresholds(const Bernoulli&, const Odds& p) { return {0, count_below(p.open)}; }
 
 L0K_HD double concrete(const Bernoulli&, int32_t, double) { return 0.0; }
 

@@ -43,6 +43,11 @@ void require(bool condition, const Parts&... parts) {
   throw std::runtime_error(message.str());
 }
 
+// Asks the tensor first: a call through PyTorch's dispatcher costs more than most uses.
+inline Tensor dense(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
 template <typename T>
 const T* data(const Tensor& tensor) {
   return static_cast<const T*>(tensor.const_data_ptr());

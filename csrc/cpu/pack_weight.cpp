@@ -102,7 +102,7 @@ Axis make_axis(const char* name, int64_t full, const std::optional<Tensor>& inde
                const std::optional<Tensor>& map) {
   Axis axis{name, full, full, index.has_value(), map.has_value(), nullptr, nullptr, {}};
   if (index) {
-    axis.keep.push_back(torch::stable::contiguous(*index));
+    axis.keep.push_back(dense(*index));
     axis.index = data<int64_t>(axis.keep.back());
     axis.packed = index->size(0);
     bool within = true;
@@ -115,7 +115,7 @@ Axis make_axis(const char* name, int64_t full, const std::optional<Tensor>& inde
     axis.selects = !in_order;  // everything is open: whole lines are faster than gathers
   }
   if (map) {
-    axis.keep.push_back(torch::stable::contiguous(*map));
+    axis.keep.push_back(dense(*map));
     axis.gates = data<int64_t>(axis.keep.back());
   }
   return axis;
@@ -439,7 +439,7 @@ Arguments make_arguments(const Tensor& weight, const std::optional<Tensor>& z,
   return {with_layout(weight, channels_last),
           channels_last,
           shape,
-          z ? torch::stable::contiguous(*z) : Tensor(),
+          z ? dense(*z) : Tensor(),
           make_axis("rows", shape.rows, rows, z ? row_map : std::nullopt),
           make_axis("cols", shape.cols, cols, z ? col_map : std::nullopt)};
 }

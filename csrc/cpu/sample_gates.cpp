@@ -60,8 +60,8 @@ L0K_HD void prepare(const LawType& law, bool backward, Tile& tile) {
     tile.value[i] = concrete(law, tile.k[i], tile.log_alpha[i]);
   }
   for (int64_t i = 0; i < kTile; ++i) {
-    const Odds p = open_odds(law, tile.log_alpha[i]);
-    const Thresholds t = thresholds(law, tile.log_alpha[i], p);
+    const Odds p = odds(law, tile.log_alpha[i]);
+    const Thresholds t = thresholds(law, p);
     tile.closed_below[i] = t.closed_below;
     tile.open_from[i] = t.open_from;
     tile.weight[i] = backward ? p.open * p.closed : p.open;
@@ -170,7 +170,8 @@ void grads_of_chunk(const Draw& draw, const T* log_alpha, const T* cost, const T
       // Selected, not multiplied: a saturated gate has gradient 0 even where grad_z is infinite.
       for (int64_t i = 0; i < count; ++i) {
         const double slope = tile.value[i];
-        tile.weight[i] += slope == 0.0 ? 0.0 : slope * static_cast<double>(grad_z[first + i]);
+        const double part = slope * static_cast<double>(grad_z[first + i]);
+        tile.weight[i] += select(slope == 0.0, 0.0, part);
       }
     }
     for (int64_t i = 0; i < count; ++i) grad[first + i] = static_cast<T>(tile.weight[i]);
@@ -348,9 +349,9 @@ using ListTensors = std::tuple<Tensor, Tensor, Tensor>;
 template <typename T>
 ListTensors make_lists(const T* z, int64_t gates, const Tensor& group_offsets, const Tensor& maps,
                        const Tensor& port_offsets) {
-  const Tensor groups = torch::stable::contiguous(group_offsets);
-  const Tensor features = torch::stable::contiguous(maps);
-  const Tensor ports = torch::stable::contiguous(port_offsets);
+  const Tensor groups = dense(group_offsets);
+  const Tensor features = dense(maps);
+  const Tensor ports = dense(port_offsets);
   const int64_t width = maps.size(1);
   const Layout layout{data<int64_t>(groups),   groups.size(0) - 1,   data<int64_t>(features),
                       data<int64_t>(features) + width, width, data<int64_t>(ports),
@@ -368,8 +369,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sample(
     const Tensor& maps, const Tensor& port_offsets, int64_t law, double beta, double gamma,
     double zeta) {
   const Draw draw = make_draw<T>(key, law, beta, gamma, zeta);
-  const Tensor la = torch::stable::contiguous(log_alpha);
-  const Tensor costs = torch::stable::contiguous(cost);
+  const Tensor la = dense(log_alpha);
+  const Tensor costs = dense(cost);
   const int64_t gates = la.size(0);
   check_no_nan(data<T>(la), gates);
   Tensor z = torch::stable::new_empty(la, {gates + 1});
@@ -392,9 +393,9 @@ Tensor sample_backward(const Tensor& log_alpha, const Tensor& key, const Tensor&
                        const std::optional<Tensor>& grad_expected, int64_t law, double beta,
                        double gamma, double zeta) {
   const Draw draw = make_draw<T>(key, law, beta, gamma, zeta);
-  const Tensor la = torch::stable::contiguous(log_alpha);
-  const Tensor costs = torch::stable::contiguous(cost);
-  const Tensor upstream = grad_z ? torch::stable::contiguous(*grad_z) : Tensor();
+  const Tensor la = dense(log_alpha);
+  const Tensor costs = dense(cost);
+  const Tensor upstream = grad_z ? dense(*grad_z) : Tensor();
   const T* upstream_data = grad_z ? data<T>(upstream) : nullptr;
   const double scale = grad_expected ? static_cast<double>(*data<T>(*grad_expected)) : 0.0;
   const int64_t gates = la.size(0);
@@ -428,7 +429,7 @@ Tensor sample_gates_backward(Tensor log_alpha, Tensor key, Tensor cost,
 }
 
 ListTensors open_lists(Tensor z, Tensor group_offsets, Tensor maps, Tensor port_offsets) {
-  const Tensor gates = torch::stable::contiguous(z);
+  const Tensor gates = dense(z);
   const int64_t count = gates.size(0) - 1;
   return is_double(z) ? make_lists(data<double>(gates), count, group_offsets, maps, port_offsets)
                       : make_lists(data<float>(gates), count, group_offsets, maps, port_offsets);
