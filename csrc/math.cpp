@@ -16,13 +16,13 @@ using Words = std::tuple<uint32_t, uint32_t, uint32_t, uint32_t>;
 Words philox4x32(Words counter, std::tuple<uint32_t, uint32_t> key) {
   const auto [x, y, z, w] = counter;
   const auto [low, high] = key;
-  const l0k::Words4 words = l0k::philox4x32({x, y, z, w}, {low, high});
+  const auto words = l0k::philox4x32(l0k::Words4<uint32_t>{x, y, z, w}, {low, high});
   return {words.x, words.y, words.z, words.w};
 }
 
 int32_t noise_k(uint64_t seed, uint32_t step, int64_t gate, uint32_t row, uint32_t kind,
                 uint32_t sample) {
-  return l0k::noise_k({seed, step, row, kind, sample}, gate);
+  return l0k::noise_of_gate({seed, step, row, kind, sample}, gate);
 }
 
 l0k::Thresholds thresholds_of(const l0k::HardConcrete& law, double log_alpha) {

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// exp and log in float64 from additions, multiplications and bit operations, without branches:
+// exp and log in float64 from additions, products, fma and bit operations, without branches:
 // compilers vectorise them, and they give the same bits on every device as long as the compiler
-// does not contract a * b + c (gate decisions depend on it). Relative error: below 2^-51.
+// does not contract a * b + c by itself (gate decisions depend on it). Relative error: below 2^-51.
 #pragma once
+
+#include <cmath>
 
 #include "common/host_device.h"
 
@@ -41,20 +43,21 @@ L0K_HD double select(bool condition, double a, double b) {
 L0K_HD double exp_fp64(double x) {
   x = select(x < -kExpLimit, -kExpLimit, x);
   x = select(x > kExpLimit, kExpLimit, x);
-  const double shifted = x * kLog2E + kRound;  // its lowest bits hold the integer n
+  const double shifted = std::fma(x, kLog2E, kRound);  // its lowest bits hold the integer n
   const double n = shifted - kRound;
-  const double r = (x - n * kLn2High) - n * kLn2Low;  // |r| <= ln(2) / 2
-  // q = (e^r - 1 - r) / r^2, interpolated at Chebyshev points. Summed in
-  // pairs, which wait less for each other than the steps of Horner's rule.
+  const double r = std::fma(-n, kLn2Low, std::fma(-n, kLn2High, x));  // |r| <= ln(2) / 2
+  // q = (e^r - 1 - r) / r^2, interpolated at Chebyshev points. Summed in pairs, which wait less
+  // for each other than the steps of Horner's rule.
   const double r2 = r * r;
   const double r4 = r2 * r2;
-  const double q01 = 0.5000000000000001 + 0.16666666666666669 * r;
-  const double q23 = 0.04166666666662413 + 0.008333333333330062 * r;
-  const double q45 = 0.0013888888917213717 + 0.00019841269863053618 * r;
-  const double q67 = 2.4801521295954376e-05 + 2.7557268459997064e-06 * r;
-  const double q89 = 2.7620088445409746e-07 + 2.510038549551032e-08 * r;
-  const double q = (q01 + q23 * r2) + r4 * ((q45 + q67 * r2) + r4 * q89);
-  const double e_r = 1.0 + (r + r2 * q);
+  const double q01 = std::fma(0.16666666666666669, r, 0.5000000000000001);
+  const double q23 = std::fma(0.008333333333330062, r, 0.04166666666662413);
+  const double q45 = std::fma(0.00019841269863053618, r, 0.0013888888917213717);
+  const double q67 = std::fma(2.7557268459997064e-06, r, 2.4801521295954376e-05);
+  const double q89 = std::fma(2.510038549551032e-08, r, 2.7620088445409746e-07);
+  const double q47 = std::fma(q67, r2, q45);
+  const double q = std::fma(r4, std::fma(r4, q89, q47), std::fma(q23, r2, q01));
+  const double e_r = 1.0 + std::fma(r2, q, r);
   return from_bits(to_bits(e_r) + shift_left(to_bits(shifted), 52));  // times 2^n
 }
 
@@ -73,12 +76,13 @@ L0K_HD double log_ratio(double a, double b) {
   const double t = s * s;
   // p = (atanh(s) / s - 1) / s^2, interpolated at Chebyshev points.
   const double t2 = t * t;
-  const double p01 = 0.3333333333333348 + 0.1999999999964694 * t;
-  const double p23 = 0.14285714424931004 + 0.11111090564284265 * t;
-  const double p45 = 0.09092348993117236 + 0.07640786424129725 * t;
-  const double p = (p01 + p23 * t2) + (t2 * t2) * (p45 + 0.07568865412658467 * t2);
-  const double tail = 2.0 * s * t * p + e * kLn2Low;
-  return e * kLn2High + (2.0 * s + tail);
+  const double p01 = std::fma(0.1999999999964694, t, 0.3333333333333348);
+  const double p23 = std::fma(0.11111090564284265, t, 0.14285714424931004);
+  const double p45 = std::fma(0.07640786424129725, t, 0.09092348993117236);
+  const double p46 = std::fma(0.07568865412658467, t2, p45);
+  const double p = std::fma(t2 * t2, p46, std::fma(p23, t2, p01));
+  const double tail = std::fma(2.0 * s * t, p, e * kLn2Low);
+  return std::fma(e, kLn2High, 2.0 * s + tail);
 }
 
 }  // namespace l0k

@@ -11,18 +11,18 @@
 namespace l0k {
 
 // The number of k with u <= q: k < count_up_to(q). Truncation is floor here, as q >= 0.
-L0K_HD int32_t count_up_to(double q) { return static_cast<int32_t>(q * kNoiseScale + 0.5); }
+L0K_HD int32_t count_up_to(double q) { return static_cast<int32_t>(std::fma(q, kNoiseScale, 0.5)); }
 
 // The number of k with u < q, which is also the first k with u >= q.
 L0K_HD int32_t count_below(double q) {
-  const double x = q * kNoiseScale - 0.5;
+  const double x = std::fma(q, kNoiseScale, -0.5);
   const int32_t whole = static_cast<int32_t>(x);
   return whole + (static_cast<double>(whole) < x ? 1 : 0);
 }
 
 // logit(u) = ln(u / (1 - u)); both are odd multiples of 2^-24.
 L0K_HD double noise_logit(int32_t k) {
-  const double twice = 2.0 * k + 1.0;
+  const double twice = std::fma(2.0, k, 1.0);
   return log_ratio(twice, 2.0 * kNoiseScale - twice);
 }
 
@@ -37,7 +37,7 @@ struct Odds {
 L0K_HD Odds odds_from(double x, double ratio) {
   const double e = exp_fp64(x);
   const double a = 1.0 + e;
-  const double b = 1.0 + e * ratio;
+  const double b = std::fma(e, ratio, 1.0);
   const double inverse = 1.0 / (a * b);  // one division for both
   const double closed = select(x > 690.0, 0.0, b * inverse);
   const double open = select(x < 0.0, e * closed, 1.0 - closed);
@@ -81,7 +81,7 @@ L0K_HD double concrete(const HardConcrete& law, int32_t k, double log_alpha) {
 // z from s; a half-open gate stays within [tiny, 1] whatever rounding says.
 L0K_HD double gate_value(const HardConcrete& law, int32_t k, double s, const Thresholds& t,
                          double tiny) {
-  double z = s * law.width + law.gamma;
+  double z = std::fma(s, law.width, law.gamma);
   z = select(z < tiny, tiny, z);
   z = select(z > 1.0, 1.0, z);
   z = select(k >= t.open_from, 1.0, z);

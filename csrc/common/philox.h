@@ -6,22 +6,26 @@
 
 namespace l0k {
 
+// Four 32-bit words. In vector loops they are held as uint64_t, so that products need no shuffles.
+template <typename Word>
 struct Words4 {
-  uint32_t x, y, z, w;
+  Word x, y, z, w;
 };
 
 struct PhiloxKey {
   uint32_t low, high;
 };
 
-L0K_HD Words4 philox_round(Words4 c, PhiloxKey key) {
-  const uint64_t a = uint64_t{0xD2511F53u} * c.x;
-  const uint64_t b = uint64_t{0xCD9E8D57u} * c.z;
-  return {static_cast<uint32_t>(b >> 32) ^ c.y ^ key.low, static_cast<uint32_t>(b),
-          static_cast<uint32_t>(a >> 32) ^ c.w ^ key.high, static_cast<uint32_t>(a)};
+template <typename Word>
+L0K_HD Words4<Word> philox_round(Words4<Word> c, PhiloxKey key) {
+  const uint64_t a = uint64_t{0xD2511F53u} * static_cast<uint32_t>(c.x);
+  const uint64_t b = uint64_t{0xCD9E8D57u} * static_cast<uint32_t>(c.z);
+  return {static_cast<Word>(b >> 32) ^ c.y ^ key.low, static_cast<uint32_t>(b),
+          static_cast<Word>(a >> 32) ^ c.w ^ key.high, static_cast<uint32_t>(a)};
 }
 
-L0K_HD Words4 philox4x32(Words4 counter, PhiloxKey key) {
+template <typename Word>
+L0K_HD Words4<Word> philox4x32(Words4<Word> counter, PhiloxKey key) {
   for (int round = 0; round < 10; ++round) {
     counter = philox_round(counter, key);
     key.low += 0x9E3779B9u;
@@ -43,16 +47,20 @@ constexpr int kNoiseBits = 23;
 constexpr double kNoiseScale = 8388608.0;  // 2^23
 
 // Words of gates 4 * block .. 4 * block + 3.
-L0K_HD Words4 noise_words(const NoiseStream& stream, uint32_t block) {
-  return philox4x32({block, stream.row, stream.kind << 24 | stream.sample, stream.step},
-                    {static_cast<uint32_t>(stream.seed), static_cast<uint32_t>(stream.seed >> 32)});
+template <typename Word>
+L0K_HD Words4<Word> noise_words(const NoiseStream& stream, uint32_t block) {
+  const Words4<Word> counter{block, stream.row, stream.kind << 24 | stream.sample, stream.step};
+  return philox4x32(counter, {static_cast<uint32_t>(stream.seed),
+                              static_cast<uint32_t>(stream.seed >> 32)});
 }
 
 // The integer k of a word; the uniform number is u = (k + .5) 2^-23.
-L0K_HD int32_t noise_k(uint32_t word) { return static_cast<int32_t>(word >> (32 - kNoiseBits)); }
+L0K_HD int32_t noise_k(uint64_t word) {
+  return static_cast<int32_t>(static_cast<uint32_t>(word) >> (32 - kNoiseBits));
+}
 
-L0K_HD int32_t noise_k(const NoiseStream& stream, int64_t gate) {
-  const Words4 words = noise_words(stream, static_cast<uint32_t>(gate / 4));
+L0K_HD int32_t noise_of_gate(const NoiseStream& stream, int64_t gate) {
+  const auto words = noise_words<uint32_t>(stream, static_cast<uint32_t>(gate / 4));
   const uint32_t lanes[4] = {words.x, words.y, words.z, words.w};
   return noise_k(lanes[gate % 4]);
 }

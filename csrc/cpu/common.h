@@ -7,24 +7,55 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <cstdlib>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
+#include <string_view>
 
-// Compiles a function for plain x86-64 and for the instruction sets named; the dynamic loader
-// picks one per machine. Results do not depend on the choice: fused multiply-add is off for all.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__has_attribute)
-#if __has_attribute(target_clones)
-#define L0K_CLONES(...) __attribute__((target_clones("default", __VA_ARGS__)))
-#endif
-#endif
-#ifndef L0K_CLONES
-#define L0K_CLONES(...)
+// Functions compiled for several instruction sets. L0K_FOR_EACH_ISA defines `name`, a constant
+// pointer to `body` compiled for the widest set that this machine has; ATEN_CPU_CAPABILITY
+// (default, avx2, avx512) limits it as it limits PyTorch. `body` must be L0K_HD, that is, inlined.
+// Results do not depend on the choice: products are fused with sums where, and only where, the
+// source says fma.
+#if defined(__x86_64__) && defined(__GNUC__)
+#define L0K_FOR_EACH_ISA(name, body, parameters, arguments)                                     \
+  auto name##_plain parameters { return body arguments; }                                       \
+  __attribute__((target("avx2,fma"))) auto name##_avx2 parameters { return body arguments; }    \
+  __attribute__((target("avx512f,avx512dq,avx512vl,avx512bw,fma"))) auto name##_avx512          \
+      parameters {                                                                              \
+    return body arguments;                                                                      \
+  }                                                                                             \
+  const auto name = l0k::choose(name##_plain, name##_avx2, name##_avx512);
+#else
+#define L0K_FOR_EACH_ISA(name, body, parameters, arguments) \
+  auto name parameters { return body arguments; }
 #endif
 
 namespace l0k {
 
 using torch::stable::Tensor;
+
+#if defined(__x86_64__) && defined(__GNUC__)
+enum class Isa { plain, avx2, avx512 };
+
+inline Isa machine_isa() {
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
+  const char* limit = std::getenv("ATEN_CPU_CAPABILITY");
+  const std::string_view wanted = limit == nullptr ? "avx512" : limit;
+  if (avx2 && avx512 && wanted != "avx2" && wanted != "default") return Isa::avx512;
+  return avx2 && wanted != "default" ? Isa::avx2 : Isa::plain;
+}
+
+template <typename Function>
+Function* choose(Function* plain, Function* avx2, Function* avx512) {
+  const Isa isa = machine_isa();
+  return isa == Isa::avx512 ? avx512 : isa == Isa::avx2 ? avx2 : plain;
+}
+#endif
 
 // Bad values; Python sees a ValueError.
 template <typename... Parts>

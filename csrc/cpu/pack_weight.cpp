@@ -370,15 +370,12 @@ void store_sums(const Unpack& u, int64_t chunk, Scratch<S>& scratch) {
   X(bf16, BFloat16, BFloat16)       \
   X(f16, Half, Half)
 
-// Without AVX-512: its scatter instructions are slower than single stores.
-#define L0K_INSTANCE(name, W, P)                                                          \
-  L0K_CLONES("avx2") void pack_##name(const Pack& p, int64_t begin, int64_t end) {        \
-    pack_rows<W, P>(p, begin, end);                                                       \
-  }                                                                                       \
-  L0K_CLONES("avx2")                                                                      \
-  void unpack_##name(const Unpack& u, int64_t chunk, Scratch<Compute<W>>& scratch) {      \
-    unpack_rows<W, P>(u, chunk, scratch);                                                 \
-  }
+#define L0K_INSTANCE(name, W, P)                                                        \
+  L0K_FOR_EACH_ISA(pack_##name, (pack_rows<W, P>),                                      \
+                   (const Pack& p, int64_t begin, int64_t end), (p, begin, end))        \
+  L0K_FOR_EACH_ISA(unpack_##name, (unpack_rows<W, P>),                                  \
+                   (const Unpack& u, int64_t chunk, Scratch<Compute<W>>& scratch),      \
+                   (u, chunk, scratch))
 L0K_DTYPES(L0K_INSTANCE)
 
 template <typename T>

@@ -4,9 +4,10 @@
 #include "cpu/common.h"
 
 #include <algorithm>
-#include <array>
 #include <limits>
+#include <numeric>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 namespace l0k {
@@ -24,7 +25,6 @@ struct Draw {
   NoiseStream stream;
   Law law;
   HardConcrete concrete;
-  double tiny;  // the smallest normal number of the gates' dtype
 };
 
 struct Tile {
@@ -36,24 +36,26 @@ struct Tile {
   alignas(64) double weight[kTile];  // P(open) forward, its derivative backward
 };
 
-// ---- one tile: plain loops that the compiler vectorises for each instruction set ----
+// ---- one tile ----
+// Each quantity has its own plain loop, which the compiler vectorises for each instruction set: in
+// one loop it would branch around the costly ones for saturated gates instead.
 
-L0K_CLONES("avx2", "avx512f")
-void fill_noise(const NoiseStream& stream, int64_t first_gate, int64_t count,
-                int32_t* __restrict k) {
+L0K_HD void fill_noise(const NoiseStream& stream, int64_t first_gate, Tile& tile) {
+  constexpr int64_t kBlocks = kTile / 4;
   const uint32_t first = static_cast<uint32_t>(first_gate / 4);
-  const int64_t blocks = (count + 3) / 4;
-  for (int64_t i = 0; i < blocks; ++i) {
-    const Words4 words = noise_words(stream, first + static_cast<uint32_t>(i));
-    k[4 * i] = noise_k(words.x);
-    k[4 * i + 1] = noise_k(words.y);
-    k[4 * i + 2] = noise_k(words.z);
-    k[4 * i + 3] = noise_k(words.w);
+  uint64_t words[4][kBlocks];
+  for (int64_t i = 0; i < kBlocks; ++i) {
+    const auto block = noise_words<uint64_t>(stream, first + static_cast<uint32_t>(i));
+    words[0][i] = block.x;
+    words[1][i] = block.y;
+    words[2][i] = block.z;
+    words[3][i] = block.w;
+  }
+  for (int64_t i = 0; i < kBlocks; ++i) {
+    for (int64_t lane = 0; lane < 4; ++lane) tile.k[4 * i + lane] = noise_k(words[lane][i]);
   }
 }
 
-// Each quantity has its own loop: in one loop the compiler would branch around the costly ones
-// for saturated gates instead of vectorising.
 template <typename LawType>
 L0K_HD void prepare(const LawType& law, bool backward, Tile& tile) {
   for (int64_t i = 0; i < kTile; ++i) {
@@ -86,41 +88,29 @@ L0K_HD void slopes_of(const LawType& law, Tile& tile) {
   }
 }
 
-L0K_CLONES("avx2", "avx512f")
-void hard_concrete_values(const HardConcrete& law, double tiny, Tile& tile) {
-  values_of(law, tiny, tile);
-}
-
-L0K_CLONES("avx2", "avx512f")
-void hard_concrete_slopes(const HardConcrete& law, Tile& tile) { slopes_of(law, tile); }
-
-L0K_CLONES("avx2", "avx512f")
-void bernoulli_values(double tiny, Tile& tile) { values_of(Bernoulli{}, tiny, tile); }
-
-L0K_CLONES("avx2", "avx512f")
-void bernoulli_slopes(Tile& tile) { slopes_of(Bernoulli{}, tile); }
-
-// ---- all gates ----
-
+// Fills the tile's noise and log_alpha, behind the last gate with zeros.
 template <typename T>
-void load_tile(const Draw& draw, const T* log_alpha, int64_t first, int64_t count, Tile& tile) {
-  fill_noise(draw.stream, first, count, tile.k);
+L0K_HD void load_tile(const Draw& draw, const T* __restrict log_alpha, int64_t first,
+                      int64_t count, Tile& tile) {
+  fill_noise(draw.stream, first, tile);
   for (int64_t i = 0; i < count; ++i) tile.log_alpha[i] = static_cast<double>(log_alpha[first + i]);
   for (int64_t i = count; i < kTile; ++i) tile.log_alpha[i] = 0.0;
 }
 
+// ---- one chunk ----
+
 // Sums in eight lanes, which the compiler may keep in one register, then the lanes in order.
 struct LaneSum {
-  std::array<double, 8> lanes{};
+  double lanes[8] = {};
 
-  void add(const double* values, int64_t count) {
+  L0K_HD void add(const double* values, int64_t count) {
     int64_t i = 0;
     for (; i + 8 <= count; i += 8) {
       for (int64_t lane = 0; lane < 8; ++lane) lanes[lane] += values[i + lane];
     }
     for (int64_t lane = 0; i < count; ++i, ++lane) lanes[lane] += values[i];
   }
-  double total() const {
+  L0K_HD double total() const {
     double sum = 0;
     for (double lane : lanes) sum += lane;
     return sum;
@@ -128,77 +118,105 @@ struct LaneSum {
 };
 
 template <typename T>
-double values_of_chunk(const Draw& draw, const T* log_alpha, const T* cost, T* z, int64_t begin,
-                       int64_t end) {
+struct Forward {
+  Draw draw;
+  const T* log_alpha;
+  const T* cost;
+  T* z;
+  double* expected;  // one sum per chunk
+  int64_t* nans;     // one count per chunk
+  int64_t gates;
+};
+
+template <typename T>
+L0K_HD void forward_chunk(const Forward<T>& f, int64_t chunk) {
+  const int64_t end = std::min(f.gates, (chunk + 1) * kChunk);
+  const double tiny = static_cast<double>(std::numeric_limits<T>::min());
+  int64_t nans = 0;
   Tile tile;
-  std::fill(tile.k, tile.k + kTile, 0);
   LaneSum expected;
-  for (int64_t first = begin; first < end; first += kTile) {
+  for (int64_t first = chunk * kChunk; first < end; first += kTile) {
     const int64_t count = std::min(kTile, end - first);
-    load_tile(draw, log_alpha, first, count, tile);
-    if (draw.law == kHardConcrete) {
-      hard_concrete_values(draw.concrete, draw.tiny, tile);
+    load_tile(f.draw, f.log_alpha, first, count, tile);
+    for (int64_t i = 0; i < kTile; ++i) nans += tile.log_alpha[i] != tile.log_alpha[i];
+    if (f.draw.law == kHardConcrete) {
+      values_of(f.draw.concrete, tiny, tile);
     } else {
-      bernoulli_values(draw.tiny, tile);
+      values_of(Bernoulli{}, tiny, tile);
     }
-    for (int64_t i = 0; i < count; ++i) {
-      z[first + i] = static_cast<T>(tile.value[i]);
-      tile.weight[i] *= static_cast<double>(cost[first + i]);
-    }
+    for (int64_t i = 0; i < count; ++i) f.z[first + i] = static_cast<T>(tile.value[i]);
+    for (int64_t i = 0; i < count; ++i) tile.weight[i] *= static_cast<double>(f.cost[first + i]);
     expected.add(tile.weight, count);
   }
-  return expected.total();
+  f.expected[chunk] = expected.total();
+  f.nans[chunk] = nans;
 }
 
 template <typename T>
-void grads_of_chunk(const Draw& draw, const T* log_alpha, const T* cost, const T* grad_z,
-                    double grad_expected, T* grad, int64_t begin, int64_t end) {
+struct Backward {
+  Draw draw;
+  const T* log_alpha;
+  const T* cost;
+  const T* grad_z;  // null: z was not used
+  double grad_expected;
+  T* grad;
+  int64_t gates;
+};
+
+template <typename T>
+L0K_HD void backward_chunk(const Backward<T>& b, int64_t chunk) {
+  const int64_t end = std::min(b.gates, (chunk + 1) * kChunk);
   Tile tile;
-  std::fill(tile.k, tile.k + kTile, 0);
-  for (int64_t first = begin; first < end; first += kTile) {
+  for (int64_t first = chunk * kChunk; first < end; first += kTile) {
     const int64_t count = std::min(kTile, end - first);
-    load_tile(draw, log_alpha, first, count, tile);
-    if (draw.law == kHardConcrete) {
-      hard_concrete_slopes(draw.concrete, tile);
+    load_tile(b.draw, b.log_alpha, first, count, tile);
+    if (b.draw.law == kHardConcrete) {
+      slopes_of(b.draw.concrete, tile);
     } else {
-      bernoulli_slopes(tile);
+      slopes_of(Bernoulli{}, tile);
     }
     for (int64_t i = 0; i < count; ++i) {
-      tile.weight[i] *= grad_expected * static_cast<double>(cost[first + i]);
+      tile.weight[i] *= b.grad_expected * static_cast<double>(b.cost[first + i]);
     }
-    if (grad_z != nullptr) {
+    if (b.grad_z != nullptr) {
       // Selected, not multiplied: a saturated gate has gradient 0 even where grad_z is infinite.
       for (int64_t i = 0; i < count; ++i) {
-        const double slope = tile.value[i];
-        const double part = slope * static_cast<double>(grad_z[first + i]);
-        tile.weight[i] += select(slope == 0.0, 0.0, part);
+        const double part = tile.value[i] * static_cast<double>(b.grad_z[first + i]);
+        tile.weight[i] += select(tile.value[i] == 0.0, 0.0, part);
       }
     }
-    for (int64_t i = 0; i < count; ++i) grad[first + i] = static_cast<T>(tile.weight[i]);
+    for (int64_t i = 0; i < count; ++i) b.grad[first + i] = static_cast<T>(tile.weight[i]);
   }
 }
 
-template <typename F>
-void for_chunks(int64_t gates, const F& run) {
-  const int64_t chunks = (gates + kChunk - 1) / kChunk;
-  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t chunk = begin; chunk < end; ++chunk) {
-      run(chunk, chunk * kChunk, std::min(gates, (chunk + 1) * kChunk));
-    }
+L0K_FOR_EACH_ISA(forward_f32, forward_chunk, (const Forward<float>& f, int64_t chunk), (f, chunk))
+L0K_FOR_EACH_ISA(forward_f64, forward_chunk, (const Forward<double>& f, int64_t chunk), (f, chunk))
+L0K_FOR_EACH_ISA(backward_f32, backward_chunk, (const Backward<float>& b, int64_t chunk),
+                 (b, chunk))
+L0K_FOR_EACH_ISA(backward_f64, backward_chunk, (const Backward<double>& b, int64_t chunk),
+                 (b, chunk))
+
+void run_chunk(const Forward<float>& f, int64_t chunk) { forward_f32(f, chunk); }
+void run_chunk(const Forward<double>& f, int64_t chunk) { forward_f64(f, chunk); }
+void run_chunk(const Backward<float>& b, int64_t chunk) { backward_f32(b, chunk); }
+void run_chunk(const Backward<double>& b, int64_t chunk) { backward_f64(b, chunk); }
+
+int64_t chunks_of(int64_t gates) { return (gates + kChunk - 1) / kChunk; }
+
+template <typename Task>
+void run_chunks(const Task& task) {
+  torch::stable::parallel_for(0, chunks_of(task.gates), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) run_chunk(task, chunk);
   });
 }
 
 template <typename T>
-void check_no_nan(const T* values, int64_t count) {
-  int64_t bad = 0;
-  for (int64_t i = 0; i < count; ++i) bad += values[i] != values[i];
-  if (bad == 0) return;
+[[noreturn]] void fail_on_nan(const T* log_alpha, int64_t gates, int64_t nans) {
   int64_t first = 0;
-  while (values[first] == values[first]) ++first;
-  fail("log_alpha: expected no NaN; got ", bad, " of ", count, ", first at ", first);
+  while (log_alpha[first] == log_alpha[first]) ++first;
+  fail("log_alpha: expected no NaN; got ", nans, " of ", gates, ", first at ", first);
 }
 
-template <typename T>
 Draw make_draw(const Tensor& key, int64_t law, double beta, double gamma, double zeta) {
   const int64_t seed = data<int64_t>(key)[0];
   const int64_t step = data<int64_t>(key)[key.stride(0)];
@@ -210,7 +228,6 @@ Draw make_draw(const Tensor& key, int64_t law, double beta, double gamma, double
   draw.stream = {static_cast<uint64_t>(seed), static_cast<uint32_t>(step), 0, 0, 0};
   draw.law = static_cast<Law>(law);
   draw.concrete = make_hard_concrete(beta, gamma, zeta);
-  draw.tiny = static_cast<double>(std::numeric_limits<T>::min());
   return draw;
 }
 
@@ -238,22 +255,20 @@ void check_offsets(const char* name, const int64_t* offsets, int64_t segments, i
   require(ordered, name, ": expected ascending offsets from 0 to ", size);
 }
 
-L0K_CLONES("avx2", "avx512f")
-bool all_within(const int64_t* __restrict gates, int64_t count, uint64_t largest) {
+L0K_HD bool all_within(const int64_t* gates, int64_t count, uint64_t largest) {
   uint64_t outside = 0;
   for (int64_t i = 0; i < count; ++i) outside |= static_cast<uint64_t>(gates[i]) > largest;
   return outside == 0;
 }
 
-L0K_CLONES("avx2", "avx512f")
-bool any_other(const int64_t* __restrict gates, int64_t count, int64_t value) {
+L0K_HD bool any_other(const int64_t* gates, int64_t count, int64_t value) {
   uint64_t other = 0;
   for (int64_t i = 0; i < count; ++i) other |= static_cast<uint64_t>(gates[i] ^ value);
   return other != 0;
 }
 
 // Adds the lowest-numbered spare elements until min(kMinWidth, available) are wanted.
-void fill_up(uint8_t* wanted, const uint8_t* spare, int64_t size, int64_t have, int64_t available) {
+L0K_HD void fill_up(uint8_t* wanted, const uint8_t* spare, int64_t size, int64_t have, int64_t available) {
   int64_t missing = std::min(kMinWidth, available) - have;
   for (int64_t i = 0; i < size && missing > 0; ++i) {
     if (wanted[i] || !spare[i]) continue;
@@ -262,7 +277,7 @@ void fill_up(uint8_t* wanted, const uint8_t* spare, int64_t size, int64_t have, 
   }
 }
 
-int64_t count_set(const uint8_t* flags, int64_t size) {
+L0K_HD int64_t count_set(const uint8_t* flags, int64_t size) {
   int64_t count = 0;
   for (int64_t i = 0; i < size; ++i) count += flags[i];
   return count;
@@ -270,7 +285,7 @@ int64_t count_set(const uint8_t* flags, int64_t size) {
 
 // Open gates and dummies of every group, then the gate that is always open.
 template <typename T>
-std::vector<uint8_t> kept_gates(const T* z, int64_t gates, const Layout& layout) {
+L0K_HD std::vector<uint8_t> kept_gates(const T* z, int64_t gates, const Layout& layout) {
   std::vector<uint8_t> kept(gates + 1);
   for (int64_t j = 0; j < gates; ++j) kept[j] = z[j] != T(0);
   kept[gates] = 1;
@@ -284,7 +299,7 @@ std::vector<uint8_t> kept_gates(const T* z, int64_t gates, const Layout& layout)
 }
 
 // A port where everything that arrives is packed.
-int64_t list_arriving(const uint8_t* kept, const int64_t* born, int64_t size, int64_t* index,
+L0K_HD int64_t list_arriving(const uint8_t* kept, const int64_t* born, int64_t size, int64_t* index,
                       int64_t* position) {
   int64_t count = 0;
   for (int64_t f = 0; f < size; ++f) {
@@ -297,7 +312,7 @@ int64_t list_arriving(const uint8_t* kept, const int64_t* born, int64_t size, in
 
 // A port with extra gates, where some features that arrive are not packed.
 template <typename T>
-int64_t list_selected(const T* z, const uint8_t* kept, const int64_t* born, const int64_t* extra,
+L0K_HD int64_t list_selected(const T* z, const uint8_t* kept, const int64_t* born, const int64_t* extra,
                       int64_t size, int64_t* index, int64_t* position) {
   std::vector<uint8_t> arriving(size), wanted(size);
   for (int64_t f = 0; f < size; ++f) {
@@ -318,7 +333,7 @@ int64_t list_selected(const T* z, const uint8_t* kept, const int64_t* born, cons
 }
 
 template <typename T>
-void fill_lists(const T* z, int64_t gates, const Layout& layout, const Lists& lists) {
+L0K_HD void fill_lists(const T* z, int64_t gates, const Layout& layout, const Lists& lists) {
   check_offsets("group_offsets", layout.group_offsets, layout.groups, gates);
   check_offsets("port_offsets", layout.port_offsets, layout.ports, layout.features);
   require(all_within(layout.born, layout.features, gates) &&
@@ -342,6 +357,13 @@ void fill_lists(const T* z, int64_t gates, const Layout& layout, const Lists& li
   }
 }
 
+L0K_FOR_EACH_ISA(fill_lists_f32, fill_lists,
+                 (const float* z, int64_t gates, const Layout& layout, const Lists& lists),
+                 (z, gates, layout, lists))
+L0K_FOR_EACH_ISA(fill_lists_f64, fill_lists,
+                 (const double* z, int64_t gates, const Layout& layout, const Lists& lists),
+                 (z, gates, layout, lists))
+
 // ---- operators ----
 
 using ListTensors = std::tuple<Tensor, Tensor, Tensor>;
@@ -359,7 +381,12 @@ ListTensors make_lists(const T* z, int64_t gates, const Tensor& group_offsets, c
   Tensor index = torch::stable::new_empty(maps, {width});
   Tensor position = torch::stable::new_empty(maps, {width});
   Tensor counts = torch::stable::new_empty(maps, {layout.ports});
-  fill_lists(z, gates, layout, {out<int64_t>(index), out<int64_t>(position), out<int64_t>(counts)});
+  const Lists lists{out<int64_t>(index), out<int64_t>(position), out<int64_t>(counts)};
+  if constexpr (std::is_same_v<T, double>) {
+    fill_lists_f64(z, gates, layout, lists);
+  } else {
+    fill_lists_f32(z, gates, layout, lists);
+  }
   return {index, position, counts};
 }
 
@@ -368,21 +395,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sample(
     const Tensor& log_alpha, const Tensor& key, const Tensor& cost, const Tensor& group_offsets,
     const Tensor& maps, const Tensor& port_offsets, int64_t law, double beta, double gamma,
     double zeta) {
-  const Draw draw = make_draw<T>(key, law, beta, gamma, zeta);
+  const Draw draw = make_draw(key, law, beta, gamma, zeta);
   const Tensor la = dense(log_alpha);
   const Tensor costs = dense(cost);
   const int64_t gates = la.size(0);
-  check_no_nan(data<T>(la), gates);
   Tensor z = torch::stable::new_empty(la, {gates + 1});
   Tensor expected = torch::stable::new_empty(la, {});
-  std::vector<double> partial((gates + kChunk - 1) / kChunk);
-  for_chunks(gates, [&](int64_t chunk, int64_t begin, int64_t end) {
-    partial[chunk] = values_of_chunk(draw, data<T>(la), data<T>(costs), out<T>(z), begin, end);
-  });
+  std::vector<double> sums(chunks_of(gates));
+  std::vector<int64_t> nans(chunks_of(gates));
+  run_chunks(Forward<T>{draw, data<T>(la), data<T>(costs), out<T>(z), sums.data(), nans.data(),
+                        gates});
+  const int64_t all_nans = std::accumulate(nans.begin(), nans.end(), int64_t{0});
+  if (all_nans > 0) fail_on_nan(data<T>(la), gates, all_nans);
   out<T>(z)[gates] = T(1);
-  double sum = 0;
-  for (double part : partial) sum += part;
-  *out<T>(expected) = static_cast<T>(sum);
+  *out<T>(expected) = static_cast<T>(std::accumulate(sums.begin(), sums.end(), 0.0));
   return std::tuple_cat(std::make_tuple(z, expected),
                         make_lists(data<T>(z), gates, group_offsets, maps, port_offsets));
 }
@@ -392,7 +418,7 @@ Tensor sample_backward(const Tensor& log_alpha, const Tensor& key, const Tensor&
                        const std::optional<Tensor>& grad_z,
                        const std::optional<Tensor>& grad_expected, int64_t law, double beta,
                        double gamma, double zeta) {
-  const Draw draw = make_draw<T>(key, law, beta, gamma, zeta);
+  const Draw draw = make_draw(key, law, beta, gamma, zeta);
   const Tensor la = dense(log_alpha);
   const Tensor costs = dense(cost);
   const Tensor upstream = grad_z ? dense(*grad_z) : Tensor();
@@ -400,10 +426,8 @@ Tensor sample_backward(const Tensor& log_alpha, const Tensor& key, const Tensor&
   const double scale = grad_expected ? static_cast<double>(*data<T>(*grad_expected)) : 0.0;
   const int64_t gates = la.size(0);
   Tensor grad = torch::stable::new_empty(la, {gates});
-  for_chunks(gates, [&](int64_t, int64_t begin, int64_t end) {
-    grads_of_chunk(draw, data<T>(la), data<T>(costs), upstream_data, scale, out<T>(grad), begin,
-                   end);
-  });
+  run_chunks(
+      Backward<T>{draw, data<T>(la), data<T>(costs), upstream_data, scale, out<T>(grad), gates});
   return grad;
 }
 
