@@ -55,6 +55,7 @@ def test_comparison(result: summary.Result) -> None:
             "speed_up": 2.0,
             "loss_difference": 0.1 / 2.1,
             "data_loss_difference": 0.1 / 2.1,
+            "data_loss_difference_absolute": 0.05,
             "accuracy_difference": 0.5,
         }
     )
@@ -66,5 +67,5 @@ def test_table(result: summary.Result) -> None:
         "| 0 | packed | 98.50 | 9-18-65-25 | 25.0 / 24.0 / 20.0 | 100.00 / 100.00 | 3.0 / 1.0 |"
         in lines
     )
-    assert "| 0 | 1.00 | 2.00 | 4.00 | 2.00 | 4.76 / 4.76 | 0.50 |" in lines
+    assert "| 0 | 1.00 | 2.00 | 4.00 | 2.00 | 4.76 / 4.76 / 0.0500 | 0.50 |" in lines
     assert any(line.startswith("| 0 | masked (channels_last) | 98.00 |") for line in lines)
