@@ -8,6 +8,8 @@ from pathlib import Path
 
 # Before torch is imported: spinning threads make timings flip from run to run.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Without it cuBLAS refuses to run when deterministic algorithms are on.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
