@@ -25,33 +25,37 @@ int32_t noise_k(uint64_t seed, uint32_t step, int64_t gate, uint32_t row, uint32
   return l0k::noise_of_gate({seed, step, row, kind, sample}, gate);
 }
 
-l0k::Thresholds thresholds_of(const l0k::HardConcrete& law, double log_alpha) {
-  return l0k::thresholds(law, l0k::odds(law, log_alpha));
+template <typename Law>
+l0k::Thresholds thresholds_of(const Law& law, double log_alpha) {
+  const double exp_open = l0k::exp_fp64(l0k::open_exponent(law, log_alpha));
+  return l0k::thresholds(law, l0k::odds(law, log_alpha, exp_open));
+}
+
+double exp_concrete(const l0k::HardConcrete& law, int32_t k, double log_alpha) {
+  return l0k::exp_fp64(l0k::concrete_exponent(law, l0k::noise_logit(k), log_alpha));
 }
 
 std::tuple<int32_t, int32_t> hard_concrete_thresholds(double log_alpha, double beta, double gamma,
                                                       double zeta) {
-  const auto [closed, open] =
-      thresholds_of(l0k::make_hard_concrete(beta, gamma, zeta), log_alpha);
+  const auto [closed, open] = thresholds_of(l0k::make_hard_concrete(beta, gamma, zeta), log_alpha);
   return {closed, open};
 }
 
 int32_t bernoulli_threshold(double log_alpha) {
-  const l0k::Bernoulli law;
-  return l0k::thresholds(law, l0k::odds(law, log_alpha)).open_from;
+  return thresholds_of(l0k::Bernoulli{}, log_alpha).open_from;
 }
 
 double hard_concrete_value(int32_t k, double log_alpha, double beta, double gamma, double zeta,
                            double tiny) {
   const l0k::HardConcrete law = l0k::make_hard_concrete(beta, gamma, zeta);
-  const double s = l0k::concrete(law, k, log_alpha);
-  return l0k::gate_value(law, k, s, thresholds_of(law, log_alpha), tiny);
+  const l0k::Thresholds t = thresholds_of(law, log_alpha);
+  return l0k::gate_value(law, k, exp_concrete(law, k, log_alpha), t, tiny);
 }
 
 double hard_concrete_slope(int32_t k, double log_alpha, double beta, double gamma, double zeta) {
   const l0k::HardConcrete law = l0k::make_hard_concrete(beta, gamma, zeta);
-  const double s = l0k::concrete(law, k, log_alpha);
-  return l0k::gate_slope(law, k, s, thresholds_of(law, log_alpha));
+  const l0k::Thresholds t = thresholds_of(law, log_alpha);
+  return l0k::gate_slope(law, k, exp_concrete(law, k, log_alpha), t);
 }
 
 }  // namespace

@@ -57,3 +57,14 @@ def _python_kernel(function: Callable) -> Callable:
             return function(*args, **kwargs)
 
     return run
+
+
+def once_differentiable(backward: Callable) -> Callable:
+    """PyTorch's decorator of the same name, without its cost where no graph is made."""
+    guarded = torch.autograd.function.once_differentiable(backward)
+
+    @wraps(backward)
+    def run(ctx, *grads):
+        return guarded(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+
+    return run

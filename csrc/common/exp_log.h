@@ -70,8 +70,8 @@ L0K_HD double log_ratio(double a, double b) {
   const int64_t scale = (to_bits(a) - to_bits(b) + kHalf) & kExponent;
   const double scaled = from_bits(to_bits(b) + scale);
   const uint64_t biased = static_cast<uint64_t>(scale + kOne) >> 52;  // e + 1023
-  const double e = from_bits(static_cast<int64_t>(biased) | 0x4330000000000000) -
-                   (4503599627370496.0 + 1023.0);
+  const double e =
+      from_bits(static_cast<int64_t>(biased) | 0x4330000000000000) - (4503599627370496.0 + 1023.0);
   const double s = (a - scaled) / (a + scaled);  // ln(a / scaled) = 2 atanh(s)
   const double t = s * s;
   // p = (atanh(s) / s - 1) / s^2, interpolated at Chebyshev points.

@@ -33,9 +33,8 @@ struct Odds {
   double not_full;  // P(z < 1)
 };
 
-// From odds e^x of being open; `ratio` times these are the odds of being fully open.
-L0K_HD Odds odds_from(double x, double ratio) {
-  const double e = exp_fp64(x);
+// From x and the odds e^x of being open; `ratio` times these are the odds of being fully open.
+L0K_HD Odds odds_from(double x, double e, double ratio) {
   const double a = 1.0 + e;
   const double b = std::fma(e, ratio, 1.0);
   const double inverse = 1.0 / (a * b);  // one division for both
@@ -53,9 +52,9 @@ struct Thresholds {
 struct HardConcrete {
   double gamma, width;  // width = zeta - gamma
   double inverse_beta;
-  double shift;         // K0 = beta ln(-gamma / zeta): P(z = 0) = sigma(K0 - log_alpha)
-  double full_ratio;    // e^(K0 - K1), K1 = beta ln((1 - gamma) / (zeta - 1)):
-                        // P(z = 1) = sigma(log_alpha - K1)
+  double shift;       // K0 = beta ln(-gamma / zeta): P(z = 0) = sigma(K0 - log_alpha)
+  double full_ratio;  // e^(K0 - K1), K1 = beta ln((1 - gamma) / (zeta - 1)):
+                      // P(z = 1) = sigma(log_alpha - K1)
 };
 
 inline HardConcrete make_hard_concrete(double beta, double gamma, double zeta) {
@@ -64,8 +63,17 @@ inline HardConcrete make_hard_concrete(double beta, double gamma, double zeta) {
   return {gamma, zeta - gamma, 1.0 / beta, shift, std::exp(shift - full_shift)};
 }
 
-L0K_HD Odds odds(const HardConcrete& law, double log_alpha) {
-  return odds_from(log_alpha - law.shift, law.full_ratio);
+// The exponentials are arguments below, so that vector loops can compute them ahead.
+L0K_HD double open_exponent(const HardConcrete& law, double log_alpha) {
+  return log_alpha - law.shift;
+}
+
+L0K_HD Odds odds(const HardConcrete& law, double log_alpha, double exp_open) {
+  return odds_from(open_exponent(law, log_alpha), exp_open, law.full_ratio);
+}
+
+L0K_HD double concrete_exponent(const HardConcrete& law, double logit, double log_alpha) {
+  return -(logit + log_alpha) * law.inverse_beta;
 }
 
 L0K_HD Thresholds thresholds(const HardConcrete&, const Odds& p) {
@@ -74,13 +82,10 @@ L0K_HD Thresholds thresholds(const HardConcrete&, const Odds& p) {
   return {closed, open < closed ? closed : open};
 }
 
-L0K_HD double concrete(const HardConcrete& law, int32_t k, double log_alpha) {
-  return 1.0 / (1.0 + exp_fp64(-(noise_logit(k) + log_alpha) * law.inverse_beta));
-}
-
-// z from s; a half-open gate stays within [tiny, 1] whatever rounding says.
-L0K_HD double gate_value(const HardConcrete& law, int32_t k, double s, const Thresholds& t,
-                         double tiny) {
+// z from e^concrete_exponent; a half-open gate stays within [tiny, 1] whatever rounding says.
+L0K_HD double gate_value(const HardConcrete& law, int32_t k, double exp_concrete,
+                         const Thresholds& t, double tiny) {
+  const double s = 1.0 / (1.0 + exp_concrete);
   double z = std::fma(s, law.width, law.gamma);
   z = select(z < tiny, tiny, z);
   z = select(z > 1.0, 1.0, z);
@@ -88,8 +93,10 @@ L0K_HD double gate_value(const HardConcrete& law, int32_t k, double s, const Thr
   return select(k < t.closed_below, 0.0, z);
 }
 
-// dz / dlog_alpha from s.
-L0K_HD double gate_slope(const HardConcrete& law, int32_t k, double s, const Thresholds& t) {
+// dz / dlog_alpha from e^concrete_exponent.
+L0K_HD double gate_slope(const HardConcrete& law, int32_t k, double exp_concrete,
+                         const Thresholds& t) {
+  const double s = 1.0 / (1.0 + exp_concrete);
   const double slope = law.width * law.inverse_beta * s * (1.0 - s);
   return select((k < t.closed_below) | (k >= t.open_from), 0.0, slope);
 }
@@ -97,14 +104,16 @@ L0K_HD double gate_slope(const HardConcrete& law, int32_t k, double s, const Thr
 // z = 1 with probability sigma(log_alpha), else 0; no gradient reaches log_alpha through z.
 struct Bernoulli {};
 
-L0K_HD Odds odds(const Bernoulli&, double log_alpha) { return odds_from(log_alpha, 1.0); }
+L0K_HD double open_exponent(const Bernoulli&, double log_alpha) { return log_alpha; }
+
+L0K_HD Odds odds(const Bernoulli&, double log_alpha, double exp_open) {
+  return odds_from(log_alpha, exp_open, 1.0);
+}
 
 L0K_HD Thresholds thresholds(const Bernoulli&, const Odds& p) { return {0, count_below(p.open)}; }
 
-L0K_HD double concrete(const Bernoulli&, int32_t, double) { return 0.0; }
-
 L0K_HD double gate_value(const Bernoulli&, int32_t k, double, const Thresholds& t, double) {
-  return k < t.open_from ? 1.0 : 0.0;
+  return select(k < t.open_from, 1.0, 0.0);
 }
 
 L0K_HD double gate_slope(const Bernoulli&, int32_t, double, const Thresholds&) { return 0.0; }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Philox4x32-10: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
+// Philox4x32-10, from Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3"
+// (SC 2011), and the noise of the gates made of it.
 #pragma once
 
 #include "common/host_device.h"
@@ -50,8 +51,8 @@ constexpr double kNoiseScale = 8388608.0;  // 2^23
 template <typename Word>
 L0K_HD Words4<Word> noise_words(const NoiseStream& stream, uint32_t block) {
   const Words4<Word> counter{block, stream.row, stream.kind << 24 | stream.sample, stream.step};
-  return philox4x32(counter, {static_cast<uint32_t>(stream.seed),
-                              static_cast<uint32_t>(stream.seed >> 32)});
+  return philox4x32(counter,
+                    {static_cast<uint32_t>(stream.seed), static_cast<uint32_t>(stream.seed >> 32)});
 }
 
 // The integer k of a word; the uniform number is u = (k + .5) 2^-23.

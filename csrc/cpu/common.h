@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -17,19 +18,25 @@
 // pointer to `body` compiled for the widest set that this machine has; ATEN_CPU_CAPABILITY
 // (default, avx2, avx512) limits it as it limits PyTorch. `body` must be L0K_HD, that is, inlined.
 // Results do not depend on the choice: products are fused with sums where, and only where, the
-// source says fma.
+// source says fma. L0K_UP_TO_AVX2 is for loops with indexed loads and stores, which are slower as
+// AVX-512 instructions than one by one.
 #if defined(__x86_64__) && defined(__GNUC__)
-#define L0K_FOR_EACH_ISA(name, body, parameters, arguments)                                     \
-  auto name##_plain parameters { return body arguments; }                                       \
-  __attribute__((target("avx2,fma"))) auto name##_avx2 parameters { return body arguments; }    \
-  __attribute__((target("avx512f,avx512dq,avx512vl,avx512bw,fma"))) auto name##_avx512          \
-      parameters {                                                                              \
-    return body arguments;                                                                      \
-  }                                                                                             \
+#define L0K_VARIANT(target_isa, name, body, parameters, arguments) \
+  __attribute__((target(target_isa))) auto name parameters { return body arguments; }
+#define L0K_UP_TO_AVX2(name, body, parameters, arguments)           \
+  auto name##_plain parameters { return body arguments; }           \
+  L0K_VARIANT("avx2,fma", name##_avx2, body, parameters, arguments) \
+  const auto name = l0k::choose(name##_plain, name##_avx2, name##_avx2);
+#define L0K_FOR_EACH_ISA(name, body, parameters, arguments)                              \
+  auto name##_plain parameters { return body arguments; }                                \
+  L0K_VARIANT("avx2,fma", name##_avx2, body, parameters, arguments)                      \
+  L0K_VARIANT("avx512f,avx512dq,avx512vl,avx512bw,fma", name##_avx512, body, parameters, \
+              arguments)                                                                 \
   const auto name = l0k::choose(name##_plain, name##_avx2, name##_avx512);
 #else
-#define L0K_FOR_EACH_ISA(name, body, parameters, arguments) \
+#define L0K_UP_TO_AVX2(name, body, parameters, arguments) \
   auto name parameters { return body arguments; }
+#define L0K_FOR_EACH_ISA L0K_UP_TO_AVX2
 #endif
 
 namespace l0k {
@@ -77,6 +84,15 @@ void require(bool condition, const Parts&... parts) {
 // Asks the tensor first: a call through PyTorch's dispatcher costs more than most uses.
 inline Tensor dense(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+// torch::stable::new_empty, at a third of its cost.
+inline Tensor uninitialized(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.begin(),
+                                                   static_cast<int64_t>(sizes.size()), nullptr,
+                                                   nullptr, nullptr, 0, nullptr, &handle));
+  return Tensor(handle);
 }
 
 template <typename T>

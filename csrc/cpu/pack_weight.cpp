@@ -86,21 +86,23 @@ Shape shape_of(const Tensor& weight, bool channels_last) {
 
 // One axis of a weight: which features are packed, and by which gates they are scaled.
 struct Axis {
-  const char* name;
+  const char* index_name;
+  const char* map_name;
   int64_t full;
   int64_t packed;
-  bool selects;          // else all features are packed, in order
-  bool scales;           // else nothing is scaled
-  const int64_t* index;  // packed -> full
-  const int64_t* gates;  // [2, full]
+  bool selects;              // else all features are packed, in order
+  bool scales;               // else nothing is scaled
+  const int64_t* index;      // packed -> full
+  const int64_t* gates;      // [2, full]
   std::vector<Tensor> keep;  // owns what the pointers point to
 
   int64_t feature(int64_t i) const { return selects ? index[i] : i; }
 };
 
-Axis make_axis(const char* name, int64_t full, const std::optional<Tensor>& index,
-               const std::optional<Tensor>& map) {
-  Axis axis{name, full, full, index.has_value(), map.has_value(), nullptr, nullptr, {}};
+Axis make_axis(const char* index_name, const std::optional<Tensor>& index, const char* map_name,
+               const std::optional<Tensor>& map, int64_t full) {
+  Axis axis{index_name,      map_name, full,    full, index.has_value(),
+            map.has_value(), nullptr,  nullptr, {}};
   if (index) {
     axis.keep.push_back(dense(*index));
     axis.index = data<int64_t>(axis.keep.back());
@@ -111,7 +113,7 @@ Axis make_axis(const char* name, int64_t full, const std::optional<Tensor>& inde
       within &= axis.index[i] >= 0 && axis.index[i] < full;
       in_order &= axis.index[i] == i;
     }
-    require(within, name, ": expected indices from 0 to ", full - 1);
+    require(within, index_name, ": expected indices from 0 to ", full - 1);
     axis.selects = !in_order;  // everything is open: whole lines are faster than gathers
   }
   if (map) {
@@ -135,8 +137,8 @@ std::vector<S> scales_of(const Axis& axis, const Gates<S>& gates) {
   for (int64_t i = 0; i < axis.packed; ++i) {
     const int64_t a = axis.gates[axis.feature(i)];
     const int64_t b = axis.gates[axis.full + axis.feature(i)];
-    require(a >= 0 && a < gates.count && b >= 0 && b < gates.count, axis.name,
-            "_map: expected gates from 0 to ", gates.count - 1);
+    require(a >= 0 && a < gates.count && b >= 0 && b < gates.count, axis.map_name,
+            ": expected gates from 0 to ", gates.count - 1);
     scales[i] = gates.z[a] * gates.z[b];
   }
   return scales;
@@ -186,13 +188,13 @@ struct Pack {
   const void* weight;
   void* packed;
   int64_t lines, full_line, packed_line;
-  bool plain;                // whole lines, not scaled
-  bool gathers;              // else whole lines, scaled
-  const int64_t* row_full;   // packed -> full
+  bool plain;               // whole lines, not scaled
+  bool gathers;             // else whole lines, scaled
+  const int64_t* row_full;  // packed -> full
   const uint8_t* row_open;
-  const int32_t* gather;     // places in a full line
-  const void* scale;         // one per packed number of a line
-  const int32_t* closed;     // places in a packed line whose scale is 0
+  const int32_t* gather;  // places in a full line
+  const void* scale;      // one per packed number of a line
+  const int32_t* closed;  // places in a packed line whose scale is 0
   int64_t closed_numbers;
 };
 
@@ -264,8 +266,8 @@ struct Unpack {
   const int32_t* from;      // where open numbers lie in a packed line ...
   const int32_t* to;        // ... and in a full one
   int64_t open_numbers;
-  const void* scale;        // one per number of a full line, 0 where closed
-  const int32_t* closed;    // places in a full line whose scale is 0
+  const void* scale;      // one per number of a full line, 0 where closed
+  const int32_t* closed;  // places in a full line whose scale is 0
   int64_t closed_numbers;
 };
 
@@ -283,7 +285,7 @@ L0K_HD void spread_line(const Unpack& u, const P* __restrict grad, S* __restrict
 template <typename S>
 struct Scratch {
   std::vector<S> line;
-  std::vector<S> products;    // short sums
+  std::vector<S> products;  // short sums
   std::vector<double> total;
 
   explicit Scratch(int64_t size) : line(size), products(size), total(size) {}
@@ -323,8 +325,7 @@ L0K_HD void unpack_rows(const Unpack& u, int64_t chunk, Scratch<Compute<W>>& scr
   for (int64_t row = chunk * u.rows_per_chunk; row < end; ++row) {
     const int64_t start = row * u.lines * u.full_line;
     const W* weight = static_cast<const W*>(u.weight) + start;
-    W* grad_weight =
-        u.grad_weight == nullptr ? nullptr : static_cast<W*>(u.grad_weight) + start;
+    W* grad_weight = u.grad_weight == nullptr ? nullptr : static_cast<W*>(u.grad_weight) + start;
     const int64_t slot = u.row_slot[row];
     if (slot < 0) {
       if (grad_weight != nullptr) {
@@ -362,20 +363,20 @@ void store_sums(const Unpack& u, int64_t chunk, Scratch<S>& scratch) {
 
 // ---- one pair of functions for each pair of dtypes, compiled for several instruction sets ----
 
-#define L0K_DTYPES(X)               \
-  X(f64, double, double)            \
-  X(f32, float, float)              \
-  X(f32_to_bf16, float, BFloat16)   \
-  X(f32_to_f16, float, Half)        \
-  X(bf16, BFloat16, BFloat16)       \
+#define L0K_DTYPES(X)             \
+  X(f64, double, double)          \
+  X(f32, float, float)            \
+  X(f32_to_bf16, float, BFloat16) \
+  X(f32_to_f16, float, Half)      \
+  X(bf16, BFloat16, BFloat16)     \
   X(f16, Half, Half)
 
-#define L0K_INSTANCE(name, W, P)                                                        \
-  L0K_FOR_EACH_ISA(pack_##name, (pack_rows<W, P>),                                      \
-                   (const Pack& p, int64_t begin, int64_t end), (p, begin, end))        \
-  L0K_FOR_EACH_ISA(unpack_##name, (unpack_rows<W, P>),                                  \
-                   (const Unpack& u, int64_t chunk, Scratch<Compute<W>>& scratch),      \
-                   (u, chunk, scratch))
+#define L0K_INSTANCE(name, W, P)                                                              \
+  L0K_UP_TO_AVX2(pack_##name, (pack_rows<W, P>), (const Pack& p, int64_t begin, int64_t end), \
+                 (p, begin, end))                                                             \
+  L0K_UP_TO_AVX2(unpack_##name, (unpack_rows<W, P>),                                          \
+                 (const Unpack& u, int64_t chunk, Scratch<Compute<W>>& scratch),              \
+                 (u, chunk, scratch))
 L0K_DTYPES(L0K_INSTANCE)
 
 template <typename T>
@@ -401,8 +402,8 @@ PackRows pack_function(ScalarType weight, ScalarType packed) {
 
 template <typename S>
 UnpackRows<S> unpack_function(ScalarType weight, ScalarType packed) {
-#define L0K_CHOOSE(name, W, P)                                              \
-  if constexpr (std::is_same_v<S, Compute<W>>) {                            \
+#define L0K_CHOOSE(name, W, P)                                                  \
+  if constexpr (std::is_same_v<S, Compute<W>>) {                                \
     if (weight == type_of<W>() && packed == type_of<P>()) return unpack_##name; \
   }
   L0K_DTYPES(L0K_CHOOSE)
@@ -437,8 +438,8 @@ Arguments make_arguments(const Tensor& weight, const std::optional<Tensor>& z,
           channels_last,
           shape,
           z ? dense(*z) : Tensor(),
-          make_axis("rows", shape.rows, rows, z ? row_map : std::nullopt),
-          make_axis("cols", shape.cols, cols, z ? col_map : std::nullopt)};
+          make_axis("rows", rows, "row_map", z ? row_map : std::nullopt, shape.rows),
+          make_axis("cols", cols, "col_map", z ? col_map : std::nullopt, shape.cols)};
 }
 
 std::vector<int64_t> features_of(const Axis& axis) {
@@ -615,18 +616,19 @@ void run_unpack(const Arguments& args, const Tensor& grad, const Tensor& grad_we
   }
 }
 
-Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
+Tensor nothing(const Tensor& like) { return uninitialized(like, {0}); }
 
-std::tuple<Tensor, Tensor> pack_weight_backward(
-    Tensor grad, Tensor weight, std::optional<Tensor> z, std::optional<Tensor> rows,
-    std::optional<Tensor> row_map, std::optional<Tensor> cols, std::optional<Tensor> col_map,
-    bool need_weight, bool need_z) {
+std::tuple<Tensor, Tensor> pack_weight_backward(Tensor grad, Tensor weight, std::optional<Tensor> z,
+                                                std::optional<Tensor> rows,
+                                                std::optional<Tensor> row_map,
+                                                std::optional<Tensor> cols,
+                                                std::optional<Tensor> col_map, bool need_weight,
+                                                bool need_z) {
   const Arguments args = make_arguments(weight, z, rows, row_map, cols, col_map);
   const Tensor upstream = with_layout(grad, args.channels_last);
   const bool direct = has_layout(weight, args.channels_last);
   const Tensor dense = need_weight ? torch::stable::empty_like(args.weight) : Tensor();
-  const Tensor grad_z =
-      need_z ? torch::stable::new_empty(args.z, {args.z.size(0)}) : Tensor();
+  const Tensor grad_z = need_z ? uninitialized(args.z, {args.z.size(0)}) : Tensor();
   if (weight.scalar_type() == ScalarType::Double) {
     run_unpack<double>(args, upstream, dense, grad_z);
   } else {

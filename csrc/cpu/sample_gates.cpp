@@ -29,16 +29,15 @@ struct Draw {
 
 struct Tile {
   alignas(64) int32_t k[kTile];
-  alignas(64) int32_t closed_below[kTile];
-  alignas(64) int32_t open_from[kTile];
   alignas(64) double log_alpha[kTile];
-  alignas(64) double value[kTile];   // s, then z forward, dz/dlog_alpha backward
+  alignas(64) double value[kTile];   // z forward, dz/dlog_alpha backward
   alignas(64) double weight[kTile];  // P(open) forward, its derivative backward
 };
 
 // ---- one tile ----
-// Each quantity has its own plain loop, which the compiler vectorises for each instruction set: in
-// one loop it would branch around the costly ones for saturated gates instead.
+// Many short loops, which the compiler vectorises for each instruction set: in one long loop it
+// would branch around the costly steps for saturated gates, and the steps would wait for each
+// other.
 
 L0K_HD void fill_noise(const NoiseStream& stream, int64_t first_gate, Tile& tile) {
   constexpr int64_t kBlocks = kTile / 4;
@@ -56,45 +55,61 @@ L0K_HD void fill_noise(const NoiseStream& stream, int64_t first_gate, Tile& tile
   }
 }
 
-template <typename LawType>
-L0K_HD void prepare(const LawType& law, bool backward, Tile& tile) {
+// value = e^concrete_exponent.
+L0K_HD void concrete_exponentials(const HardConcrete& law, Tile& tile) {
+  for (int64_t i = 0; i < kTile; ++i) tile.value[i] = noise_logit(tile.k[i]);
   for (int64_t i = 0; i < kTile; ++i) {
-    tile.value[i] = concrete(law, tile.k[i], tile.log_alpha[i]);
+    tile.value[i] = exp_fp64(concrete_exponent(law, tile.value[i], tile.log_alpha[i]));
   }
+}
+
+L0K_HD void concrete_exponentials(const Bernoulli&, Tile& tile) {
+  for (int64_t i = 0; i < kTile; ++i) tile.value[i] = 0.0;
+}
+
+// weight = e^open_exponent.
+template <typename LawType>
+L0K_HD void open_exponentials(const LawType& law, Tile& tile) {
   for (int64_t i = 0; i < kTile; ++i) {
-    const Odds p = odds(law, tile.log_alpha[i]);
-    const Thresholds t = thresholds(law, p);
-    tile.closed_below[i] = t.closed_below;
-    tile.open_from[i] = t.open_from;
-    tile.weight[i] = backward ? p.open * p.closed : p.open;
+    tile.weight[i] = exp_fp64(open_exponent(law, tile.log_alpha[i]));
   }
 }
 
 template <typename LawType>
 L0K_HD void values_of(const LawType& law, double tiny, Tile& tile) {
-  prepare(law, false, tile);
+  concrete_exponentials(law, tile);
+  open_exponentials(law, tile);
   for (int64_t i = 0; i < kTile; ++i) {
-    const Thresholds t{tile.closed_below[i], tile.open_from[i]};
-    tile.value[i] = gate_value(law, tile.k[i], tile.value[i], t, tiny);
+    const Odds p = odds(law, tile.log_alpha[i], tile.weight[i]);
+    tile.value[i] = gate_value(law, tile.k[i], tile.value[i], thresholds(law, p), tiny);
+    tile.weight[i] = p.open;
   }
 }
 
 template <typename LawType>
 L0K_HD void slopes_of(const LawType& law, Tile& tile) {
-  prepare(law, true, tile);
+  concrete_exponentials(law, tile);
+  open_exponentials(law, tile);
   for (int64_t i = 0; i < kTile; ++i) {
-    const Thresholds t{tile.closed_below[i], tile.open_from[i]};
-    tile.value[i] = gate_slope(law, tile.k[i], tile.value[i], t);
+    const Odds p = odds(law, tile.log_alpha[i], tile.weight[i]);
+    tile.value[i] = gate_slope(law, tile.k[i], tile.value[i], thresholds(law, p));
+    tile.weight[i] = p.open * p.closed;
   }
 }
 
-// Fills the tile's noise and log_alpha, behind the last gate with zeros.
+// Fills the tile's noise and log_alpha, with zeros for NaN and behind the last gate; counts NaN.
 template <typename T>
-L0K_HD void load_tile(const Draw& draw, const T* __restrict log_alpha, int64_t first,
-                      int64_t count, Tile& tile) {
+L0K_HD int64_t load_tile(const Draw& draw, const T* __restrict log_alpha, int64_t first,
+                         int64_t count, Tile& tile) {
   fill_noise(draw.stream, first, tile);
-  for (int64_t i = 0; i < count; ++i) tile.log_alpha[i] = static_cast<double>(log_alpha[first + i]);
+  int64_t nans = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const double la = static_cast<double>(log_alpha[first + i]);
+    nans += la != la;
+    tile.log_alpha[i] = select(la != la, 0.0, la);
+  }
   for (int64_t i = count; i < kTile; ++i) tile.log_alpha[i] = 0.0;
+  return nans;
 }
 
 // ---- one chunk ----
@@ -137,8 +152,7 @@ L0K_HD void forward_chunk(const Forward<T>& f, int64_t chunk) {
   LaneSum expected;
   for (int64_t first = chunk * kChunk; first < end; first += kTile) {
     const int64_t count = std::min(kTile, end - first);
-    load_tile(f.draw, f.log_alpha, first, count, tile);
-    for (int64_t i = 0; i < kTile; ++i) nans += tile.log_alpha[i] != tile.log_alpha[i];
+    nans += load_tile(f.draw, f.log_alpha, first, count, tile);
     if (f.draw.law == kHardConcrete) {
       values_of(f.draw.concrete, tiny, tile);
     } else {
@@ -268,7 +282,8 @@ L0K_HD bool any_other(const int64_t* gates, int64_t count, int64_t value) {
 }
 
 // Adds the lowest-numbered spare elements until min(kMinWidth, available) are wanted.
-L0K_HD void fill_up(uint8_t* wanted, const uint8_t* spare, int64_t size, int64_t have, int64_t available) {
+L0K_HD void fill_up(uint8_t* wanted, const uint8_t* spare, int64_t size, int64_t have,
+                    int64_t available) {
   int64_t missing = std::min(kMinWidth, available) - have;
   for (int64_t i = 0; i < size && missing > 0; ++i) {
     if (wanted[i] || !spare[i]) continue;
@@ -300,7 +315,7 @@ L0K_HD std::vector<uint8_t> kept_gates(const T* z, int64_t gates, const Layout& 
 
 // A port where everything that arrives is packed.
 L0K_HD int64_t list_arriving(const uint8_t* kept, const int64_t* born, int64_t size, int64_t* index,
-                      int64_t* position) {
+                             int64_t* position) {
   int64_t count = 0;
   for (int64_t f = 0; f < size; ++f) {
     index[count] = f;
@@ -312,8 +327,9 @@ L0K_HD int64_t list_arriving(const uint8_t* kept, const int64_t* born, int64_t s
 
 // A port with extra gates, where some features that arrive are not packed.
 template <typename T>
-L0K_HD int64_t list_selected(const T* z, const uint8_t* kept, const int64_t* born, const int64_t* extra,
-                      int64_t size, int64_t* index, int64_t* position) {
+L0K_HD int64_t list_selected(const T* z, const uint8_t* kept, const int64_t* born,
+                             const int64_t* extra, int64_t size, int64_t* index,
+                             int64_t* position) {
   std::vector<uint8_t> arriving(size), wanted(size);
   for (int64_t f = 0; f < size; ++f) {
     arriving[f] = kept[born[f]];
@@ -347,10 +363,9 @@ L0K_HD void fill_lists(const T* z, int64_t gates, const Layout& layout, const Li
     const int64_t* extra = layout.extra + begin;
     int64_t* index = lists.index + begin;
     int64_t* position = lists.position + begin;
-    const int64_t count =
-        any_other(extra, size, gates)
-            ? list_selected(z, kept.data(), born, extra, size, index, position)
-            : list_arriving(kept.data(), born, size, index, position);
+    const int64_t count = any_other(extra, size, gates)
+                              ? list_selected(z, kept.data(), born, extra, size, index, position)
+                              : list_arriving(kept.data(), born, size, index, position);
     std::fill(index + count, index + size, 0);
     std::fill(position + count, position + size, 0);
     lists.counts[p] = count;
@@ -375,12 +390,16 @@ ListTensors make_lists(const T* z, int64_t gates, const Tensor& group_offsets, c
   const Tensor features = dense(maps);
   const Tensor ports = dense(port_offsets);
   const int64_t width = maps.size(1);
-  const Layout layout{data<int64_t>(groups),   groups.size(0) - 1,   data<int64_t>(features),
-                      data<int64_t>(features) + width, width, data<int64_t>(ports),
+  const Layout layout{data<int64_t>(groups),
+                      groups.size(0) - 1,
+                      data<int64_t>(features),
+                      data<int64_t>(features) + width,
+                      width,
+                      data<int64_t>(ports),
                       ports.size(0) - 1};
-  Tensor index = torch::stable::new_empty(maps, {width});
-  Tensor position = torch::stable::new_empty(maps, {width});
-  Tensor counts = torch::stable::new_empty(maps, {layout.ports});
+  Tensor index = uninitialized(maps, {width});
+  Tensor position = uninitialized(maps, {width});
+  Tensor counts = uninitialized(maps, {layout.ports});
   const Lists lists{out<int64_t>(index), out<int64_t>(position), out<int64_t>(counts)};
   if constexpr (std::is_same_v<T, double>) {
     fill_lists_f64(z, gates, layout, lists);
@@ -391,20 +410,22 @@ ListTensors make_lists(const T* z, int64_t gates, const Tensor& group_offsets, c
 }
 
 template <typename T>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sample(
-    const Tensor& log_alpha, const Tensor& key, const Tensor& cost, const Tensor& group_offsets,
-    const Tensor& maps, const Tensor& port_offsets, int64_t law, double beta, double gamma,
-    double zeta) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sample(const Tensor& log_alpha,
+                                                          const Tensor& key, const Tensor& cost,
+                                                          const Tensor& group_offsets,
+                                                          const Tensor& maps,
+                                                          const Tensor& port_offsets, int64_t law,
+                                                          double beta, double gamma, double zeta) {
   const Draw draw = make_draw(key, law, beta, gamma, zeta);
   const Tensor la = dense(log_alpha);
   const Tensor costs = dense(cost);
   const int64_t gates = la.size(0);
-  Tensor z = torch::stable::new_empty(la, {gates + 1});
-  Tensor expected = torch::stable::new_empty(la, {});
+  Tensor z = uninitialized(la, {gates + 1});
+  Tensor expected = uninitialized(la, {});
   std::vector<double> sums(chunks_of(gates));
   std::vector<int64_t> nans(chunks_of(gates));
-  run_chunks(Forward<T>{draw, data<T>(la), data<T>(costs), out<T>(z), sums.data(), nans.data(),
-                        gates});
+  run_chunks(
+      Forward<T>{draw, data<T>(la), data<T>(costs), out<T>(z), sums.data(), nans.data(), gates});
   const int64_t all_nans = std::accumulate(nans.begin(), nans.end(), int64_t{0});
   if (all_nans > 0) fail_on_nan(data<T>(la), gates, all_nans);
   out<T>(z)[gates] = T(1);
@@ -425,7 +446,7 @@ Tensor sample_backward(const Tensor& log_alpha, const Tensor& key, const Tensor&
   const T* upstream_data = grad_z ? data<T>(upstream) : nullptr;
   const double scale = grad_expected ? static_cast<double>(*data<T>(*grad_expected)) : 0.0;
   const int64_t gates = la.size(0);
-  Tensor grad = torch::stable::new_empty(la, {gates});
+  Tensor grad = uninitialized(la, {gates});
   run_chunks(
       Backward<T>{draw, data<T>(la), data<T>(costs), upstream_data, scale, out<T>(grad), gates});
   return grad;
@@ -438,9 +459,11 @@ bool is_double(const Tensor& tensor) {
   return type == ScalarType::Double;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sample_gates(
-    Tensor log_alpha, Tensor key, Tensor cost, Tensor group_offsets, Tensor maps,
-    Tensor port_offsets, int64_t law, double beta, double gamma, double zeta) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sample_gates(Tensor log_alpha, Tensor key,
+                                                                Tensor cost, Tensor group_offsets,
+                                                                Tensor maps, Tensor port_offsets,
+                                                                int64_t law, double beta,
+                                                                double gamma, double zeta) {
   const auto run = is_double(log_alpha) ? sample<double> : sample<float>;
   return run(log_alpha, key, cost, group_offsets, maps, port_offsets, law, beta, gamma, zeta);
 }

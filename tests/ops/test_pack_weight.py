@@ -495,8 +495,8 @@ def test_bad_input_is_refused(impl, name):
         ({"rows": torch.tensor([0, 4])}, "rows: expected indices from 0 to 3"),
         ({"rows": torch.tensor([-1])}, "rows: expected indices from 0 to 3"),
         ({"cols": torch.tensor([3])}, "cols: expected indices from 0 to 2"),
-        ({"row_map": gates_of(4, 5, 7)}, "rows_map: expected gates from 0 to 7"),
-        ({"col_map": gates_of(3, -1, 7)}, "cols_map: expected gates from 0 to 7"),
+        ({"row_map": gates_of(4, 5, 7)}, "row_map: expected gates from 0 to 7"),
+        ({"col_map": gates_of(3, -1, 7)}, "col_map: expected gates from 0 to 7"),
     ],
 )
 def test_cpp_refuses_indices_out_of_bounds(need_cpp, changes, message):

@@ -3,7 +3,6 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from l0kernels import _config, _registry
 from l0kernels.ops.pack_weight import reference
@@ -120,7 +119,7 @@ class _PackWeight(torch.autograd.Function):
         return _FORWARD(weight, z, rows, row_map, cols, col_map, dtype)
 
     @staticmethod
-    @once_differentiable
+    @_registry.once_differentiable
     def backward(ctx, grad):  # type: ignore[override]
         need_weight, need_z = ctx.needs_input_grad[:2]
         if grad is None:

@@ -3,7 +3,6 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from l0kernels import _config, _registry
 from l0kernels.ops.sample_gates import reference
@@ -92,11 +91,11 @@ class _SampleGates(torch.autograd.Function):
         # passes, and autograd frees saved tensors after the first.
         ctx.inputs, ctx.law = (log_alpha, key, cost), law
         if not torch.compiler.is_compiling():  # compiled graphs save and check these themselves
-            ctx.versions = tuple(t._version for t in ctx.inputs)
+            ctx.versions = (log_alpha._version, key._version, cost._version)
         return outputs
 
     @staticmethod
-    @once_differentiable
+    @_registry.once_differentiable
     def backward(ctx, grad_z, grad_expected, *_):  # type: ignore[override]
         if not torch.compiler.is_compiling():
             _check_unmodified(ctx)
@@ -107,7 +106,8 @@ class _SampleGates(torch.autograd.Function):
 
 
 def _check_unmodified(ctx) -> None:
-    if tuple(t._version for t in ctx.inputs) != ctx.versions:
+    log_alpha, key, cost = ctx.inputs
+    if (log_alpha._version, key._version, cost._version) != ctx.versions:
         raise RuntimeError(
             "sample_gates: log_alpha, key or cost was modified in place since the draw; "
             "run backward before the optimizer step, or draw again"

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The C++ kernels give the same bits with every instruction set they are compiled for."""
+
+import os
+import subprocess
+import sys
+
+SCRIPT = """
+import hashlib
+import torch
+from l0kernels.functional import GateLayout, pack_weight, sample_gates
+
+digest = hashlib.sha256()
+
+def add(*tensors):
+    for tensor in tensors:
+        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+
+def numbers(*shape):  # PyTorch's own random numbers depend on the instruction set
+    count = torch.Size(shape).numel()
+    return ((torch.arange(count) * 7919 % 10007).double() / 10007 * 6 - 3).reshape(shape)
+
+gates = 3001
+offsets = torch.tensor([0, gates])
+maps = torch.stack([torch.arange(gates), torch.full((gates,), gates)])
+layout = GateLayout(offsets, maps, offsets)
+for law in ("hard_concrete", "bernoulli"):
+    for dtype in (torch.float32, torch.float64):
+        log_alpha = numbers(gates).to(dtype).requires_grad_()
+        cost = numbers(gates).abs().to(dtype)
+        z, expected, lists = sample_gates(log_alpha, torch.tensor([3, 4]), cost, layout, law)
+        add(z, expected, *lists, *torch.autograd.grad([z.sum(), expected], log_alpha))
+
+gates_of = lambda first, count: torch.stack([torch.arange(first, first + count)] * 2)
+rows, cols = torch.arange(37)[::3].contiguous(), torch.arange(29)[1::2].contiguous()
+f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+for source, target in (
+    (f64, f64), (f32, f32), (f32, bf16), (f32, f16), (bf16, bf16), (f16, f16)
+):
+    for layout in (torch.contiguous_format, torch.channels_last):
+        weight = numbers(37, 29, 3, 3).to(source).to(memory_format=layout).requires_grad_()
+        z = numbers(67).to(f64 if source == f64 else f32).requires_grad_()
+        maps = rows, gates_of(0, 37), cols, gates_of(37, 29)
+        packed = pack_weight(weight, z, *maps, target)
+        upstream = numbers(*packed.shape).to(target)
+        add(packed, *torch.autograd.grad(packed, (weight, z), upstream))
+print(digest.hexdigest())
+"""
+
+
+def digest(capability):
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        env=os.environ | {"ATEN_CPU_CAPABILITY": capability, "L0K_IMPL": "cpp"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.strip()
+
+
+def test_bits_do_not_depend_on_the_instruction_set(need_cpp):
+    digests = {name: digest(name) for name in ("default", "avx2", "avx512")}
+    assert len(digests["default"]) == 64
+    assert set(digests.values()) == {digests["default"]}
