@@ -2,6 +2,7 @@
 """The variants of a training step, ready to run, and the check that they compute the same."""
 
 import copy
+import gc
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from .index_select import IndexSelect
 from .masked import SHIFT, FlatGated, MaskedAsWritten, MaskedAtBest
 from .models import Network, full_widths
 
-VARIANTS = ("masked-nchw", "masked-best", "index-select", "oracle", "ours")
+VARIANTS = ("masked-nchw", "masked-best", "index-select", "oracle", "oracle-rounded", "ours")
 IN_PLAIN_PYTORCH: dict[str, type[MaskedAsWritten] | type[FlatGated]] = {
     "masked-nchw": MaskedAsWritten,
     "masked-best": MaskedAtBest,
@@ -28,7 +29,7 @@ LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.01, 0.9, 5e-4
 # Gates are clamped to log alpha <= ln 100 in training (Louizos et al. 2018, authors' code).
 MOST_OPEN = math.log(100)
 CHECK_BATCH = 4
-TOLERANCE = 1e-6
+TOLERANCE = 1e-8
 
 
 @dataclass(frozen=True)
@@ -131,26 +132,86 @@ def contiguous_view(tensor: Tensor) -> Tensor:
 
 
 def make_arm(task: Task, variant: str, keep: float = 1.0) -> Arm:
-    """Return a variant; its gates are set to the open fraction keep, or built at it (oracle).
+    """Return a variant; its gates are set to the open fraction keep, or built at it (rounded).
 
     Raises:
-        ValueError: there is no such variant.
+        ValueError: there is no such variant, or it is `oracle`, which `Oracle` rebuilds.
         RuntimeError: convert gated other units than the network says.
     """
-    if variant not in VARIANTS:
-        raise ValueError(f"expected one of {', '.join(VARIANTS)}, got {variant!r}")
+    if variant not in VARIANTS or variant == "oracle":
+        raise ValueError(f"expected one of {', '.join(VARIANTS)} but oracle, got {variant!r}")
     torch.manual_seed(task.seed)
-    net = task.network.build(keep if variant == "oracle" else 1.0)
+    net = task.network.build(keep if variant == "oracle-rounded" else 1.0)
+    if variant == "oracle-rounded":
+        return oracle_arm(task, net)
     x, y = (t.to(task.device) for t in task.network.example(task.batch, task.seed))
     if variant != "masked-nchw":
-        net = net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+        net, x = best_layout(net, x)
     net = net.to(task.device).train()
-    if variant == "oracle":
-        return Arm(net, lambda x, y: F.cross_entropy(net(x), y), [], x, y)
     arm = our_arm(task, net, x, y) if variant == "ours" else plain_arm(task, variant, net, x, y)
     arm.set_open(keep)
     return arm
+
+
+def best_layout(net: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
+    net = net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    return net, x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+
+def oracle_arm(task: Task, net: nn.Module) -> Arm:
+    x, y = (t.to(task.device) for t in task.network.example(task.batch, task.seed))
+    net, x = best_layout(net, x)
+    net = net.to(task.device).train()
+    return Arm(net, lambda x, y: F.cross_entropy(net(x), y), [], x, y)
+
+
+class Oracle:
+    """The network rebuilt, outside the clock, at the widths that each step's draw leaves open.
+
+    Args:
+        task: the network and device.
+        keep: open fraction.
+        step: the draw before the first one, that is the `step` of ours before its first round.
+    """
+
+    WARMUP = 2  # steps after a rebuild: oneDNN prepares its convolutions for the new widths
+
+    def __init__(self, task: Task, keep: float, step: int = 0):
+        self.task, self.drawn = task, step
+        self.sizes = full_widths(task.network.build(), task.network.groups)
+        self.log_alpha = torch.full((sum(self.sizes),), log_alpha_for(keep))
+        self.arm: Arm | None = None
+
+    def next_widths(self) -> list[int]:
+        """Open units per group in the next draw: draws depend on seed and step only."""
+        self.drawn += 1
+        ends = torch.tensor([0, *self.sizes]).cumsum(0)
+        units = torch.arange(len(self.log_alpha))
+        ports = torch.stack((units, torch.full_like(units, len(units))))
+        layout = l0.functional.GateLayout(ends, ports, ends)
+        key = torch.tensor([self.task.seed, self.drawn])
+        cost = torch.zeros_like(self.log_alpha)
+        drawn = l0.functional.sample_gates(self.log_alpha, key, cost, layout, "hard_concrete")
+        return drawn[2].counts.tolist()
+
+    def rebuild(self) -> None:
+        """Build the network of the next draw and warm it up."""
+        self.arm = None
+        gc.collect()
+        torch.manual_seed(self.task.seed)
+        self.arm = oracle_arm(self.task, self.task.network.build_at(self.next_widths()))
+        for _ in range(self.WARMUP):
+            self.arm.step()
+
+    def step(self) -> None:
+        """One whole step.
+
+        Raises:
+            RuntimeError: nothing was built yet.
+        """
+        if self.arm is None:
+            raise RuntimeError("expected rebuild() before step()")
+        self.arm.step()
 
 
 def plain_arm(task: Task, variant: str, net: nn.Module, x: Tensor, y: Tensor) -> Arm:

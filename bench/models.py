@@ -59,6 +59,21 @@ class Network:
         """
         return self.make(partial(kept_width, keep=keep), self.classes)
 
+    def build_at(self, widths: Iterable[int]) -> nn.Module:
+        """Return the network with the given gated widths, in the order of `groups`.
+
+        Raises:
+            ValueError: another number of widths than groups.
+        """
+        rest = iter(widths)
+        try:
+            net = self.make(lambda full: next(rest), self.classes)
+        except StopIteration as error:
+            raise ValueError(f"expected {len(self.groups)} widths, got fewer") from error
+        if next(rest, None) is not None:
+            raise ValueError(f"expected {len(self.groups)} widths, got more")
+        return net
+
     def example(self, batch: int, seed: int = 0) -> tuple[Tensor, Tensor]:
         """Return a random (input, label) batch; the same for the same seed."""
         generator = torch.Generator().manual_seed(seed)

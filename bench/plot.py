@@ -15,6 +15,7 @@ STYLES = {
     "S as written": ("#E69F00", "s"),
     "S best": ("#0072B2", "o"),
     "R": ("#009E73", "o"),
+    "R rounded": ("#D55E00", "D"),
     "ours / index-select": ("#CC79A7", "^"),
     "index-select / oracle": ("#56B4E9", "v"),
 }

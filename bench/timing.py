@@ -69,6 +69,7 @@ def interleave(
     warmup: int = 3,
     device: torch.device | str = "cpu",
     label: str = "",
+    before_round: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
     """Time each step once per round, the starting variant moving on by one every round.
 
@@ -78,6 +79,7 @@ def interleave(
         warmup: untimed rounds before them.
         device: where the steps run; a GPU is synchronised around each step.
         label: text before the progress bar.
+        before_round: called before every round, outside the clock.
 
     Returns:
         Milliseconds per variant, one entry per round.
@@ -96,6 +98,7 @@ def interleave(
     try:
         with tqdm(total=(warmup + rounds) * len(names), desc=label, disable=None) as bar:
             for index in range(-warmup, rounds):
+                before_round()
                 for name in names[index % len(names) :] + names[: index % len(names)]:
                     took = once(steps[name], torch.device(device))
                     if index >= 0:
