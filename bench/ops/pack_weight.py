@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from l0kernels.bench.timing import interleave, paired, spread
 from l0kernels.functional import pack_weight
+
+from ..timing import interleave, paired, spread
 
 SHAPES = ((640, 640, 3, 3), (320, 320, 3, 3), (160, 160, 3, 3), (500, 800))
 MODES = ("rows", "cols", "both")

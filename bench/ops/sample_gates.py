@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from l0kernels.bench.timing import interleave, paired, spread
 from l0kernels.functional import GateLayout, sample_gates
+
+from ..timing import interleave, paired, spread
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 SIZES = (160,) * 4 + (320,) * 4 + (640,) * 4
