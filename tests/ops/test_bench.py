@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operators' benchmarks compare like with like, and print what they measured."""
+
+import pytest
+import torch
+
+from l0kernels.bench.ops import pack_weight, sample_gates
+
+
+@pytest.mark.parametrize("mode", pack_weight.MODES)
+@pytest.mark.parametrize("shape", [(12, 10, 3, 3), (12, 10)], ids=str)
+def test_packing_arms_compute_the_same(shape, mode):
+    problem = pack_weight.make_problem(shape, mode, 0.5)
+    ours, plain = problem.ours(), problem.plain()
+    torch.testing.assert_close(ours, plain)
+    upstream = torch.randn_like(plain)
+    grads = [torch.autograd.grad(packed, problem.inputs(), upstream) for packed in (ours, plain)]
+    for mine, other in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+def test_plain_draws_follow_the_law_of_ours():
+    log_alpha, cost = torch.zeros(1 << 16), torch.ones(1 << 16)
+    z, penalty = sample_gates.plain_draw(log_alpha, cost)
+    layout = sample_gates.one_port_per_group([1 << 16])
+    key = torch.tensor([1, 1])
+    ours, expected, _ = sample_gates.sample_gates(log_alpha, key, cost, layout, "hard_concrete")
+    torch.testing.assert_close(penalty, expected)
+    assert float(z.mean()) == pytest.approx(float(ours[:-1].mean()), abs=0.01)
+    assert float((z == 0).float().mean()) == pytest.approx(0.1682, abs=0.01)
+
+
+def test_draw_arms_are_timed():
+    rows = sample_gates.measure((20, 30), rounds=1, repeats=1)
+    assert [row["arm"] for row in rows] == [
+        sample_gates.OURS,
+        sample_gates.LAYERS,
+        sample_gates.FLAT,
+    ]
+    assert all(row["us"]["median"] > 0 for row in rows)
+    assert rows[0]["times_slower"]["median"] == 1
+    assert len(sample_gates.table(rows).splitlines()) == 4
+
+
+def test_packing_arms_are_timed():
+    rows = pack_weight.measure([(12, 10, 3, 3)], ["both"], [0.5], rounds=1)
+    assert [(row["shape"], row["mode"], row["open"]) for row in rows] == [
+        ([12, 10, 3, 3], "both", 0.5)
+    ]
+    assert rows[0]["forward"]["us"] > 0 and rows[0]["backward"]["times_slower"]["median"] > 0
+    assert "12x10x3x3" in pack_weight.table(rows)
