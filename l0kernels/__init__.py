@@ -6,6 +6,7 @@ from l0kernels._config import use_impl
 from l0kernels._version import __version__
 from l0kernels.convert import convert, revert
 from l0kernels.gates.ref import cat
+from l0kernels.info import info
 from l0kernels.report import report
 from l0kernels.training import expected_loss, frozen, hold, param_groups, penalty
 
@@ -18,6 +19,7 @@ __all__ = [
     "functional",
     "gates",
     "hold",
+    "info",
     "nn",
     "param_groups",
     "penalty",

@@ -104,9 +104,3 @@ def run(args: argparse.Namespace) -> int:
     facts = info()
     print(json.dumps(facts, indent=1) if args.json else _text(facts))
     return 0
-
-
-if __name__ == "__main__":
-    _parser = argparse.ArgumentParser(prog="python -m l0kernels.info")
-    add_arguments(_parser)
-    raise SystemExit(run(_parser.parse_args()))
