@@ -83,7 +83,7 @@ BAD = {
     "seed": (["mlp-hc", "--seed", "-2"], "--seed: expected different integers in [0, 2**63)"),
     "settings": (
         ["mlp-hc", "--settings", "x"],
-        "--settings: expected one of published, digits, got 'x'",
+        "--settings: expected one of published, digits, short, got 'x'",
     ),
     "save": (["mlp-hc", "--save-every", "0"], "--save-every: expected a positive integer, got 0"),
     "resume": (["mlp-hc", "--resume"], "--resume: expected runs/mlp-hc-digits/seed-0/checkpoint"),
