@@ -281,12 +281,13 @@ L0K_HD bool any_other(const int64_t* gates, int64_t count, int64_t value) {
   return other != 0;
 }
 
-// Adds the lowest-numbered spare elements until min(kMinWidth, available) are wanted.
+// Adds the lowest-numbered spare elements until min(kMinWidth, available) are wanted; spare is null
+// where all elements are.
 L0K_HD void fill_up(uint8_t* wanted, const uint8_t* spare, int64_t size, int64_t have,
                     int64_t available) {
   int64_t missing = std::min(kMinWidth, available) - have;
   for (int64_t i = 0; i < size && missing > 0; ++i) {
-    if (wanted[i] || !spare[i]) continue;
+    if (wanted[i] || (spare != nullptr && !spare[i])) continue;
     wanted[i] = 1;
     --missing;
   }
@@ -304,11 +305,10 @@ L0K_HD std::vector<uint8_t> kept_gates(const T* z, int64_t gates, const Layout& 
   std::vector<uint8_t> kept(gates + 1);
   for (int64_t j = 0; j < gates; ++j) kept[j] = z[j] != T(0);
   kept[gates] = 1;
-  const std::vector<uint8_t> any(gates, 1);
   for (int64_t g = 0; g < layout.groups; ++g) {
     const int64_t begin = layout.group_offsets[g];
     const int64_t size = layout.group_offsets[g + 1] - begin;
-    fill_up(&kept[begin], any.data(), size, count_set(&kept[begin], size), size);
+    fill_up(&kept[begin], nullptr, size, count_set(&kept[begin], size), size);
   }
   return kept;
 }

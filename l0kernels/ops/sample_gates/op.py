@@ -86,7 +86,6 @@ class _SampleGates(torch.autograd.Function):
     def forward(ctx, log_alpha, key, cost, group_offsets, maps, port_offsets, *law):
         outputs = _FORWARD(log_alpha, key, cost, group_offsets, maps, port_offsets, *law)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*outputs[2:])
         # Plain references instead of saved tensors: a draw that is held serves several backward
         # passes, and autograd frees saved tensors after the first.
         ctx.inputs, ctx.law = (log_alpha, key, cost), law
@@ -223,14 +222,20 @@ def _check_draw(log_alpha, key, cost, law, beta, gamma, zeta) -> None:
 
 
 def _check_layout(layout: GateLayout, device: torch.device) -> None:
-    for name, tensor, dims in zip(GateLayout._fields, layout, (1, 2, 1), strict=True):
-        if tensor.dtype != torch.int64:
-            raise TypeError(f"layout.{name}: expected int64; got {tensor.dtype}")
-        if tensor.device != device:
-            raise ValueError(f"layout.{name}: expected device {device}; got {tensor.device}")
-        if tensor.dim() != dims:
-            raise ValueError(f"layout.{name}: expected {dims} dims; got {list(tensor.shape)}")
-    if layout.maps.shape[0] != 2:
-        raise ValueError(f"layout.maps: expected shape [2, F]; got {list(layout.maps.shape)}")
-    if layout.group_offsets.shape[0] < 1 or layout.port_offsets.shape[0] < 1:
+    group_offsets, maps, port_offsets = layout
+    _check_index("group_offsets", group_offsets, 1, device)
+    _check_index("maps", maps, 2, device)
+    _check_index("port_offsets", port_offsets, 1, device)
+    if maps.shape[0] != 2:
+        raise ValueError(f"layout.maps: expected shape [2, F]; got {list(maps.shape)}")
+    if group_offsets.shape[0] < 1 or port_offsets.shape[0] < 1:
         raise ValueError("layout: expected offsets that start with 0; got an empty tensor")
+
+
+def _check_index(name: str, tensor: Tensor, dims: int, device: torch.device) -> None:
+    if tensor.dtype != torch.int64:
+        raise TypeError(f"layout.{name}: expected int64; got {tensor.dtype}")
+    if tensor.device != device:
+        raise ValueError(f"layout.{name}: expected device {device}; got {tensor.device}")
+    if tensor.dim() != dims:
+        raise ValueError(f"layout.{name}: expected {dims} dims; got {list(tensor.shape)}")
