@@ -535,6 +535,26 @@ def test_opcheck(shape, requires_grad):
     opcheck(op._BACKWARD, (grad, weight, z, *indices, False, False))
 
 
+def test_python_stand_in_passes_opcheck():
+    # The same checks as above, also where the C++ kernels own the operators.
+    library = torch.library.Library("l0kernels_test", "FRAGMENT")
+    schemas = {"pack_weight": op._forward_python, "pack_weight_backward": op._backward_python}
+    fakes = {"pack_weight": op._forward_fake, "pack_weight_backward": op._backward_fake}
+    for handle in (op._FORWARD, op._BACKWARD):
+        name = handle._schema.name.split("::")[1]
+        library.define(str(handle._schema).removeprefix("l0kernels::"))
+        library.impl(name, torch.no_grad()(schemas[name]), "CPU")
+        torch.library.register_fake(f"l0kernels_test::{name}", fakes[name], lib=library)
+    case = make_case((6, 5, 3, 3), 0.7)
+    case.weight = case.weight.to(memory_format=torch.channels_last)
+    arguments = (case.z, case.rows, case.row_map, case.cols, case.col_map)
+    namespace = torch.ops.l0kernels_test
+    opcheck(namespace.pack_weight.default, (case.weight, *arguments, torch.bfloat16))
+    grad = torch.randn(masked_dense(case).shape)
+    for wanted in ((True, True), (False, False)):
+        opcheck(namespace.pack_weight_backward.default, (grad, case.weight, *arguments, *wanted))
+
+
 @pytest.mark.parametrize("name", ["auto", "reference"])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_one_graph_for_all_widths(name, channels_last):

@@ -39,7 +39,7 @@ def _forward_python(weight, z, rows, row_map, cols, col_map, dtype):
 def _backward_python(grad, weight, z, rows, row_map, cols, col_map, need_weight, need_z):
     closed, scale = _closed_and_scale(weight, z, rows, row_map, cols, col_map)
     grad = grad.masked_fill(closed, 0)
-    grad_weight = grad_z = weight.new_empty(0)
+    grad_weight, grad_z = weight.new_empty(0), weight.new_empty(0)
     if need_weight:
         grad_weight = _grad_weight(grad, weight, rows, cols, scale)
     if need_z and col_map is None:
