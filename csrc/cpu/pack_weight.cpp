@@ -26,7 +26,7 @@ using c10::Half;
 using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 
-constexpr int64_t kGrain = 65536;       // numbers per task below which threads do not pay
+constexpr int64_t kGrain = 262144;      // numbers per task below which threads do not pay
 constexpr int64_t kChunk = 32768;       // numbers per chunk of the backward pass, about
 constexpr int64_t kMaxChunks = 64;      // each has its own sums, added in the order of the chunks
 constexpr int64_t kProductsInSum = 64;  // products summed in float32 before they go to float64
