@@ -305,6 +305,14 @@ def test_gradcheck(impl, channels_last):
     assert torch.autograd.gradcheck(packed, (weight, open_z))
 
 
+def test_inference_mode(impl):
+    case = make_case((12, 10, 3, 3), 0.6)
+    plain = call(case, case.weight, case.z)
+    with torch.inference_mode():
+        inferred = call(case, case.weight.clone(), case.z.clone())
+    assert torch.equal(inferred, plain)
+
+
 # ---- strides ----
 
 

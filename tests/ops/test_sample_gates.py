@@ -295,6 +295,17 @@ def test_changes_between_draw_and_backward_are_noticed(op_impl, changed):
         z.sum().backward()
 
 
+def test_inference_mode(impl):
+    log_alpha, layout = torch.randn(50), make_layout([50])
+    plain, _, lists = sample_gates(log_alpha, make_key(), torch.ones(50), layout, "hard_concrete")
+    with torch.inference_mode():
+        args = (log_alpha.clone(), make_key(), torch.ones(50), layout, "hard_concrete")
+        z, _, inferred = sample_gates(*args)
+        again = open_lists(z, layout)
+    assert torch.equal(z, plain)
+    assert all(map(torch.equal, inferred, lists)) and all(map(torch.equal, again, lists))
+
+
 def test_double_backward_is_refused(op_impl):
     log_alpha = torch.zeros(5, requires_grad=True)
     z, _, _ = sample_gates(log_alpha, make_key(), torch.ones(5), make_layout([5]), "hard_concrete")

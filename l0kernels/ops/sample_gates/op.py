@@ -90,7 +90,7 @@ class _SampleGates(torch.autograd.Function):
         # passes, and autograd frees saved tensors after the first.
         ctx.inputs, ctx.law = (log_alpha, key, cost), law
         if not torch.compiler.is_compiling():  # compiled graphs save and check these themselves
-            ctx.versions = (log_alpha._version, key._version, cost._version)
+            ctx.versions = _versions(ctx.inputs)
         return outputs
 
     @staticmethod
@@ -104,9 +104,13 @@ class _SampleGates(torch.autograd.Function):
         return grad, *(None,) * 9
 
 
+def _versions(tensors) -> list[int]:
+    """Version counters; tensors of inference mode have none, and no backward pass either."""
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
 def _check_unmodified(ctx) -> None:
-    log_alpha, key, cost = ctx.inputs
-    if (log_alpha._version, key._version, cost._version) != ctx.versions:
+    if _versions(ctx.inputs) != ctx.versions:
         raise RuntimeError(
             "sample_gates: log_alpha, key or cost was modified in place since the draw; "
             "run backward before the optimizer step, or draw again"
