@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from l0kernels.gates.base import Gates
 from l0kernels.nn import GatedLayer
-from l0kernels.training import gates_of
+from l0kernels.training import gates_of, root_of
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def report(model: nn.Module) -> Report:
         ValueError: the model has no gates.
     """
     gates = gates_of(model)
-    root = _root_of(model, gates)
+    root = root_of(model, gates)
     named = {n: m for n, m in root.named_modules() if isinstance(m, GatedLayer)}
     expected, test = gates.expected_open(), gates.open_now()
     rows = tuple(
@@ -107,10 +107,6 @@ def report(model: nn.Module) -> Report:
         for name, where in gates.slices()
     )
     return Report(rows, dict(gates.refused), _count_weights(root, gates))
-
-
-def _root_of(model: nn.Module, gates: Gates) -> nn.Module:
-    return next(m for m in model.modules() if getattr(m, "l0", None) is gates)
 
 
 def _users(named: dict[str, GatedLayer], side: str, where: slice) -> tuple[str, ...]:

@@ -32,6 +32,11 @@ def gates_of(model: nn.Module) -> Gates:
     return found[0]
 
 
+def root_of(model: nn.Module, gates: Gates) -> nn.Module:
+    """The module inside ``model`` that the gates are attached to, without any wrapper."""
+    return next(m for m in model.modules() if m._modules.get("l0") is gates)
+
+
 def expected_loss(model: nn.Module, closure: Callable[[], Tensor]) -> Tensor:
     """The method's estimator of the expected loss over the gates.
 

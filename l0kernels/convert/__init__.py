@@ -18,6 +18,7 @@ from l0kernels.convert.groups import Plan, Select, make_plan
 from l0kernels.convert.probe import Trace, probe, to_double
 from l0kernels.convert.swap import install, uninstall
 from l0kernels.gates import METHODS, Gates
+from l0kernels.training import gates_of, root_of
 
 GRANULARITIES = ("unit", "input")
 
@@ -69,7 +70,7 @@ def convert(
         TypeError: ``model`` is not a module or ``example_inputs`` is not a tuple.
     """
     _check_arguments(model, method, example_inputs, granularity)
-    trace = _trace(model, example_inputs)
+    trace = _trace(_copy(model), example_inputs)
     plan = make_plan(model, trace, select, granularity)
     if not plan.groups:
         raise ValueError(f"convert: nothing can be gated: {plan.refused}")
@@ -90,12 +91,17 @@ def convert(
 def revert(model: nn.Module) -> nn.Module:
     """Undo ``convert`` in place: plain layer classes, no gates; parameters stay as they are.
 
+    Args:
+        model: a converted model, or a wrapper around one.
+
+    Returns:
+        ``model``.
+
     Raises:
-        ValueError: the model is not converted.
+        ValueError: the model is not converted, or has layers that ``convert`` does not make.
     """
-    if not isinstance(getattr(model, "l0", None), Gates):
-        raise ValueError("revert: expected a converted model, got one without gates")
-    uninstall(model)
+    gates = gates_of(model)
+    uninstall(root_of(model, gates), gates)
     return model
 
 
@@ -141,6 +147,13 @@ def _interactive() -> bool:
     return sys.stderr is not None and sys.stderr.isatty()
 
 
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model).double()
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"convert: the model cannot be copied: {error}") from error
+
+
 def _trace(model: nn.Module, example_inputs: tuple[Any, ...]) -> Trace:
     try:
         return probe(model, example_inputs, _bar("finding groups"))
@@ -181,7 +194,7 @@ def _verdict(
     trace: Trace,
 ) -> str | None:
     """Why packed and masked runs of this plan differ, or None."""
-    trial = copy.deepcopy(model).double()
+    trial = _copy(model)
     trial.zero_grad(set_to_none=True)
     install(trial, method(plan.groups).double(), plan, trace)
     tick = _bar("checking packed against masked")(STEPS)

@@ -12,7 +12,6 @@ function are followed alike. 2 log2(units) replays serve the whole model.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,6 +45,9 @@ def is_passage(module: nn.Module) -> bool:
 
 
 def feature_dim(module: nn.Module) -> int:
+    """Dimension of the features, also of unbatched inputs where the layer takes them."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return -len(module.kernel_size) - 1
     return -1 if isinstance(module, nn.Linear) else 1
 
 
@@ -99,20 +101,23 @@ class NoDropout(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        kwargs = dict(kwargs or {})
         if "dropout" in getattr(func, "__name__", ""):
-            return args[0] if args else (kwargs or {})["input"]
-        return func(*args, **(kwargs or {}))
+            return args[0] if args else kwargs["input"]
+        if "dropout_p" in kwargs:
+            kwargs["dropout_p"] = 0.0
+        return func(*args, **kwargs)
 
 
 class _Replayer:
-    """A copy of the model whose layers return recorded outputs.
+    """A model whose layers return recorded outputs.
 
     Recording fills ``inputs_of`` and ``recorded``; from then on every forward fills ``touched``
     with the features of every layer and passage whose input differs from the recording.
     """
 
     def __init__(self, model: nn.Module, example_inputs: tuple[Any, ...]) -> None:
-        self.model = copy.deepcopy(model).double().eval()
+        self.model = model.eval()
         self.arguments = to_double(example_inputs)
         # One entry per call of a layer in a forward.
         self.inputs_of: dict[str, list[Tensor]] = {}
@@ -132,17 +137,18 @@ class _Replayer:
     def _watched(self, name: str, module: nn.Module) -> Callable[..., Tensor]:
         forward = module.forward
 
-        def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        def run(*args: Any, **kwargs: Any) -> Tensor:
+            x = args[0] if args else kwargs["input"]
             if self._recording:
                 # Cloned: an in-place operation may follow.
                 self.inputs_of.setdefault(name, []).append(x.clone())
-                out = forward(x, *args, **kwargs)
+                out = forward(*args, **kwargs)
                 if is_layer(module):
                     self.recorded.setdefault(name, []).append(out.clone())
                 return out
             call = self._compare(name, x)
             if name not in self._current:
-                return forward(x, *args, **kwargs)
+                return forward(*args, **kwargs)
             return self._current[name][call].clone()
 
         return run
@@ -150,12 +156,14 @@ class _Replayer:
     def _compare(self, name: str, x: Tensor) -> int:
         call = self._calls.get(name, 0)
         self._calls[name] = call + 1
-        new = (x != self.inputs_of[name][call]).movedim(self.dims[name], 0).flatten(1).any(1)
+        new = (x != self.inputs_of[name][call]).movedim(self.dims[name], 0)
+        new = new.reshape(len(new), -1).any(1)
         self.touched[name] = self.touched[name] | new if name in self.touched else new
         return call
 
     def _run(self) -> list[Tensor]:
         self._calls: dict[str, int] = {}
+        torch.manual_seed(0)  # other randomness is the same in every run
         with NoDropout():
             leaves = tree_leaves(self.model(*self.arguments))
         return [leaf.clone() for leaf in leaves if isinstance(leaf, Tensor)]
@@ -256,10 +264,8 @@ def probe(
 ) -> Trace:
     """Trace every feature that a convolution, linear layer or passage reads to its unit.
 
-    The model is not changed: an fp64 copy in eval mode is probed.
-
     Args:
-        model: any module; only its forward is used.
+        model: an fp64 copy that is not needed afterwards: its layers' forwards are replaced.
         example_inputs: positional arguments of the forward.
         progress: called once with the number of steps, returns a function to call after each.
 

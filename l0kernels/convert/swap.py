@@ -7,7 +7,7 @@ from torch import nn
 
 from l0kernels.convert.groups import GATED_CLASS, Plan, gate_map, input_group, passages_of
 from l0kernels.convert.probe import Trace
-from l0kernels.gates.base import Gates, _draw_before_forward
+from l0kernels.gates.base import Gates, draw_before_forward
 from l0kernels.gates.ref import GateRef
 from l0kernels.nn import GatedLayer
 
@@ -41,14 +41,22 @@ def _reading_ref(name: str, gates: Gates, plan: Plan, trace: Trace) -> GateRef |
     return made or own
 
 
-def uninstall(model: nn.Module) -> None:
-    """Give every layer its plain class back and remove the gates."""
-    for module in model.modules():
-        if isinstance(module, GatedLayer):
-            module.__class__ = PLAIN_CLASS[type(module)]  # pyright: ignore
-            for name in ("in_gate", "out_gate", "in_port", "out_port"):
-                module.__dict__.pop(name, None)
-    for handle, hook in list(model._forward_pre_hooks.items()):
-        if hook is _draw_before_forward:
-            del model._forward_pre_hooks[handle]
-    del model.l0
+def uninstall(root: nn.Module, gates: Gates) -> None:
+    """Give every layer of these gates its plain class back and remove the gates.
+
+    Raises:
+        ValueError: a layer is of a class that ``convert`` does not make; nothing is changed.
+    """
+    layers = [m for m in root.modules() if isinstance(m, GatedLayer) and m.gates is gates]
+    strange = sorted({type(m).__name__ for m in layers if type(m) not in PLAIN_CLASS})
+    if strange:
+        expected = sorted(cls.__name__ for cls in PLAIN_CLASS)
+        raise ValueError(f"revert: expected layers among {expected}, got {strange}")
+    for module in layers:
+        module.__class__ = PLAIN_CLASS[type(module)]  # pyright: ignore
+        for name in ("in_gate", "out_gate", "in_port", "out_port"):
+            module.__dict__.pop(name, None)
+    for handle, hook in list(root._forward_pre_hooks.items()):
+        if hook is draw_before_forward:
+            del root._forward_pre_hooks[handle]
+    del root._modules["l0"]

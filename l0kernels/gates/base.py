@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from l0kernels.functional import GateLayout, open_lists, sample_gates
+from l0kernels._config import current_impl, use_impl
+from l0kernels.functional import GateLayout, OpenLists, open_lists, sample_gates
 from l0kernels.gates.draw import Draw, Graph
 from l0kernels.gates.ref import GateRef
 
@@ -22,8 +24,12 @@ def per_group(what: str, value: float | Mapping[str, float], names: list[str]) -
     if isinstance(value, Mapping):
         if set(value) != set(names):
             raise ValueError(f"{what}: expected one value for each of {names}, got {list(value)}")
-        return {name: float(value[name]) for name in names}
-    return dict.fromkeys(names, float(value))
+        values = {name: float(value[name]) for name in names}
+    else:
+        values = dict.fromkeys(names, float(value))
+    if not all(math.isfinite(v) for v in values.values()):
+        raise ValueError(f"{what}: expected finite numbers, got {value}")
+    return values
 
 
 class Gates(nn.Module):
@@ -60,14 +66,14 @@ class Gates(nn.Module):
                 )
         if not groups:
             raise ValueError("groups: expected at least one, got none")
-        if n_train < 1:
+        if not isinstance(n_train, int) or n_train < 1:
             raise ValueError(f"n_train: expected a positive integer, got {n_train!r}")
-        if not 0 <= seed < 2**63:
-            raise ValueError(f"seed: expected 0 <= seed < 2**63, got {seed!r}")
+        if not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise ValueError(f"seed: expected an integer 0 <= seed < 2**63, got {seed!r}")
         self.names = list(groups)
         self.sizes = list(groups.values())
         self.count = sum(self.sizes)
-        self.lam = per_group("lam", lam, self.names)
+        self._lam = per_group("lam", lam, self.names)
         self.n_train = n_train
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.register_buffer("seed", torch.tensor(seed, dtype=torch.int64))
@@ -77,12 +83,15 @@ class Gates(nn.Module):
         self.layout = GateLayout(offsets, empty, torch.zeros(1, dtype=torch.int64))
         self.port_maps: list[Tensor] = []
         self.port_selects: list[bool] = []
+        self.port_arrivals: list[list[tuple[int, int]] | None] = []
         self._ports: dict[tuple[str, ...], int] = {}
         self.unit_weights = torch.ones(self.count, dtype=torch.float64)
         self.unit_flops: Tensor | None = None
         self.refused: dict[str, str] = {}
-        self._cost = self._cost_of(self.lam, self.unit_weights).float()
+        self._cost = self._cost_of(self._lam, self.unit_weights).float()
         self._draw: Draw | None = None
+        self._awaiting: Draw | None = None
+        self._projected = -1
         self._graphs: weakref.WeakSet[Graph] = weakref.WeakSet()
         self._held = 0
 
@@ -104,6 +113,11 @@ class Gates(nn.Module):
         return closure()
 
     # Structure.
+
+    @property
+    def lam(self) -> dict[str, float]:
+        """Weight of the penalty per group; ``penalty(lam=...)`` replaces it for one call."""
+        return dict(self._lam)
 
     def __getitem__(self, name: str) -> GateRef:
         if name not in self.starts:
@@ -147,12 +161,12 @@ class Gates(nn.Module):
             names = {module: name for name, module in root.named_modules()}
             work = [(layer, positions.get(names[layer], 1)) for layer in layers]
             self.unit_flops = _size_per_unit(self, work)
-        self._cost = self._cost_of(self.lam, self.unit_weights).to(self.log_alpha)
+        self._cost = self._cost_of(self._lam, self.unit_weights).to(self.log_alpha)
         _keep_draws_out_of_graphs()
         if other is None:
             root.add_module("l0", self)
-        if _draw_before_forward not in root._forward_pre_hooks.values():
-            root.register_forward_pre_hook(_draw_before_forward)
+        if draw_before_forward not in root._forward_pre_hooks.values():
+            root.register_forward_pre_hook(draw_before_forward)
         return root
 
     def _plan_ports(self, layers: list[Any]) -> None:
@@ -162,7 +176,8 @@ class Gates(nn.Module):
                 for gate_map in layer.out_gate.maps:
                     produced[gate_map] = True
         produced[self.count] = False
-        self._ports, self.port_maps, self.port_selects = {}, [], []
+        self._ports, self.port_maps = {}, []
+        self.port_selects, self.port_arrivals = [], []
         for name in self.names:
             self._add_port(self[name], produced)
         for layer in layers:
@@ -187,14 +202,16 @@ class Gates(nn.Module):
         made, extra = (torch.full((ref.features,), self.count) for _ in range(2))
         for gate_map in ref.maps:
             born = produced[gate_map]
-            if (born & (made != self.count)).any():
+            other = ~born & (gate_map != self.count)
+            if (born & (made != self.count)).any() or (other & (extra != self.count)).any():
                 raise ValueError(
-                    "gates: expected at most one producer's gate per feature, got two; "
-                    "only gates without a producer can multiply another gate"
+                    "gates: expected at most one producer's gate per feature and one gate "
+                    "without a producer, got two of a kind"
                 )
             made = torch.where(born, gate_map, made)
-            extra = torch.where(born, extra, gate_map) if not born.all() else extra
+            extra = torch.where(other, gate_map, extra)
         self._ports[key] = len(self.port_maps)
+        self.port_arrivals.append(_arrivals(made, self.starts, self.sizes, self.count))
         self.port_maps.append(torch.stack((made, extra)))
         self.port_selects.append(bool((extra != self.count).any()))
 
@@ -209,35 +226,56 @@ class Gates(nn.Module):
             raise RuntimeError(f"{ref}: expected a reference that a layer of the model has")
         return port
 
+    def arriving(self, port: int, draw: Draw) -> int | None:
+        """Number of features that reach a port packed in this draw, where it is easily told."""
+        parts = self.port_arrivals[port]
+        if parts is None:
+            return None
+        # The first ports are the groups themselves.
+        return sum(n if group < 0 else n * draw.counts[group] for group, n in parts)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gates:
         # The maps are not buffers: they would be sent by DDP at every step.
         before = self.log_alpha.data
         super()._apply(fn, recurse)
         if self.log_alpha.dtype in (torch.float16, torch.bfloat16):
             # Gates of a half-precision model stay in the precision their law needs.
-            self.log_alpha.data = before.to(self.log_alpha.device)
+            self.log_alpha.data = before.to(self.log_alpha.device, torch.float32)
         self.layout = GateLayout(*(fn(t) for t in self.layout))
         self.port_maps = [fn(m) for m in self.port_maps]
         # Anew rather than converted: a detour over a narrow dtype would lose digits.
-        self._cost = self._cost_of(self.lam, self.unit_weights).to(self.log_alpha)
+        self._cost = self._cost_of(self._lam, self.unit_weights).to(self.log_alpha)
         self._draw = None
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         # A draw belongs to one graph: it is never copied or pickled.
         state = self.__dict__.copy()
-        state.update(_draw=None, _held=0)
+        state.update(_draw=None, _awaiting=None, _held=0)
         del state["_graphs"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._graphs = weakref.WeakSet()
+        _keep_draws_out_of_graphs()
+
+    def get_extra_state(self) -> dict[str, int]:
+        """Group names and sizes, so that a checkpoint of other gates is noticed."""
+        return dict(zip(self.names, self.sizes, strict=True))
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        """Nothing to set: ``load_state_dict`` compares the groups before it loads anything."""
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # A checkpoint from before conversion has no gates: keep the present ones.
-        if any(key.startswith(prefix) for key in state_dict):
-            super()._load_from_state_dict(state_dict, prefix, *args)
+        if prefix and not any(key.startswith(prefix) for key in state_dict):
+            return  # A checkpoint from before conversion has no gates: keep the present ones.
+        saved = state_dict.get(f"{prefix}_extra_state", self.get_extra_state())
+        if saved != self.get_extra_state():
+            raise ValueError(
+                f"load_state_dict: expected gates {self.get_extra_state()}, got {saved}"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Any) -> Any:
         return x
@@ -248,8 +286,9 @@ class Gates(nn.Module):
         """The draw that layers use now.
 
         Raises:
-            RuntimeError: nothing was drawn yet, or a layer is recomputed in backward
-                (activation checkpointing) after its draw was replaced by another.
+            RuntimeError: nothing was drawn yet, the draw is of another mode or of parameters that
+                have changed, or a layer is recomputed in backward (activation checkpointing)
+                after its draw was replaced.
         """
         draw = self._draw
         if draw is None:
@@ -257,17 +296,37 @@ class Gates(nn.Module):
                 "no gates are drawn: call the model that the gates are attached to, or use "
                 "expected_loss, hold or frozen"
             )
-        if not torch.compiler.is_compiling() and _in_backward():
-            self._check_recomputation(draw)
+        if not torch.compiler.is_compiling():
+            self._check_mode(draw)
+            if _in_backward():
+                self._check_recomputation(draw)
+            elif draw.differentiable and not torch.is_grad_enabled():
+                draw.awaits_backward = True
         return draw
 
+    def _check_mode(self, draw: Draw) -> None:
+        if draw.training != self.training:
+            modes = {True: "training", False: "eval"}
+            raise RuntimeError(
+                f"gates: expected a draw of {modes[self.training]} mode, got one of "
+                f"{modes[draw.training]} mode; call the model that the gates are attached to"
+            )
+        if not self._held and draw.version != self.log_alpha._version:
+            raise RuntimeError(
+                "gates: expected a draw of the present parameters, got an older one; call the "
+                "model that the gates are attached to, or use hold"
+            )
+
     def _check_recomputation(self, draw: Draw) -> None:
-        pending = [g for g in self._graphs if not g.done and g is not draw.graph]
-        if pending:
+        replaced = self._awaiting is not None or any(g is not draw.graph for g in self._graphs)
+        self._awaiting = None
+        draw.awaits_backward = False
+        if replaced:
             raise RuntimeError(
                 f"recomputation in backward: expected the draw of the forward being recomputed, "
-                f"got a later one (step {int(self.step)}); call backward before the next draw, or "
-                f"put both forwards under one l0kernels.hold"
+                f"but the gates were drawn again (step {int(self.step)}) while that forward waits "
+                f"for backward; call backward before the next draw, put both forwards under one "
+                f"l0kernels.hold, and keep no other loss of this model alive"
             )
 
     def keep_for_recomputation(self) -> None:
@@ -277,24 +336,42 @@ class Gates(nn.Module):
             RuntimeError: that draw was made without gradients, by reentrant checkpointing around
                 the whole model.
         """
-        if not self.current_draw().z.requires_grad:
+        if not self.current_draw().differentiable:
             raise RuntimeError(
                 "reentrant checkpointing around the model runs its forward without gradients: "
                 "expected it inside l0kernels.expected_loss or l0kernels.hold, got neither "
                 "(or pass use_reentrant=False)"
             )
 
+    def _set_draw(self, draw: Draw) -> None:
+        if self._draw is not None and self._draw.awaits_backward:
+            self._awaiting = self._draw
+        self._draw = draw
+        if draw.differentiable:
+            self._graphs.add(draw.graph)
+
     def draw(self) -> None:
-        """Draw the gates: sampled in training mode, deterministic in eval mode."""
+        """Draw the gates: sampled in training mode, deterministic in eval mode.
+
+        Raises:
+            ValueError: NaN in log_alpha, or a step that no longer fits the noise counter.
+        """
         if self.training:
-            with torch.no_grad():
-                self.project()
             self.step.add_(1)
-            self._draw = self._sample(self._cost)
-            if self._draw.z.requires_grad:
-                self._graphs.add(self._draw.graph)
+            self._set_draw(self._sample(self._cost))
         else:
-            self.draw_given(self.deterministic())
+            self.draw_given(self._checked_deterministic())
+
+    @torch.no_grad()
+    def _checked_deterministic(self) -> Tensor:
+        values = self.deterministic()
+        if values.device.type == "cpu" and bool(values.isnan().any()):
+            nan = values.isnan().nonzero().flatten()
+            raise ValueError(
+                f"log_alpha: expected no NaN; got {nan.numel()} of {self.count}, "
+                f"first at {int(nan[0])}"
+            )
+        return values
 
     def draw_given(self, values: Tensor) -> None:
         """Use these gate values as the draw.
@@ -303,13 +380,25 @@ class Gates(nn.Module):
             values: shape [gates].
         """
         z = torch.cat((values, values.new_ones(1)))
-        self._draw = Draw(z, open_lists(z.detach(), self.layout), self.layout, self.port_selects)
+        lists = open_lists(z.detach(), self.layout)
+        self._set_draw(self._make_draw(z, lists))
+
+    def _make_draw(self, z: Tensor, lists: OpenLists, expected: Tensor | None = None) -> Draw:
+        version = self.log_alpha._version
+        selects = self.port_selects
+        return Draw(z, lists, self.layout, selects, self.training, version, expected)
 
     def _sample(self, cost: Tensor) -> Draw:
+        if self.training and self.log_alpha._version != self._projected:
+            # Not before every draw: a graph of the same parameters may still wait for backward.
+            with torch.no_grad():
+                self.project()
+            self._projected = self.log_alpha._version
         key = torch.stack((self.seed, self.step))
-        z, expected, lists = sample_gates(self.log_alpha, key, cost, self.layout, self.law)
-        version = self.log_alpha._version
-        return Draw(z, lists, self.layout, self.port_selects, expected, version)
+        # The masked reference shares the engine's draws; only its layers are plain PyTorch.
+        with use_impl("auto" if current_impl() == "reference" else current_impl()):
+            z, expected, lists = sample_gates(self.log_alpha, key, cost, self.layout, self.law)
+        return self._make_draw(z, lists, expected)
 
     @contextmanager
     def holding(self) -> Iterator[None]:
@@ -339,7 +428,7 @@ class Gates(nn.Module):
             raise RuntimeError("frozen: expected a model in eval mode, got training mode")
         if self._held:
             raise RuntimeError("frozen: expected to be outside hold and expected_loss")
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             self.draw()
         assert self._draw is not None
         self._draw.packed = {}
@@ -370,15 +459,17 @@ class Gates(nn.Module):
         draw = self._draw
         if per == "weight" and lam is None:
             if draw is not None and draw.expected is not None and self._is_current(draw):
-                return draw.expected
+                # Once: parameters can change later in ways that no version shows.
+                expected, draw.expected = draw.expected, None
+                return expected
             return self._expected(self._cost)
-        lams = self.lam if lam is None else per_group("lam", lam, self.names)
+        lams = self._lam if lam is None else per_group("lam", lam, self.names)
         sizes = self.unit_flops if per == "flop" else self.unit_weights
         assert sizes is not None
         return self._expected(self._cost_of(lams, sizes).to(self.log_alpha))
 
     def _is_current(self, draw: Draw) -> bool:
-        differentiable = draw.z.requires_grad or not torch.is_grad_enabled()
+        differentiable = draw.differentiable or not torch.is_grad_enabled()
         return differentiable and draw.version == self.log_alpha._version
 
     def _expected(self, cost: Tensor) -> Tensor:
@@ -405,7 +496,7 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def _draw_before_forward(root: nn.Module, args: Any) -> None:
+def draw_before_forward(root: nn.Module, args: Any) -> None:
     """Forward pre-hook of the root; a module-level function, so that it survives copies."""
     gates = root.l0
     assert isinstance(gates, Gates)
@@ -431,6 +522,24 @@ def _keep_draws_out_of_graphs() -> None:
 
 def _port_key(ref: GateRef) -> tuple[str, ...]:
     return tuple(hashlib.sha256(m.numpy().tobytes()).hexdigest() for m in ref.maps)
+
+
+def _arrivals(
+    made: Tensor, starts: Mapping[str, int], sizes: list[int], none: int
+) -> list[tuple[int, int]] | None:
+    """(group, features per unit) of the gates by which a port's features are born packed.
+
+    Group -1 stands for features without such a gate, one unit each. None where the units of a
+    group have different numbers of features.
+    """
+    per_gate = torch.bincount(made, minlength=none + 1)
+    found = [(-1, int(per_gate[none]))]
+    for group, (start, size) in enumerate(zip(starts.values(), sizes, strict=True)):
+        repeats = per_gate[start : start + size].unique()
+        if repeats.numel() > 1:
+            return None
+        found.append((group, int(repeats)))
+    return found
 
 
 def _size_per_unit(gates: Gates, layers: list[tuple[Any, int]]) -> Tensor:

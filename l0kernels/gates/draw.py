@@ -6,22 +6,17 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from l0kernels.functional import GateLayout, OpenLists
 
 
 class Graph:
-    """Marks an autograd graph that holds a draw: alive and not yet run backward.
+    """Lives as long as an autograd graph that a draw is part of, through a hook on its z."""
 
-    The draw's z keeps it alive through a backward hook, so it dies with the graph.
-    """
-
-    def __init__(self) -> None:
-        self.done = False
-
-    def finish(self, grad: Tensor) -> None:
-        self.done = True
+    def hold(self, grad: Tensor) -> None:
+        """The hook: it changes nothing."""
 
 
 class Draw:
@@ -32,8 +27,9 @@ class Draw:
         lists: packed features of all ports, see ``functional.OpenLists``.
         layout: the ports.
         selects: for each port, whether it drops features that arrive.
-        expected: penalty-weighted expected number of open gates (0-d), or None.
+        training: mode of the gates.
         version: version of log_alpha that was drawn from.
+        expected: penalty-weighted expected number of open gates (0-d), or None.
     """
 
     def __init__(
@@ -42,15 +38,21 @@ class Draw:
         lists: OpenLists,
         layout: GateLayout,
         selects: list[bool],
+        training: bool,
+        version: int,
         expected: Tensor | None = None,
-        version: int = -1,
     ) -> None:
+        self.differentiable = torch.is_grad_enabled()
+        if self.differentiable and not z.requires_grad:
+            # Constant gates too are part of the graph, so that it can be told when it is gone.
+            z = z.detach().requires_grad_()
         self.z = z
         self.expected = expected
+        self.training = training
         self.version = version
         starts = layout.port_offsets.tolist()
-        counts = lists.counts.tolist()
-        spans = list(zip(starts, counts, selects, strict=False))
+        self.counts: list[int] = lists.counts.tolist()
+        spans = list(zip(starts, self.counts, selects, strict=False))
         self.index = [lists.index.narrow(0, start, count) for start, count, _ in spans]
         # Where the packed features stand among those that arrive; None where all are packed.
         self.position = [
@@ -58,9 +60,11 @@ class Draw:
             for start, count, drops in spans
         ]
         self.packed: dict[Any, tuple[Tensor, Tensor | None]] | None = None
+        # Ran without gradients, as reentrant checkpointing does, and not yet again in backward.
+        self.awaits_backward = False
         self.graph = Graph()
-        if z.requires_grad:
-            z.register_hook(self.graph.finish)
+        if self.differentiable:
+            z.register_hook(self.graph.hold)
         if "torch._dynamo" in sys.modules:
             _mark_dynamic(self.index + [p for p in self.position if p is not None])
 

@@ -83,7 +83,7 @@ class GatedLayer(nn.Module):
             return self._pack(draw)
         key = (self, _compute_dtype(self.weight))
         if key not in draw.packed:
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():
                 draw.packed[key] = self._pack(draw)
         return draw.packed[key]
 
@@ -114,14 +114,12 @@ class GatedLayer(nn.Module):
         gates = self.gates
         assert gates is not None
         position = None if self.in_port < 0 else draw.position[self.in_port]
-        if position is not None:
-            return x.index_select(dim, position)
-        if not self.depthwise and x.shape[dim] != weight.shape[1]:
+        width = weight.shape[1] if position is None else gates.arriving(self.in_port, draw)
+        if width is not None and not self.depthwise and x.shape[dim] != width:
             raise ValueError(
-                f"{type(self).__name__}: expected {weight.shape[1]} input features, "
-                f"got {x.shape[dim]}"
+                f"{type(self).__name__}: expected {width} input features, got {x.shape[dim]}"
             )
-        return x
+        return x if position is None else x.index_select(dim, position)
 
 
 def _scale(gates: Gates | None, port: int, draw: Draw) -> Tensor:
@@ -131,8 +129,8 @@ def _scale(gates: Gates | None, port: int, draw: Draw) -> Tensor:
 
 
 def _compute_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype autocast would give the layer; fp64 is left alone, as autocast does."""
+    """The dtype autocast would give the layer; it casts other than fp32 weights by itself."""
     device = weight.device.type
-    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
+    if torch.is_autocast_enabled(device) and weight.dtype == torch.float32:
         return torch.get_autocast_dtype(device)
     return weight.dtype

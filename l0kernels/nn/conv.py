@@ -65,16 +65,16 @@ class GatedConv2d(GatedLayer, nn.Conv2d):
     def _out_width(self) -> int:
         return self.out_channels
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         if self.gates is None:
-            return super().forward(x)
+            return super().forward(input)
         draw = self.current_draw()
         if current_impl() == "reference":
             if self.in_port >= 0:
-                x = x * self.scale(draw).to(x.dtype).view(-1, 1, 1)
-            return super().forward(x)
+                input = input * self.scale(draw).to(input.dtype).view(-1, 1, 1)
+            return super().forward(input)
         weight, bias = self.packed_parameters(draw)
-        return self._convolve(self.select_inputs(x, -3, draw, weight), weight, bias)
+        return self._convolve(self.select_inputs(input, -3, draw, weight), weight, bias)
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         groups = weight.shape[0] if self.depthwise else 1

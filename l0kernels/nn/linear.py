@@ -48,12 +48,12 @@ class GatedLinear(GatedLayer, nn.Linear):
     def _out_width(self) -> int:
         return self.out_features
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         if self.gates is None:
-            return super().forward(x)
+            return super().forward(input)
         draw = self.current_draw()
         if current_impl() == "reference":
-            x = x if self.in_port < 0 else x * self.scale(draw).to(x.dtype)
-            return super().forward(x)
+            input = input if self.in_port < 0 else input * self.scale(draw).to(input.dtype)
+            return super().forward(input)
         weight, bias = self.packed_parameters(draw)
-        return F.linear(self.select_inputs(x, -1, draw, weight), weight, bias)
+        return F.linear(self.select_inputs(input, -1, draw, weight), weight, bias)

@@ -44,7 +44,7 @@ class _GatedBatchNorm(GatedLayer, nn.modules.batchnorm._BatchNorm):
     def _out_width(self) -> int:
         return self.num_features
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name in nn.BatchNorm2d)
+    def forward(self, input: Tensor) -> Tensor:
         if self.gates is None:
             return super().forward(input)
         self._check_input_dim(input)

@@ -291,8 +291,72 @@ def test_convert_twice_and_revert_twice():
     with pytest.raises(ValueError, match="already|converted"):
         converted(net)
     l0.revert(net)
-    with pytest.raises(ValueError, match="expected a converted model"):
+    with pytest.raises(ValueError, match="expected a model with gates"):
         l0.revert(net)
+
+
+def test_revert_through_a_wrapper():
+    net = converted(Pair(F.relu))
+    wrapped = torch.compile(net, backend="eager")
+    assert l0.revert(wrapped) is wrapped
+    assert type(net.a) is nn.Conv2d and not hasattr(net, "l0") and not net._forward_pre_hooks
+
+
+class Custom(l0.nn.GatedLinear):
+    """A user's own gated layer."""
+
+
+def test_revert_refuses_layers_it_did_not_make_and_changes_nothing():
+    gates = l0.gates.HardConcrete({"a": 4})
+    net = nn.Sequential(
+        l0.nn.GatedLinear(3, 4, out_gate=gates["a"]), Custom(4, 2, in_gate=gates["a"])
+    )
+    gates.attach(net)
+    with pytest.raises(ValueError, match=r"got \['Custom'\]"):
+        l0.revert(net)
+    assert type(net[0]) is l0.nn.GatedLinear and net.l0 is gates
+
+
+class Noisy(Pair):
+    """Noise and stochastic depth in training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.a(x))
+        if self.training:
+            h = h * torch.empty(len(h), 1, 1, 1).bernoulli_(0.5)
+        y = F.relu(self.b(h))
+        return self.head(y.mean((2, 3))) + 0.1 * torch.randn(len(x), 4).to(x)
+
+
+def test_randomness_in_the_model_neither_confuses_convert_nor_is_used_up():
+    torch.manual_seed(0)
+    net = Noisy(F.relu)
+    state = torch.get_rng_state()
+    assert converted(net).l0.names == ["a", "b"]
+    assert torch.get_rng_state().equal(state)
+
+
+class ByKeyword(Pair):
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.b(input=F.relu(self.a(input=x))))
+        return self.head(input=y.mean((-2, -1)))
+
+
+def test_layers_called_by_keyword_and_unbatched_inputs():
+    torch.manual_seed(0)
+    assert converted(ByKeyword(F.relu)).l0.names == ["a", "b"]
+    net = ByKeyword(F.relu)
+    l0.convert(net, "hard_concrete", example_inputs=(torch.randn(3, 7, 9),))
+    assert net.l0.names == ["a", "b"]
+    assert net(torch.randn(3, 7, 9)).shape == (4,)
+
+
+def test_a_model_that_cannot_be_copied_says_so():
+    net = Pair(F.relu)
+    net.cached = net(X)
+    with pytest.raises(ValueError, match="the model cannot be copied"):
+        converted(net)
+    del net.cached
 
 
 def test_report_counts_groups_and_weights():

@@ -223,7 +223,8 @@ def test_state_dict_keeps_the_models_keys_and_loads_old_checkpoints():
     net = make()
     keys = set(net.state_dict())
     assert set(plain.state_dict()) <= keys
-    assert {k for k in keys if k.startswith("l0.")} == {"l0.log_alpha", "l0.step", "l0.seed"}
+    own = {"l0.log_alpha", "l0.step", "l0.seed", "l0._extra_state"}
+    assert {k for k in keys if k.startswith("l0.")} == own
     net.load_state_dict(plain.state_dict())
     torch.testing.assert_close(net.inner.weight, plain.inner.weight)
     buffer = io.BytesIO()
@@ -232,6 +233,65 @@ def test_state_dict_keeps_the_models_keys_and_loads_old_checkpoints():
     fresh = make(seed=5)
     fresh.load_state_dict(torch.load(buffer, weights_only=True))
     assert int(fresh.l0.seed) == 0
+
+
+def test_a_checkpoint_of_other_gates_is_refused():
+    net = make(select=["stem"])
+    before = net.fc2.weight.detach().clone()
+    with pytest.raises(ValueError, match=r"expected gates \{'stem': 12\}, got \{.*'fc1': 24\}"):
+        net.load_state_dict({k: v for k, v in make().state_dict().items() if k.startswith("l0.")})
+    assert net.fc2.weight.equal(before)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        net.l0.load_state_dict({})
+
+
+def silently_wrong(run: Callable[[nn.Module, bool], dict[str, Tensor]]) -> int:
+    """How often ``run`` with checkpointing differs from the same without, and nothing is said."""
+    wrong = 0
+    for seed in range(20):
+        exact = run(make(seed=seed), False)
+        try:
+            got = run(make(seed=seed), True)
+        except RuntimeError:
+            continue
+        wrong += any(not torch.allclose(exact[n], got[n], atol=1e-6) for n in exact)
+    return wrong
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("case", ["constant gates", "eval first", "held twice"])
+def test_checkpointing_is_never_silently_wrong(case: str, reentrant: bool):
+    def run(net: nn.Module, checkpointed: bool) -> dict[str, Tensor]:
+        if checkpointed:
+            net.wrap = lambda block, x: checkpoint(block, x, use_reentrant=reentrant)
+        x, y = batch()
+        x.requires_grad_()
+        if case == "constant gates":
+            net.l0.log_alpha.requires_grad_(False)
+        if case == "held twice":
+            with l0.hold(net):
+                first, second = (F.cross_entropy(net(x), y) for _ in range(2))
+            first.backward()
+            net(x)
+            second.backward()
+            return gradients(net)
+        net.train(case != "eval first")
+        first = F.cross_entropy(net(x), y)
+        net.train()
+        net(x)
+        net.train(case != "eval first")
+        first.backward()
+        return gradients(net)
+
+    assert silently_wrong(run) == 0
+
+
+def test_constant_gates_can_be_checkpointed():
+    net = make()
+    net.l0.log_alpha.requires_grad_(False)
+    x, y = batch()
+    F.cross_entropy(checkpoint(net, x, use_reentrant=False), y).backward()
+    assert net.fc2.weight.grad is not None
 
 
 def _ddp_worker(rank: int, path: str, results) -> None:

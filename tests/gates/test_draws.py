@@ -142,6 +142,72 @@ def test_layers_without_a_draw_say_what_to_do():
         l0.nn.GatedLinear(5, 12, out_gate=gates["a"])(X)
 
 
+def test_two_forwards_in_one_loss_and_the_penalty_in_any_order():
+    net = make()
+    (net(X).sum() + net(2 * X).sum()).backward()
+    assert int(net.l0.step) == 2
+    for order in (slice(None), slice(None, None, -1)):
+        net.zero_grad()
+        terms = [lambda: l0.penalty(net), lambda: l0.expected_loss(net, lambda: net(X).sum())]
+        sum(term() for term in terms[order]).backward()
+        assert net.l0.log_alpha.grad is not None
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_held_draw_serves_several_backward_passes(impl: str, training: bool):
+    net = make().train(training)
+    found = []
+    for _ in range(2):
+        net.zero_grad()
+        net.l0.step.zero_()
+        with l0.use_impl(impl), l0.hold(net):
+            for part in (X[:2], X[2:]) if not found else (X,):
+                net(part).sum().backward()
+        found.append([p.grad for p in net.parameters() if p.grad is not None])
+    assert len(found[0]) == (5 if training else 4)
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_parts_of_the_model_do_not_run_on_a_stale_draw():
+    net = make()
+    net(X)
+    net[0](X)  # the same draw
+    net.eval()
+    with pytest.raises(RuntimeError, match="expected a draw of eval mode, got one of training"):
+        net[0](X)
+    net(X)
+    with torch.no_grad():
+        net.l0.log_alpha.add_(1.0)
+    with pytest.raises(RuntimeError, match="expected a draw of the present parameters"):
+        net[0](X)
+    with pytest.raises(RuntimeError, match="expected a draw of training mode"), l0.frozen(net):
+        net.train()
+        net(X)
+
+
+def test_inference_mode():
+    net = make()
+    with torch.inference_mode():
+        net(X)
+        net.eval()
+        expected, value = net(X), l0.penalty(net)
+        with l0.frozen(net):
+            assert net(X).equal(expected)
+            with torch.inference_mode(False):
+                net(X.clone().requires_grad_()).sum().backward()
+    assert float(value) > 0
+
+
+def test_nan_is_named_in_eval_too():
+    net = make().eval()
+    with torch.no_grad():
+        net.l0.log_alpha[3] = float("nan")
+    with pytest.raises(ValueError, match="expected no NaN; got 1 of 12, first at 3"):
+        net(X)
+
+
 def test_expected_loss_wants_a_scalar():
     net = make()
     with pytest.raises(ValueError, match=r"scalar tensor from the closure, got \(4, 3\)"):
@@ -218,7 +284,7 @@ def test_gates_are_found_inside_a_larger_model():
 def test_half_precision_models_keep_their_gates_in_fp32(dtype: torch.dtype):
     net = make()
     before = net.l0.log_alpha.detach().clone()
-    net.to(dtype)
+    net.double().to(dtype)
     assert net.l0.log_alpha.dtype == torch.float32 and net.l0.log_alpha.equal(before)
     (net(X.to(dtype)).float().sum() + l0.penalty(net)).backward()
     assert net[0].weight.grad.dtype == dtype

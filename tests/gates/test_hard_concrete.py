@@ -122,7 +122,10 @@ def test_counts_by_group():
         ({"groups": {"a": 0}}, "positive number of units, got 0"),
         ({"groups": {"a": 3}, "lam": {"b": 1.0}}, r"each of \['a'\], got \['b'\]"),
         ({"groups": {"a": 3}, "n_train": 0}, "positive integer, got 0"),
+        ({"groups": {"a": 3}, "n_train": 1.5}, "positive integer, got 1.5"),
         ({"groups": {"a": 3}, "seed": -1}, "got -1"),
+        ({"groups": {"a": 3}, "seed": 1.7}, "got 1.7"),
+        ({"groups": {"a": 3}, "lam": float("nan")}, "finite numbers, got nan"),
         ({"groups": {"a": 3}, "droprate": 1.0}, r"\(0, 1\), got \{'a': 1.0\}"),
     ],
 )

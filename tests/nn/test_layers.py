@@ -194,6 +194,57 @@ def test_references_are_checked():
         l0.cat(3, 4)
 
 
+REFERENCES = {
+    "extra * produced": lambda g: g["i"] * g["p"],
+    "produced * extra": lambda g: g["p"] * g["i"],
+    "extra * cat with ungated": lambda g: g["w"] * l0.cat(g["p"], 3),
+    "cat with ungated * extra": lambda g: l0.cat(g["p"], 3) * g["w"],
+    "cat of extra and product": lambda g: l0.cat(g["i"], g["p"] * g["j"]),
+    "cat of product and extra": lambda g: l0.cat(g["p"] * g["j"], g["i"]),
+}
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_every_combination_of_references_multiplies_its_gates(name: str, impl: str):
+    g = l0.gates.HardConcrete({"p": 4, "i": 4, "j": 4, "w": 7})
+    ref = REFERENCES[name](g)
+    maker = l0.nn.GatedLinear(5, 4, out_gate=g["p"])
+    reader = l0.nn.GatedLinear(ref.features, 3, in_gate=ref)
+    g.attach(nn.Sequential(maker, reader)).double()
+    z = torch.tensor(
+        [0, 0.5, 0.9, 0, 0.7, 0, 0.2, 0.6, 0.3, 0.4, 0, 0.8, 1, 0, 0.1, 0.2, 0, 0.9, 1]
+    )
+    z = z.double()
+    x = torch.randn(2, 5, dtype=torch.float64)
+    beside = torch.randn(2, ref.features - 4, dtype=torch.float64)
+    first = name.startswith("cat of extra")
+
+    def place(h: Tensor) -> Tensor:
+        return torch.cat((beside, h) if first else (h, beside), 1)
+
+    with l0.use_impl(impl), g.using(z):
+        got = reader(place(maker(x)))
+        scale = ref.z
+    full = place(F.linear(x, maker.weight, maker.bias)) * scale
+    torch.testing.assert_close(got, F.linear(full, reader.weight, reader.bias))
+
+
+def test_two_gates_without_a_producer_on_one_feature_are_refused():
+    g = l0.gates.HardConcrete({"a": 4, "b": 4})
+    net = nn.Sequential(l0.nn.GatedLinear(4, 2, in_gate=g["a"] * g["b"]))
+    with pytest.raises(ValueError, match="one gate without a producer, got two"):
+        g.attach(net)
+
+
+@pytest.mark.parametrize("width", [8, 10])
+def test_input_gates_check_the_width_too(width: int):
+    g = l0.gates.HardConcrete({"x": 9})
+    net = g.attach(nn.Sequential(l0.nn.GatedLinear(9, 2, in_gate=g["x"])))
+    with pytest.raises(ValueError, match=f"expected 9 input features, got {width}"):
+        net(torch.randn(3, width))
+
+
 def test_two_producers_on_one_feature_are_refused():
     g = l0.gates.HardConcrete({"a": 4, "b": 4})
     net = nn.Sequential(
