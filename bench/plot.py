@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from l0kernels._files import write_whole
 
 if TYPE_CHECKING:
     from .step import Report
@@ -37,8 +38,6 @@ def plot(report: Report, path: Path) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from .step import replace_file
-
     figure = Figure(figsize=(9, 4), layout="constrained")
     canvas = FigureCanvasAgg(figure)
     speed, distance = figure.subplots(1, 2)
@@ -48,9 +47,7 @@ def plot(report: Report, path: Path) -> Path:
     distance.set(title="Distance from the oracle", ylabel="ratio of step times")
     setting = report.setting
     figure.suptitle(f"{setting.model}, batch {setting.batch}, {report.environment['device']}")
-    content = io.BytesIO()
-    canvas.print_png(content)
-    replace_file(path, content.getvalue())
+    write_whole(path, canvas.print_png)
     return path
 
 

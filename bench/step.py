@@ -4,12 +4,13 @@
 import csv
 import io
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from l0kernels._files import write_whole
 
 from . import models
 from .arms import VARIANTS, Arm, Oracle, Task, make_arm, require_agreement
@@ -203,7 +204,7 @@ def write(report: Report, folder: Path) -> list[Path]:
         "step.csv": as_csv(report),
     }
     for name, text in texts.items():
-        replace_file(folder / name, text.encode())
+        write_whole(folder / name, lambda file, text=text: file.write(text.encode()))
     return [*(folder / name for name in texts), plot(report, folder / "step.png")]
 
 
@@ -219,10 +220,3 @@ def as_csv(report: Report) -> str:
                 what = [report.setting.model, report.setting.batch, row.keep, name, index]
                 rows.writerow([*what, f"{ms:.3f}", *fixed])
     return out.getvalue()
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file so that readers see the old or the new one, never a part."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_bytes(content)
-    os.replace(part, path)

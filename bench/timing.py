@@ -14,6 +14,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from l0kernels._version import __version__
+from l0kernels.info import cpu_name
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -126,8 +129,6 @@ def synchronise(device: torch.device) -> None:
 
 def environment(device: torch.device | str = "cpu") -> dict[str, object]:
     """Return what a reader needs to judge a figure: hardware, versions, threads, load, commit."""
-    from l0kernels._version import __version__
-
     device = torch.device(device)
     load = os.getloadavg() if hasattr(os, "getloadavg") else None
     return {
@@ -144,21 +145,6 @@ def environment(device: torch.device | str = "cpu") -> dict[str, object]:
         "l0kernels": __version__,
         "git": git_commit(),
     }
-
-
-def cpu_name() -> str:
-    """Return the processor's model, with family and model number where the name says little."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    fields: dict[str, str] = {}
-    for line in lines:
-        key, _, value = line.partition(":")
-        fields.setdefault(key.strip(), value.strip())
-    name = fields.get("model name") or platform.machine()
-    numbers = [f"{key} {fields[key]}" for key in ("cpu family", "model") if key in fields]
-    return f"{name} ({', '.join(numbers)})" if numbers else name
 
 
 def git_commit() -> str | None:

@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are either whole or absent: checkpoints, logs, tables."""
+"""Checkpoints: plain values and tensors, written whole."""
 
 from __future__ import annotations
 
-import os
 import pickle
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
+from l0kernels._files import write_whole
 from l0kernels.recipes.errors import InputError
 
 FORMAT = "l0kernels train"
@@ -24,24 +23,6 @@ KINDS: dict[str, type] = {
     "arms": dict,
     "history": list,
 }
-
-
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file so that a crash leaves the old one or the new one, never a part.
-
-    Args:
-        path: the file; it is replaced.
-        write: writes the content to the open file it is given.
-    """
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with part.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def save(path: Path, content: dict[str, Any]) -> None:

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from l0kernels._files import write_whole
 from l0kernels.recipes import plot, published, summary
 from l0kernels.recipes.arm import LAYOUTS, MASKED, PACKED
 from l0kernels.recipes.checkpoint import load as load_checkpoint
-from l0kernels.recipes.checkpoint import write_whole
 from l0kernels.recipes.data import Images, load
 from l0kernels.recipes.errors import InputError
 from l0kernels.recipes.loop import Plan, Run

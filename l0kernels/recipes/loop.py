@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from l0kernels._files import write_whole
 from l0kernels.recipes import checkpoint, measure
 from l0kernels.recipes.arm import (
     MASKED,
@@ -289,4 +290,4 @@ class Run:
 
     def _write_log(self) -> None:
         text = "".join(json.dumps(record) + "\n" for record in self.history)
-        checkpoint.write_whole(self.plan.folder / LOG, lambda file: file.write(text.encode()))
+        write_whole(self.plan.folder / LOG, lambda file: file.write(text.encode()))

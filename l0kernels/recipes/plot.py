@@ -6,8 +6,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from l0kernels._files import write_whole
 from l0kernels.recipes.arm import MASKED, PACKED
-from l0kernels.recipes.checkpoint import write_whole
 from l0kernels.recipes.errors import optional
 from l0kernels.recipes.summary import TITLES, Result
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from l0kernels._files import write_whole
 from l0kernels.recipes import checkpoint, data
 from l0kernels.recipes.errors import InputError
 from l0kernels.recipes.loop import Plan, Run
@@ -51,10 +52,10 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.write_whole(path, fail)
+        write_whole(path, fail)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
-    checkpoint.write_whole(path, lambda file: file.write(b"new"))
+    write_whole(path, lambda file: file.write(b"new"))
     assert path.read_text() == "new"
 
 
