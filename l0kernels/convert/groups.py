@@ -12,14 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from l0kernels.convert.probe import Trace, is_depthwise, is_layer
-from l0kernels.nn import GatedBatchNorm1d, GatedBatchNorm2d, GatedConv2d, GatedLinear
-
-GATED_CLASS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Conv2d: GatedConv2d,
-    nn.Linear: GatedLinear,
-    nn.BatchNorm1d: GatedBatchNorm1d,
-    nn.BatchNorm2d: GatedBatchNorm2d,
-}
+from l0kernels.nn import gated_class
 
 Select = str | Sequence[str] | Callable[[str, nn.Module], bool]
 
@@ -95,7 +88,7 @@ def _why_unsupported(
 ) -> str | None:
     """Why a layer itself cannot be gated or read packed features."""
     module = modules[name]
-    if type(module) not in GATED_CLASS:
+    if gated_class(type(module)) is None:
         return f"{role}{type(module).__name__} has no gated layer"
     if trace.calls[name] != 1:
         return f"{role}it is called {trace.calls[name]} times in one forward"

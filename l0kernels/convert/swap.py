@@ -5,13 +5,11 @@ from __future__ import annotations
 
 from torch import nn
 
-from l0kernels.convert.groups import GATED_CLASS, Plan, gate_map, input_group, passages_of
+from l0kernels.convert.groups import Plan, gate_map, input_group, passages_of
 from l0kernels.convert.probe import Trace
 from l0kernels.gates.base import Gates, draw_before_forward
 from l0kernels.gates.ref import GateRef
-from l0kernels.nn import GatedLayer
-
-PLAIN_CLASS = {gated: plain for plain, gated in GATED_CLASS.items()}
+from l0kernels.nn import GatedLayer, gated_class
 
 
 def install(model: nn.Module, gates: Gates, plan: Plan, trace: Trace) -> None:
@@ -25,7 +23,9 @@ def install(model: nn.Module, gates: Gates, plan: Plan, trace: Trace) -> None:
             out_gate = _reading_ref(name, gates, plan, trace)
         if in_gate is not None or out_gate is not None:
             module = modules[name]
-            module.__class__ = GATED_CLASS[type(module)]
+            swapped = gated_class(type(module))
+            assert swapped is not None
+            module.__class__ = swapped
             assert isinstance(module, GatedLayer)
             module.connect(in_gate, out_gate)
     gates.refused = plan.refused
@@ -48,12 +48,13 @@ def uninstall(root: nn.Module, gates: Gates) -> None:
         ValueError: a layer is of a class that ``convert`` does not make; nothing is changed.
     """
     layers = [m for m in root.modules() if isinstance(m, GatedLayer) and m.gates is gates]
-    strange = sorted({type(m).__name__ for m in layers if type(m) not in PLAIN_CLASS})
+    strange = sorted(
+        {type(m).__name__ for m in layers if gated_class(m.plain_class) is not type(m)}
+    )
     if strange:
-        expected = sorted(cls.__name__ for cls in PLAIN_CLASS)
-        raise ValueError(f"revert: expected layers among {expected}, got {strange}")
+        raise ValueError(f"revert: expected layers of l0kernels.nn, got {strange}")
     for module in layers:
-        module.__class__ = PLAIN_CLASS[type(module)]  # pyright: ignore
+        module.__class__ = module.plain_class  # pyright: ignore
         for name in ("in_gate", "out_gate", "in_port", "out_port"):
             module.__dict__.pop(name, None)
     for handle, hook in list(root._forward_pre_hooks.items()):

@@ -4,6 +4,14 @@
 from l0kernels.nn.base import GatedLayer
 from l0kernels.nn.conv import GatedConv2d
 from l0kernels.nn.linear import GatedLinear
+from l0kernels.nn.lookup import gated_class
 from l0kernels.nn.norm import GatedBatchNorm1d, GatedBatchNorm2d
 
-__all__ = ["GatedBatchNorm1d", "GatedBatchNorm2d", "GatedConv2d", "GatedLayer", "GatedLinear"]
+__all__ = [
+    "GatedBatchNorm1d",
+    "GatedBatchNorm2d",
+    "GatedConv2d",
+    "GatedLayer",
+    "GatedLinear",
+    "gated_class",
+]

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -16,9 +19,11 @@ class GatedLayer(nn.Module):
     """Mix-in: a layer whose output features, input features or both have gates.
 
     Only ``in_gate`` multiplies (the layer's input, folded into its weights); ``out_gate`` says
-    which output features exist in a draw.
+    which output features exist in a draw. ``plain_class`` is the class that a layer is swapped
+    from and back to.
     """
 
+    plain_class: ClassVar[type[nn.Module]] = nn.Module
     weight: Tensor
     bias: Tensor | None
     in_gate: GateRef | None = None
@@ -58,6 +63,29 @@ class GatedLayer(nn.Module):
 
     def _out_width(self) -> int:
         raise NotImplementedError
+
+    def resize(self, inputs: int, outputs: int) -> None:
+        """Set the attributes that hold the widths; parameters and buffers are the caller's.
+
+        It reads plain attributes only, so that ``gated_class(type(m)).resize(m, ...)`` serves a
+        plain layer ``m`` too.
+
+        Args:
+            inputs: number of input features.
+            outputs: number of output features.
+        """
+        raise NotImplementedError
+
+    def shape_out_in(self) -> tuple[int, int, int]:
+        """Output features, input features and elements per pair of the weight.
+
+        Their product is the number of weights. A layer that features pass through (normalisation,
+        activation, depthwise convolution) has one input feature per output feature.
+        """
+        if self.weight is None or self.weight.dim() < 2:
+            return self._out_width(), 1, 1
+        rows, columns, *kernel = self.weight.shape
+        return rows, columns, math.prod(kernel)
 
     def current_draw(self) -> Draw:
         """The draw that this layer works with now."""

@@ -32,6 +32,8 @@ class GatedConv2d(GatedLayer, nn.Conv2d):
             but not depthwise, or depthwise with ``in_gate``.
     """
 
+    plain_class = nn.Conv2d
+
     def __init__(
         self,
         in_channels: int,
@@ -64,6 +66,11 @@ class GatedConv2d(GatedLayer, nn.Conv2d):
 
     def _out_width(self) -> int:
         return self.out_channels
+
+    def resize(self, inputs: int, outputs: int) -> None:
+        self.in_channels, self.out_channels = inputs, outputs
+        if self.groups > 1:  # depthwise
+            self.groups = outputs
 
     def forward(self, input: Tensor) -> Tensor:
         if self.gates is None:

@@ -29,6 +29,8 @@ class GatedLinear(GatedLayer, nn.Linear):
         ValueError: a gate has another number of features than the layer.
     """
 
+    plain_class = nn.Linear
+
     def __init__(
         self,
         in_features: int,
@@ -47,6 +49,9 @@ class GatedLinear(GatedLayer, nn.Linear):
 
     def _out_width(self) -> int:
         return self.out_features
+
+    def resize(self, inputs: int, outputs: int) -> None:
+        self.in_features, self.out_features = inputs, outputs
 
     def forward(self, input: Tensor) -> Tensor:
         if self.gates is None:

@@ -44,6 +44,9 @@ class _GatedBatchNorm(GatedLayer, nn.modules.batchnorm._BatchNorm):
     def _out_width(self) -> int:
         return self.num_features
 
+    def resize(self, inputs: int, outputs: int) -> None:
+        self.num_features = outputs
+
     def forward(self, input: Tensor) -> Tensor:
         if self.gates is None:
             return super().forward(input)
@@ -106,7 +109,9 @@ class _GatedBatchNorm(GatedLayer, nn.modules.batchnorm._BatchNorm):
 
 class GatedBatchNorm1d(_GatedBatchNorm, nn.BatchNorm1d):
     __doc__ = _GatedBatchNorm.__doc__
+    plain_class = nn.BatchNorm1d
 
 
 class GatedBatchNorm2d(_GatedBatchNorm, nn.BatchNorm2d):
     __doc__ = _GatedBatchNorm.__doc__
+    plain_class = nn.BatchNorm2d
