@@ -555,15 +555,16 @@ def _size_per_unit(gates: Gates, layers: list[tuple[Any, int]]) -> Tensor:
         weight = getattr(layer, "weight", None)
         if weight is None or weight.dim() < 2:
             continue
+        outputs, inputs, elements = layer.shape_out_in()
         if layer.out_gate is not None and weight.dim() > 2 and not layer.depthwise:
-            size = weight[0].numel() * positions
+            size = inputs * elements * layer.uses(positions)
             made.index_add_(0, layer.out_gate.maps[0], _full(layer.out_gate, size))
         if layer.in_gate is not None:
-            size = weight.numel() // weight.shape[1] * positions
+            size = outputs * elements * layer.uses(positions)
             for gate_map in layer.in_gate.maps:
                 read.index_add_(0, gate_map, _full(layer.in_gate, size))
     return torch.where(made > 0, made, read)[: gates.count]
 
 
-def _full(ref: GateRef, value: int) -> Tensor:
+def _full(ref: GateRef, value: float) -> Tensor:
     return torch.full((ref.features,), float(value), dtype=torch.float64)

@@ -31,6 +31,8 @@ class GatedLayer(nn.Module):
     in_port: int = -1
     out_port: int = -1
     depthwise: bool = False
+    # Whether the weight is stored [in, out, ...] instead of [out, in, ...].
+    stored_in_out: bool = False
 
     @property
     def gates(self) -> Gates | None:
@@ -84,8 +86,16 @@ class GatedLayer(nn.Module):
         """
         if self.weight is None or self.weight.dim() < 2:
             return self._out_width(), 1, 1
-        rows, columns, *kernel = self.weight.shape
+        rows, columns, *kernel = self._out_in(self.weight).shape
         return rows, columns, math.prod(kernel)
+
+    def uses(self, positions: int) -> float:
+        """Multiply-adds of one weight per example, given the output positions (pixels, tokens)."""
+        return positions
+
+    def _out_in(self, weight: Tensor) -> Tensor:
+        """View a weight stored as the layer stores it as [out, in, ...], or the other way round."""
+        return weight.transpose(0, 1) if self.stored_in_out else weight
 
     def current_draw(self) -> Draw:
         """The draw that this layer works with now."""
@@ -101,12 +111,21 @@ class GatedLayer(nn.Module):
         """Gate values of all input features, shape [features] (masked reference)."""
         return _scale(self.gates, self.in_port, draw)
 
+    def mask_inputs(self, x: Tensor, dim: int, draw: Draw) -> Tensor:
+        """Multiply every input feature by its gate (masked reference); ``dim`` is negative."""
+        if self.in_port < 0:
+            return x
+        return x * self.scale(draw).to(x.dtype).view(-1, *[1] * (-dim - 1))
+
     def open_rows(self, draw: Draw) -> Tensor:
         """Which packed output features are really open, bool of shape [packed]."""
         return _scale(self.gates, self.out_port, draw)[draw.index[self.out_port]] != 0
 
     def packed_parameters(self, draw: Draw) -> tuple[Tensor, Tensor | None]:
-        """Weight (input gates folded in) and bias at the packed widths, in the compute dtype."""
+        """Weight (input gates folded in) and bias at the packed widths, in the compute dtype.
+
+        The weight has the layer's own layout.
+        """
         if draw.packed is None:
             return self._pack(draw)
         key = (self, _compute_dtype(self.weight))
@@ -117,9 +136,9 @@ class GatedLayer(nn.Module):
 
     def _pack(self, draw: Draw) -> tuple[Tensor, Tensor | None]:
         dtype = _compute_dtype(self.weight)
-        weight = self._pack_one(self.weight, draw, dtype, columns=True)
+        weight = self._pack_one(self._out_in(self.weight), draw, dtype, columns=True)
         bias = None if self.bias is None else self._pack_one(self.bias, draw, dtype, columns=False)
-        return weight, bias
+        return self._out_in(weight), bias
 
     def _pack_one(self, full: Tensor, draw: Draw, dtype: torch.dtype, columns: bool) -> Tensor:
         gates = self.gates
@@ -142,7 +161,11 @@ class GatedLayer(nn.Module):
         gates = self.gates
         assert gates is not None
         position = None if self.in_port < 0 else draw.position[self.in_port]
-        width = weight.shape[1] if position is None else gates.arriving(self.in_port, draw)
+        width = (
+            self._out_in(weight).shape[1]
+            if position is None
+            else gates.arriving(self.in_port, draw)
+        )
         if width is not None and not self.depthwise and x.shape[dim] != width:
             raise ValueError(
                 f"{type(self).__name__}: expected {width} input features, got {x.shape[dim]}"

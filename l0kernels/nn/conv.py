@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gated convolution."""
+"""Gated convolutions."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,32 +15,30 @@ from l0kernels.gates.ref import GateRef
 from l0kernels.nn.base import GatedLayer
 
 
-class GatedConv2d(GatedLayer, nn.Conv2d):
-    """``nn.Conv2d`` that computes open channels only: y = conv(x * z_in, W) + b.
+class _GatedConv(GatedLayer, nn.modules.conv._ConvNd):
+    """A convolution that computes open channels only: y = conv(x * z_in, W) + b.
 
     A depthwise convolution (groups == in_channels == out_channels) passes its channels through:
     it takes ``out_gate`` only, and nothing is multiplied.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
-            padding_mode, device, dtype: as in ``nn.Conv2d``; parameters keep their full shape.
+        in_channels, out_channels, kernel_size, ...: as in the plain class; parameters keep their
+            full shape.
         in_gate: gates that multiply the input channels.
         out_gate: gates of the output channels; they are multiplied where the output is read.
 
-    Shape: x [N, packed in_channels, H, W]; y [N, packed out_channels, H', W'].
+    Shape: x [N, packed in_channels, ...]; y [N, packed out_channels, ...]; N may be left out.
 
     Raises:
         ValueError: a gate has another number of features than the layer, or the layer is grouped
             but not depthwise, or depthwise with ``in_gate``.
     """
 
-    plain_class = nn.Conv2d
-
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int | tuple[int, int],
+        kernel_size: Any,
         *args: Any,
         in_gate: GateRef | None = None,
         out_gate: GateRef | None = None,
@@ -50,8 +50,8 @@ class GatedConv2d(GatedLayer, nn.Conv2d):
     def connect(self, in_gate: GateRef | None, out_gate: GateRef | None) -> None:
         if self.groups > 1 and (in_gate is not None or not self.depthwise):
             raise ValueError(
-                f"GatedConv2d: expected groups=1, or a depthwise convolution with out_gate only, "
-                f"got groups={self.groups}, in_channels={self.in_channels}, "
+                f"{type(self).__name__}: expected groups=1, or a depthwise convolution with "
+                f"out_gate only, got groups={self.groups}, in_channels={self.in_channels}, "
                 f"out_channels={self.out_channels}, in_gate={in_gate}"
             )
         super().connect(in_gate, out_gate)
@@ -72,21 +72,78 @@ class GatedConv2d(GatedLayer, nn.Conv2d):
         if self.groups > 1:  # depthwise
             self.groups = outputs
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.gates is None:
-            return super().forward(input)
+            return super().forward(input, *args, **kwargs)
         draw = self.current_draw()
+        dim = -len(self.kernel_size) - 1
         if current_impl() == "reference":
-            if self.in_port >= 0:
-                input = input * self.scale(draw).to(input.dtype).view(-1, 1, 1)
-            return super().forward(input)
+            return super().forward(self.mask_inputs(input, dim, draw), *args, **kwargs)
         weight, bias = self.packed_parameters(draw)
-        return self._convolve(self.select_inputs(input, -3, draw, weight), weight, bias)
-
-    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        x = self.select_inputs(input, dim, draw, weight)
+        # A depthwise convolution has a group for every packed channel.
         groups = weight.shape[0] if self.depthwise else 1
+        return self._convolve(x, weight, bias, groups, *args, **kwargs)
+
+    def _convolve(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        raise NotImplementedError
+
+
+class _GatedForwardConv(_GatedConv):
+    __doc__ = _GatedConv.__doc__
+    _function: ClassVar[Callable[..., Tensor]]
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
         padding = self.padding
         if self.padding_mode != "zeros":
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
-        return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, groups)
+        return self._function(x, weight, bias, self.stride, padding, self.dilation, groups)
+
+
+class GatedConv1d(_GatedForwardConv, nn.Conv1d):
+    __doc__ = _GatedConv.__doc__
+    plain_class = nn.Conv1d
+    _function = staticmethod(F.conv1d)
+
+
+class GatedConv2d(_GatedForwardConv, nn.Conv2d):
+    __doc__ = _GatedConv.__doc__
+    plain_class = nn.Conv2d
+    _function = staticmethod(F.conv2d)
+
+
+class GatedConvTranspose2d(_GatedConv, nn.ConvTranspose2d):
+    __doc__ = _GatedConv.__doc__
+    plain_class = nn.ConvTranspose2d
+
+    @property
+    def stored_in_out(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The weight is [in, out, kh, kw]; a depthwise one is [channels, 1, kh, kw]."""
+        return self.groups == 1
+
+    def uses(self, positions: int) -> float:
+        # A weight is used at every input position; these are stride times fewer.
+        return positions / math.prod(self.stride)
+
+    def _convolve(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        groups: int,
+        output_size: list[int] | None = None,
+    ) -> Tensor:
+        padding = self._output_padding(
+            x,
+            output_size,
+            self.stride,  # pyright: ignore[reportArgumentType]
+            self.padding,  # pyright: ignore[reportArgumentType]
+            self.kernel_size,  # pyright: ignore[reportArgumentType]
+            2,
+            self.dilation,  # pyright: ignore[reportArgumentType]
+        )
+        options = (self.stride, self.padding, padding, groups, self.dilation)
+        return F.conv_transpose2d(x, weight, bias, *options)  # pyright: ignore[reportArgumentType]

@@ -58,7 +58,6 @@ class GatedLinear(GatedLayer, nn.Linear):
             return super().forward(input)
         draw = self.current_draw()
         if current_impl() == "reference":
-            input = input if self.in_port < 0 else input * self.scale(draw).to(input.dtype)
-            return super().forward(input)
+            return super().forward(self.mask_inputs(input, -1, draw))
         weight, bias = self.packed_parameters(draw)
         return F.linear(self.select_inputs(input, -1, draw, weight), weight, bias)
