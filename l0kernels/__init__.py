@@ -4,6 +4,7 @@
 from l0kernels import functional, gates, nn
 from l0kernels._config import use_impl
 from l0kernels._version import __version__
+from l0kernels.compact import compact
 from l0kernels.convert import convert, revert
 from l0kernels.gates.ref import cat
 from l0kernels.info import info
@@ -13,6 +14,7 @@ from l0kernels.training import expected_loss, frozen, hold, param_groups, penalt
 __all__ = [
     "__version__",
     "cat",
+    "compact",
     "convert",
     "expected_loss",
     "frozen",

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rebuild a gated model at its open widths."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from l0kernels._config import use_impl
+from l0kernels.compact.inputs import Inputs, call, check_inputs
+from l0kernels.convert.check import worst_difference
+from l0kernels.convert.probe import NoDropout, to_double
+from l0kernels.convert.swap import uninstall
+from l0kernels.functional import GateLayout, open_lists
+from l0kernels.gates.base import Gates
+from l0kernels.gates.draw import Draw
+from l0kernels.nn import GatedLayer, gated_class
+from l0kernels.training import gates_of, root_of
+
+TOLERANCE = 1e-9
+
+
+def compact(net: nn.Module, example_inputs: Inputs) -> nn.Module:
+    """A new, plain model at the open widths of the deterministic (eval) gates.
+
+    Every gated layer becomes its plain class: rows of closed units are dropped, gates are folded
+    into the columns that read them, normalisations and other passages are cut alike. A unit is
+    kept only if some layer reads it with a gate other than zero. Columns stay, as zeros, where
+    dropping them would take a gather of activations: features that only a gate without a producer
+    closes, such as network inputs, or some positions of a unit that stays. No width falls below
+    min(2, width), as in packed runs: where fewer units are open, zeroed ones fill up.
+
+    The new model is checked before it is returned: fp64 copies of the masked network and of the
+    compact one agree in every output to 1e-9 of its largest element, in eval mode.
+
+    Args:
+        net: a model with gates, or a wrapper around one (DDP, compiled, averaged); left as it is.
+        example_inputs: arguments of the forward, a tuple (positional) or a dict (keywords).
+
+    Returns:
+        A copy of the model inside the wrappers, without gates: same module names, dtypes, device,
+        memory formats, modes, hooks and ``requires_grad``. It shares no memory with ``net``.
+
+    Raises:
+        TypeError: ``net`` is not a module, or ``example_inputs`` neither tuple nor dict.
+        ValueError: the model has no gates, cannot be copied, has gated layers of a class that is
+            not the package's own or of other gates, NaN gates, or a forward that fails with
+            ``example_inputs``.
+        RuntimeError: the compact model fails or differs.
+    """
+    check_inputs("compact", net, example_inputs)
+    gates = gates_of(net)
+    root = root_of(net, gates)
+    with torch.inference_mode(False), torch.no_grad():
+        values = _eval_gates(gates)
+        _verify(_copy(root).double(), values.double(), example_inputs)
+        small = _copy(root)
+        shrink(small, values)
+    return small
+
+
+def _eval_gates(gates: Gates) -> Tensor:
+    values = gates.deterministic()
+    if bool(values.isnan().any()):
+        raise ValueError(
+            f"compact: expected gates without NaN, got {int(values.isnan().sum())} of {gates.count}"
+        )
+    return values
+
+
+def _copy(root: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(root)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"compact: the model cannot be copied: {error}") from error
+
+
+def shrink(root: nn.Module, values: Tensor) -> None:
+    """Cut a model with gates to given gate values and make it plain, in place.
+
+    Args:
+        root: the module that the gates are attached to.
+        values: gate values, shape [gates].
+
+    Raises:
+        ValueError: a layer has other gates, or is of a class that cannot be made plain.
+    """
+    gates = gates_of(root)
+    layers = _gated_layers(root, gates)
+    draw = _draw_of_kept(gates, layers, values)
+    for layer in layers:
+        _cut(layer, draw)
+    uninstall(root, gates)
+    _forget(root, gates)
+
+
+def _gated_layers(root: nn.Module, gates: Gates) -> list[GatedLayer]:
+    layers = [m for m in root.modules() if isinstance(m, GatedLayer)]
+    strange = sorted(
+        {type(m).__name__ for m in layers if gated_class(m.plain_class) is not type(m)}
+    )
+    if strange:
+        raise ValueError(f"compact: expected gated layers of l0kernels.nn, got {strange}")
+    connected = [layer for layer in layers if layer.gates is not None]
+    if any(layer.gates is not gates for layer in connected):
+        raise ValueError("compact: expected one set of gates in the model, got several")
+    return connected
+
+
+def _draw_of_kept(gates: Gates, layers: list[GatedLayer], values: Tensor) -> Draw:
+    """A draw that lists, for every port, the features that the compact model has.
+
+    They are those that arrive at a port: gates without a producer close columns, not features.
+    """
+    z = torch.cat((values, values.new_ones(1)))
+    z = torch.where(_is_unused(gates, layers, z), 0.0, z)
+    group_offsets, maps, port_offsets = gates.layout
+    born = torch.stack((maps[0], torch.full_like(maps[1], gates.count)))
+    layout = GateLayout(group_offsets, born, port_offsets)
+    selects = [False] * len(gates.port_maps)
+    return Draw(z, open_lists(z, layout), layout, selects, False, gates.log_alpha._version)
+
+
+def _is_unused(gates: Gates, layers: list[GatedLayer], z: Tensor) -> Tensor:
+    """Producers' gates whose unit is read, but nowhere with a scale other than zero."""
+    read, used = torch.zeros_like(z, dtype=torch.bool), torch.zeros_like(z, dtype=torch.bool)
+    for layer in layers:
+        if layer.in_port >= 0:
+            made, extra = gates.port_maps[layer.in_port]
+            read[made] = True
+            used[made[z[made] * z[extra] != 0]] = True
+    unused = read & ~used
+    unused[gates.count] = False
+    return unused
+
+
+def _cut(layer: GatedLayer, draw: Draw) -> None:
+    """Replace parameters and buffers by the packed ones, and set the widths."""
+    inputs, outputs = layer._in_width(), layer._out_width()
+    if layer.in_port >= 0:
+        inputs = draw.index[layer.in_port].numel()
+    if layer.out_port >= 0:
+        outputs = draw.index[layer.out_port].numel()
+    if layer.depthwise:
+        inputs = outputs
+    if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+        _cut_statistics(layer, draw)
+    if layer.weight is not None:
+        with torch.autocast(layer.weight.device.type, enabled=False):
+            weight, bias = layer.packed_parameters(draw)
+        for name, packed in (("weight", weight), ("bias", bias)):
+            old = layer._parameters.get(name)
+            if old is not None and packed is not old:
+                assert packed is not None
+                setattr(layer, name, nn.Parameter(packed, requires_grad=old.requires_grad))
+    layer.resize(inputs, outputs)
+
+
+def _cut_statistics(norm: GatedLayer, draw: Draw) -> None:
+    # Mean 0 and variance 1 let the zeros of units that only fill up pass as zeros.
+    index, is_open = draw.index[norm.out_port], norm.open_rows(draw)
+    for name, neutral in (("running_mean", 0.0), ("running_var", 1.0)):
+        full = norm._buffers[name]
+        if full is not None:
+            norm._buffers[name] = torch.where(is_open, full.index_select(0, index), neutral)
+
+
+def _forget(root: nn.Module, gates: Gates) -> None:
+    """Make layers plain that never had gates, and replace gates that have a second place."""
+    for module in root.modules():
+        if isinstance(module, GatedLayer):
+            module.__class__ = module.plain_class  # pyright: ignore[reportAttributeAccessIssue]
+            for name in ("in_gate", "out_gate"):
+                module.__dict__.pop(name, None)
+        for name, child in module._modules.items():
+            if child is gates:
+                module._modules[name] = nn.Identity()
+
+
+def _verify(root: nn.Module, values: Tensor, example_inputs: Inputs) -> None:
+    """Compare masked and compact outputs on a copy in fp64, which is used up."""
+    inputs = to_double(example_inputs)
+    root.eval()
+    gates = gates_of(root)
+    try:
+        with use_impl("reference"), gates.using(values):
+            masked = _outputs(root, inputs)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise ValueError(f"example_inputs: the model's forward fails with them: {error}") from error
+    shrink(root, values)
+    try:
+        small = _outputs(root, inputs)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise RuntimeError(f"compact: the compact model's forward fails: {error}") from error
+    error, where = worst_difference(masked, small)
+    if not error <= TOLERANCE:
+        raise RuntimeError(
+            f"compact: expected masked and compact outputs to agree to {TOLERANCE:.0e}, "
+            f"got {error:.1e} in {where}"
+        )
+
+
+def _outputs(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
+    devices = sorted({p.get_device() for p in model.parameters() if p.is_cuda})
+    with torch.random.fork_rng(devices=devices), NoDropout():
+        torch.manual_seed(0)  # other randomness is the same in both runs
+        found = call(model, to_double(inputs))
+    return {f"output {i}": _comparable(t) for i, t in enumerate(found)}
+
+
+def _comparable(t: Tensor) -> Tensor:
+    # Integers and bools have no difference that is always defined.
+    return t.clone() if t.is_floating_point() or t.is_complex() else t.double()
