@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -159,7 +159,7 @@ class Gates(nn.Module):
         self.unit_weights = _size_per_unit(self, [(layer, 1) for layer in layers])
         if positions is not None:
             names = {module: name for name, module in root.named_modules()}
-            work = [(layer, positions.get(names[layer], 1)) for layer in layers]
+            work = [(layer, layer.uses(positions.get(names[layer], 1))) for layer in layers]
             self.unit_flops = _size_per_unit(self, work)
         self._cost = self._cost_of(self._lam, self.unit_weights).to(self.log_alpha)
         _keep_draws_out_of_graphs()
@@ -542,25 +542,25 @@ def _arrivals(
     return found
 
 
-def _size_per_unit(gates: Gates, layers: list[tuple[Any, int]]) -> Tensor:
+def _size_per_unit(gates: Gates, layers: Sequence[tuple[Any, float]]) -> Tensor:
     """|G_j|: the filter of a convolution's output channel, else the columns that read the unit.
 
     This is what a gate multiplies in L0-HC: output channels of convolutions, input neurons of
-    linear layers (Louizos et al., 2018, section 4). With the number of output positions of every
-    layer as second entry it is the unit's multiply-adds per example.
+    linear layers (Louizos et al., 2018, section 4). With the number of uses of every layer's
+    weights as second entry it is the unit's multiply-adds per example.
     """
     made = torch.zeros(gates.count + 1, dtype=torch.float64)
     read = torch.zeros(gates.count + 1, dtype=torch.float64)
-    for layer, positions in layers:
+    for layer, uses in layers:
         weight = getattr(layer, "weight", None)
         if weight is None or weight.dim() < 2:
             continue
         outputs, inputs, elements = layer.shape_out_in()
         if layer.out_gate is not None and weight.dim() > 2 and not layer.depthwise:
-            size = inputs * elements * layer.uses(positions)
+            size = inputs * elements * uses
             made.index_add_(0, layer.out_gate.maps[0], _full(layer.out_gate, size))
         if layer.in_gate is not None:
-            size = outputs * elements * layer.uses(positions)
+            size = outputs * elements * uses
             for gate_map in layer.in_gate.maps:
                 read.index_add_(0, gate_map, _full(layer.in_gate, size))
     return torch.where(made > 0, made, read)[: gates.count]
