@@ -55,5 +55,5 @@ clean:
 $(STAMP): $(INSTALL_INPUTS)
 	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install -q -c constraints.txt torch numpy setuptools ninja pybind11
-	L0K_BUILD=cpu $(RUN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[train,bench,test,dev]'
+	L0K_BUILD=cpu $(RUN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[train,bench,export,hf,test,dev]'
 	touch $@

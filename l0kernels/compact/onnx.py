@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ONNX export, checked with onnxruntime."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+
+from l0kernels._files import write_whole
+from l0kernels.compact.inputs import Inputs, call, check_inputs, check_plain
+
+# Rounding in fp32 gives 1e-7 to 1e-5 in networks of a hundred layers, more with other convolution
+# algorithms; a wrong operator gives far more than 1e-3.
+TOLERANCE = 1e-4
+
+
+def export_onnx(small: nn.Module, example_inputs: Inputs, path: str | Path) -> float:
+    """Export a compact model to ONNX and run it with onnxruntime before the file is written.
+
+    The model is exported in eval mode on the CPU. The first dimension of every tensor that is as
+    long as that of the first one is the batch: it stays dynamic where the model allows it, and the
+    example batch has more than one element. The weights are in the file, which can therefore not
+    be larger than 2 GB.
+
+    Args:
+        small: a model from :func:`compact` in fp32; left as it is.
+        example_inputs: arguments of the forward, a tuple (positional) or a dict (keywords).
+        path: the file, written whole or not at all.
+
+    Returns:
+        The largest difference between the outputs of PyTorch and onnxruntime, relative to the
+        largest element of the output; at most 1e-4, which is fp32 rounding.
+
+    Raises:
+        TypeError: ``small`` is not a module, has floating tensors of another dtype than fp32, or
+            ``example_inputs`` is neither tuple nor dict.
+        ValueError: the model still has gates.
+        ImportError: onnx, onnxscript or onnxruntime is missing.
+        RuntimeError: the outputs differ by more, or in number or shape.
+    """
+    check_inputs("export_onnx", small, example_inputs)
+    check_plain("export_onnx", small)
+    dtypes = {t.dtype for t in small.state_dict().values() if isinstance(t, Tensor)}
+    odd = sorted(str(d) for d in dtypes if d.is_floating_point and d != torch.float32)
+    if odd:
+        raise TypeError(f"export_onnx: expected floating tensors in torch.float32, got {odd}")
+    runtime = _runtime()
+    model = copy.deepcopy(small).cpu().eval()
+    inputs = tree_map_only(Tensor, lambda t: t.detach().cpu(), example_inputs)
+    content = _export(model, inputs)
+    session = runtime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    error = _difference(_run_torch(model, inputs), _run_session(session, inputs))
+    if not error <= TOLERANCE:
+        raise RuntimeError(
+            f"export_onnx: expected outputs of onnxruntime and PyTorch to agree to "
+            f"{TOLERANCE:.0e}, got {error:.1e}"
+        )
+    write_whole(Path(path), lambda file: file.write(content))
+    return error
+
+
+def _runtime() -> Any:
+    try:
+        import onnx  # noqa: F401  the exporter needs both
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"export_onnx needs a package ({error}): pip install 'l0kernels[export]'"
+        ) from error
+    return onnxruntime
+
+
+def _export(model: nn.Module, inputs: Inputs) -> bytes:
+    named = isinstance(inputs, dict)
+    program = torch.onnx.export(
+        model,
+        () if named else inputs,
+        kwargs=inputs if named else None,
+        dynamic_shapes=_dynamic_batch(inputs),
+        dynamo=True,
+        verbose=False,
+    )
+    assert program is not None
+    return program.model_proto.SerializeToString()
+
+
+def _dynamic_batch(inputs: Inputs) -> Any:
+    tensors = [t for t in tree_leaves(inputs) if isinstance(t, Tensor) and t.dim()]
+    batch = tensors[0].shape[0] if tensors else -1
+
+    def dims(leaf: Any) -> Any:
+        is_batch = isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == batch
+        return {0: torch.export.Dim.AUTO} if is_batch else None
+
+    return tree_map(dims, inputs)
+
+
+@torch.no_grad()
+def _run_torch(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    return call(model, tree_map_only(Tensor, torch.clone, inputs))
+
+
+def _run_session(session: Any, inputs: Inputs) -> list[Tensor]:
+    tensors = [t for t in tree_leaves(inputs) if isinstance(t, Tensor)]
+    names = [i.name for i in session.get_inputs()]
+    if len(names) != len(tensors):
+        raise RuntimeError(
+            f"export_onnx: expected {len(tensors)} inputs in the exported graph, got {names}"
+        )
+    feed = {name: t.numpy() for name, t in zip(names, tensors, strict=True)}
+    return [torch.from_numpy(array) for array in session.run(None, feed)]
+
+
+def _difference(expected: list[Tensor], got: list[Tensor]) -> float:
+    shapes = [[tuple(t.shape) for t in outputs] for outputs in (expected, got)]
+    if shapes[0] != shapes[1]:
+        raise RuntimeError(f"export_onnx: expected outputs of shapes {shapes[0]}, got {shapes[1]}")
+    worst = 0.0
+    for a, b in zip(expected, got, strict=True):
+        if a.numel():
+            largest = float(a.double().abs().max())
+            error = float((a.double() - b.double()).abs().max()) / max(largest, 1e-30)
+            worst = error if not error <= worst else worst
+    return worst
