@@ -943,10 +943,10 @@ def vit(size: Size) -> nn.Module:
         intermediate_size=24 if size == "small" else 4 * hidden,
         image_size=8 if size == "small" else 64,
         patch_size=4 if size == "small" else 8,
-        num_labels=5 if size == "small" else 100,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
+    config.num_labels = 5 if size == "small" else 100
     return ViTForImageClassification(config)
 
 
@@ -961,10 +961,10 @@ def bert(size: Size) -> nn.Module:
         num_attention_heads=heads,
         intermediate_size=24 if size == "small" else 4 * hidden,
         max_position_embeddings=16 if size == "small" else 128,
-        num_labels=5,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
+    config.num_labels = 5
     return BertForSequenceClassification(config)
 
 
@@ -1038,7 +1038,7 @@ LAST_IS_OUTPUT = {"classifier": OUTPUT, "*": STREAM}
 MLP_ONLY = {"classifier": OUTPUT, "*": ATTENTION}
 CAUSAL = {"lm_head": rf"{OUTPUT}|{SHARED}", "*": ATTENTION}
 REUSES = {
-    "before": rf"read by twice: .*{TWICE}",
+    "before": rf"{TWICE}|{JOINED} twice",
     "twice": TWICE,
     "between": rf"read by tied1: .*{SHARED}",
     "tied?": SHARED,
