@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random networks: packed against an oracle that knows nothing of the package's layers."""

@@ -1,0 +1,346 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One case: a random network converted and compared with the oracle."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+import l0kernels as l0
+from fuzz.networks import FAMILIES, programs
+from fuzz.oracle import (
+    TOLERANCE,
+    Masks,
+    Scope,
+    collect,
+    difference,
+    is_finite,
+    masked,
+    rounding,
+    scale,
+)
+from fuzz.writer import Draw, Program
+
+LAYERS = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+)
+# Errors up to this multiple of what rounding noise does to the oracle itself are not judged.
+ILL_CONDITIONED = 100.0
+
+
+class Wrong(AssertionError):
+    """``convert`` accepted a network and it is not what the oracle says."""
+
+
+@dataclass
+class Case:
+    """A network and how it is converted."""
+
+    program: Program
+    options: dict[str, Any]
+    training: bool
+
+    def __str__(self) -> str:
+        shown = ", ".join(f"{name}={_shown(value)}" for name, value in self.options.items())
+        return (
+            f"{self.program}net.train({self.training})\n"
+            f'l0.convert(net, "hard_concrete", example_inputs=inputs, {shown})\n'
+        )
+
+
+def _shown(value: Any) -> str:
+    if value is every_layer:
+        return "lambda name, module: True"
+    return f"l0.select.{value.__name__}" if callable(value) else repr(value)
+
+
+def every_layer(name: str, module: nn.Module) -> bool:
+    """A ``select`` that wants all layers, residual streams too."""
+    return True
+
+
+@st.composite
+def cases(draw: Draw, families: tuple[str, ...] = FAMILIES) -> Case:
+    """Networks with options of ``convert``."""
+    program = draw(programs(families))
+    options = draw(
+        st.sampled_from(
+            (
+                {"select": "inner"},
+                {"select": "inner", "granularity": "input"},
+                {"select": every_layer},
+            )
+        )
+    )
+    return Case(program, options, draw(st.booleans()))
+
+
+@dataclass
+class Outcome:
+    """What a case came to.
+
+    Args:
+        groups: number of groups; 0 where the whole network was refused.
+        gated: layers whose units are gated.
+        ill: comparisons that rounding alone decides.
+    """
+
+    groups: int = 0
+    gated: set[str] = field(default_factory=set)
+    ill: int = 0
+
+
+@dataclass
+class Tally:
+    """Totals over cases, and how often each operation met gated and ungated units."""
+
+    cases: int = 0
+    converted: int = 0
+    groups: int = 0
+    ill: int = 0
+    gated: Counter[str] = field(default_factory=Counter)
+    refused: Counter[str] = field(default_factory=Counter)
+
+    def add(self, case: Case, outcome: Outcome) -> None:
+        """Count one case."""
+        self.cases += 1
+        self.converted += outcome.groups > 0
+        self.groups += outcome.groups
+        self.ill += outcome.ill
+        for use in case.program.uses:
+            for layer in use.layers:
+                counter = self.gated if layer in outcome.gated else self.refused
+                counter[use.operation] += 1
+
+    def merge(self, other: Tally) -> None:
+        """Add another tally."""
+        self.cases += other.cases
+        self.converted += other.converted
+        self.groups += other.groups
+        self.ill += other.ill
+        self.gated += other.gated
+        self.refused += other.refused
+
+    def table(self) -> str:
+        """Operations, most frequent first."""
+        total = self.gated + self.refused
+        rows = [f"{'operation':44} {'layers':>8} {'gated':>8} {'refused':>8}"]
+        for name, count in total.most_common():
+            rows.append(f"{name:44} {count:8} {self.gated[name]:8} {self.refused[name]:8}")
+        return "\n".join(rows)
+
+
+def run_case(case: Case) -> Outcome:
+    """Convert the network and compare it with the oracle.
+
+    Raises:
+        Wrong: it differs.
+        Exception: whatever else ``convert`` raises but a refusal of the whole network.
+    """
+    plain = case.program.build().train(case.training)
+    inputs = case.program.inputs()
+    packed = copy.deepcopy(plain)
+    before = {n: t.clone() for n, t in packed.state_dict().items()}
+    try:
+        l0.convert(packed, "hard_concrete", example_inputs=inputs, **case.options)
+    except ValueError as error:
+        if "nothing can be gated" not in str(error):
+            raise
+        _check_untouched(packed, plain, before)
+        return Outcome()
+    _check_state(packed, before)
+    _check_report(packed, plain, inputs)
+    masks = Masks.of(packed)
+    outcome = Outcome(len(packed.l0.names), _gated(packed, masks))  # pyright: ignore
+    _without_dropout(plain).double(), _without_dropout(packed).double()
+    inputs = tuple(x.double() for x in case.program.inputs(seed=1))
+    outcome.ill = _compare(plain, packed, masks, inputs)
+    _check_compact(plain, packed, masks, inputs)
+    _check_revert(plain, packed, inputs)
+    return outcome
+
+
+def _without_dropout(net: nn.Module) -> nn.Module:
+    for module in net.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+    return net
+
+
+def _gated(packed: nn.Module, masks: Masks) -> set[str]:
+    modules = dict(packed.named_modules())
+    return {name for name in masks.made if isinstance(modules[name], LAYERS)}
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise Wrong(message)
+
+
+def _check_untouched(net: nn.Module, plain: nn.Module, before: dict[str, Tensor]) -> None:
+    """A refused network is as it was."""
+    _check_state(net, before)
+    types = [type(m) for m in net.modules()]
+    _require(types == [type(m) for m in plain.modules()], "a refused network was changed")
+    _require(not net._forward_pre_hooks, "a refused network has a hook")
+
+
+def _check_state(net: nn.Module, before: dict[str, Tensor]) -> None:
+    state = net.state_dict()
+    own = [name for name in state if not name.startswith("l0.")]
+    _require(own == list(before), f"keys {sorted(set(own) ^ set(before))} changed")
+    for name, value in before.items():
+        _require(torch.equal(state[name], value), f"convert changed {name}")
+
+
+def _check_report(packed: nn.Module, plain: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Every called layer is in a group or has a reason."""
+    report = l0.report(packed)
+    _require(str(report).startswith("| group"), "the report cannot be printed")
+    made = {name for row in report.groups for name in row.producers}
+    silent = _called_layers(plain, inputs) - made - set(report.ungated)
+    _require(not silent, f"neither gated nor refused with a reason: {sorted(silent)}")
+
+
+def _called_layers(plain: nn.Module, inputs: tuple[Tensor, ...]) -> set[str]:
+    """Convolutions (not depthwise) and linear layers that run in training or eval mode."""
+    called: set[str] = set()
+    net = copy.deepcopy(plain)
+    for name, module in net.named_modules():
+        depthwise = 1 < getattr(module, "groups", 1) == module.in_channels  # pyright: ignore
+        if isinstance(module, LAYERS) and not depthwise:
+            module.register_forward_hook(lambda m, a, o, name=name: called.add(name))
+    with torch.no_grad():
+        net.train()(*inputs)
+        net.eval()(*inputs)
+    return called
+
+
+def draws(gates: Any) -> Iterator[tuple[bool, Tensor]]:
+    """Mode and gate values: random ones, none open, one open per group, all open."""
+    generator = torch.Generator().manual_seed(int(gates.count))
+    zeros = torch.zeros(gates.count, dtype=torch.float64)
+    one = zeros.clone()
+    for _, where in gates.slices():
+        size = where.stop - where.start
+        one[where.start + int(torch.randint(size, (1,), generator=generator))] = 0.7
+
+    def some(fraction: float) -> Tensor:
+        u = torch.rand(2, gates.count, generator=generator, dtype=torch.float64)
+        return torch.where(u[0] < fraction, 0.05 + 0.95 * u[1], 0.0)
+
+    yield from ((True, z) for z in (some(0.5), zeros, one, some(0.8)))
+    yield from ((False, z) for z in (some(0.5), some(0.2)))
+
+
+def _compare(plain: nn.Module, packed: nn.Module, masks: Masks, inputs: tuple[Tensor, ...]) -> int:
+    """Packed against masked over all draws; returns how many could not be judged."""
+    gates: Any = packed.l0
+    run_masked = partial(masked, plain, masks)
+    ill = 0
+    for number, (training, z) in enumerate(draws(gates)):
+        plain.train(training)
+        packed.train(training)
+
+        place = f"draw {number}, {'training' if training else 'eval'} mode"
+        exact = collect(plain, run_masked, inputs, z)
+        assert is_finite(exact), f"{place}: the masked network is not finite"
+        try:
+            got = collect(packed, gates.using, inputs, z)
+        except Exception as error:
+            raise Wrong(f"{place}: the packed network fails: {error!r}") from error
+        error, where = difference(exact, got)
+        if not error <= TOLERANCE:
+            noise = _sensitivity(plain, run_masked, inputs, z, exact)
+            if not error <= ILL_CONDITIONED * noise:
+                raise Wrong(f"{place}: {where} differs by {error:.1e} (noise {noise:.1e})")
+            ill += 1
+        _check_closed(packed, masks, z, exact, got, place)
+    return ill
+
+
+def _sensitivity(
+    plain: nn.Module, run: Scope, inputs: tuple[Tensor, ...], z: Tensor, exact: dict[str, Tensor]
+) -> float:
+    """How much rounding noise alone changes the masked network, at most of five times."""
+    worst = 0.0
+    for seed in range(5):
+        with rounding(plain, seed):
+            worst = max(worst, difference(exact, collect(plain, run, inputs, z))[0])
+    return worst
+
+
+def _check_closed(
+    packed: nn.Module,
+    masks: Masks,
+    z: Tensor,
+    exact: dict[str, Tensor],
+    got: dict[str, Tensor],
+    place: str,
+) -> None:
+    """Gradients of closed rows and columns are exactly zero, where the oracle's are.
+
+    They are not where the weight is used outside its layer too.
+    """
+    modules = dict(packed.named_modules())
+    for side, maps_of in ((0, masks.made), (1, masks.read)):
+        for name, maps in maps_of.items():
+            closed = scale(maps, z) == 0
+            for kind in ("weight", "bias") if side == 0 else ("weight",):
+                key = f"grad {name}.{kind}"
+                if key not in got:
+                    continue
+                turned = isinstance(modules[name], nn.modules.conv._ConvTransposeNd)
+                dim = 1 - side if turned and kind == "weight" else side
+                theirs, ours = (t[key].movedim(dim, 0)[closed] for t in (exact, got))
+                _require(bool((ours[theirs == 0] == 0).all()), f"{place}: {key} where closed")
+
+
+@torch.no_grad()
+def _check_compact(
+    plain: nn.Module, packed: nn.Module, masks: Masks, inputs: tuple[Tensor, ...]
+) -> None:
+    """The compact network, plain layers only, is the masked one in eval mode."""
+    gates: Any = packed.l0
+    generator = torch.Generator().manual_seed(int(gates.count))
+    u = torch.rand(gates.count, generator=generator, dtype=torch.float64)
+    gates.log_alpha.copy_(8.0 * u - 5.0)
+    plain.eval()
+    try:
+        small = l0.compact(packed, inputs).eval()
+    except Exception as error:
+        raise Wrong(f"compact fails: {error!r}") from error
+    _require(not hasattr(small, "l0"), "the compact network has gates")
+    with masked(plain, masks, gates.deterministic()):
+        exact = {"output": _flat(plain(*inputs))}
+    error, _ = difference(exact, {"output": _flat(small(*inputs))})
+    _require(error <= TOLERANCE, f"compact: outputs differ by {error:.1e}")
+
+
+def _check_revert(plain: nn.Module, packed: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    l0.revert(packed)
+    types = [type(m) for m in packed.modules()]
+    _require(types == [type(m) for m in plain.modules()], "revert: classes differ")
+    _require(list(packed.state_dict()) == list(plain.state_dict()), "revert: keys differ")
+    with torch.no_grad():
+        outputs = (net.eval()(*inputs) for net in (plain, packed))
+        exact, got = ({"output": _flat(value)} for value in outputs)
+    error, _ = difference(exact, got)
+    _require(error <= 1e-12, f"revert: outputs differ by {error:.1e}")
+
+
+def _flat(value: Any) -> Tensor:
+    return torch.cat([t.flatten() for t in tree_leaves(value)])
