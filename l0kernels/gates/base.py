@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import operator
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,11 +33,22 @@ def per_group(what: str, value: float | Mapping[str, float], names: list[str]) -
     return values
 
 
+def _whole(what: str, value: Any, expected: str, low: int, high: int) -> int:
+    """An integer of any kind (numpy's too) with low <= value < high."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = low - 1
+    if not low <= number < high:
+        raise ValueError(f"{what}: expected {expected}, got {value!r}")
+    return number
+
+
 class Gates(nn.Module):
     """All gates of a model in one flat vector ``log_alpha``, drawn together.
 
-    Subclasses name the law, set ``log_alpha`` and give the deterministic gate. ``forward`` is the
-    identity, so that the gates can live anywhere in a model.
+    Subclasses name the law, set ``log_alpha`` and give the deterministic gate, computed from
+    ``alpha``. ``forward`` is the identity, so that the gates can live anywhere in a model.
 
     Args:
         groups: name -> number of units.
@@ -59,22 +71,17 @@ class Gates(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, size in groups.items():
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(
-                    f"group {name!r}: expected a positive number of units, got {size!r}"
-                )
         if not groups:
             raise ValueError("groups: expected at least one, got none")
-        if not isinstance(n_train, int) or n_train < 1:
-            raise ValueError(f"n_train: expected a positive integer, got {n_train!r}")
-        if not isinstance(seed, int) or not 0 <= seed < 2**63:
-            raise ValueError(f"seed: expected an integer 0 <= seed < 2**63, got {seed!r}")
         self.names = list(groups)
-        self.sizes = list(groups.values())
+        self.sizes = [
+            _whole(f"group {name!r}", size, "a positive number of units", 1, 2**63)
+            for name, size in groups.items()
+        ]
         self.count = sum(self.sizes)
         self._lam = per_group("lam", lam, self.names)
-        self.n_train = n_train
+        self.n_train = _whole("n_train", n_train, "a positive integer", 1, 2**63)
+        seed = _whole("seed", seed, "an integer 0 <= seed < 2**63", 0, 2**63)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.register_buffer("seed", torch.tensor(seed, dtype=torch.int64))
         offsets = torch.tensor([0, *self.sizes]).cumsum(0)
@@ -85,6 +92,7 @@ class Gates(nn.Module):
         self.port_selects: list[bool] = []
         self.port_arrivals: list[list[tuple[int, int]] | None] = []
         self._ports: dict[tuple[str, ...], int] = {}
+        self._norms: list[tuple[str, ...]] = []
         self.unit_weights = torch.ones(self.count, dtype=torch.float64)
         self.unit_flops: Tensor | None = None
         self.refused: dict[str, str] = {}
@@ -92,6 +100,7 @@ class Gates(nn.Module):
         self._draw: Draw | None = None
         self._awaiting: Draw | None = None
         self._projected = -1
+        self._frozen_at: Tensor | None = None
         self._graphs: weakref.WeakSet[Graph] = weakref.WeakSet()
         self._held = 0
 
@@ -106,11 +115,63 @@ class Gates(nn.Module):
         raise NotImplementedError
 
     def project(self) -> None:
-        """Bring the parameters into the range the method asks for (runs before each draw)."""
+        """Bring the parameters into the range the method asks for (runs before each sample)."""
 
     def estimate(self, closure: Callable[[], Tensor]) -> Tensor:
         """Estimator of the expected loss under the current draw."""
         return closure()
+
+    # Frozen gates.
+
+    @property
+    def frozen(self) -> bool:
+        """Whether ``freeze`` has been called."""
+        return self._frozen_at is not None
+
+    @property
+    def alpha(self) -> Tensor:
+        """The values that count, shape [gates]: ``log_alpha``, or what it was when frozen."""
+        return self.log_alpha if self._frozen_at is None else self._frozen_at
+
+    def freeze(self) -> None:
+        """Train on with the present test gates: nothing is sampled, and widths stay.
+
+        ``log_alpha`` gets gradients of exactly zero, of the data loss and of the penalty, instead
+        of none: DDP waits for them. As momentum and weight decay move a parameter at zero
+        gradient, the gates depend on a copy made here, and ``log_alpha`` is put back to it before
+        the next draw. The copy is part of the ``state_dict``. ``step`` stands still. Frozen twice
+        is frozen once.
+
+        Call it between training steps, under DDP on every rank. An averaged (EMA) model has gates
+        of its own: freeze them too, or they go on following ``log_alpha``.
+
+        Raises:
+            RuntimeError: inside ``hold`` or ``expected_loss``.
+        """
+        self._check_free("freeze")
+        if self._frozen_at is None:
+            self._freeze_at(self.log_alpha.detach().clone())
+
+    def unfreeze(self) -> None:
+        """Sample again, from ``log_alpha`` as it was when frozen.
+
+        Raises:
+            RuntimeError: inside ``hold`` or ``expected_loss``.
+        """
+        self._check_free("unfreeze")
+        if self._frozen_at is not None:
+            with torch.no_grad():
+                self.log_alpha.copy_(self._frozen_at)
+            self._freeze_at(None)
+
+    def _check_free(self, what: str) -> None:
+        if self._held:
+            raise RuntimeError(f"{what}: expected to be outside hold and expected_loss")
+
+    def _freeze_at(self, values: Tensor | None) -> None:
+        self._frozen_at = values
+        self._draw = None
+        self._projected = -1
 
     # Structure.
 
@@ -156,9 +217,11 @@ class Gates(nn.Module):
         if not layers:
             raise ValueError("attach: expected a model with layers that use these gates, got none")
         self._plan_ports(layers)
+        names = {module: name for name, module in root.named_modules()}
+        norms = [m for m in layers if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self._norms = [tuple(names[norm].split(".")) for norm in norms]
         self.unit_weights = _size_per_unit(self, [(layer, 1) for layer in layers])
         if positions is not None:
-            names = {module: name for name, module in root.named_modules()}
             work = [(layer, layer.uses(positions.get(names[layer], 1))) for layer in layers]
             self.unit_flops = _size_per_unit(self, work)
         self._cost = self._cost_of(self._lam, self.unit_weights).to(self.log_alpha)
@@ -241,6 +304,8 @@ class Gates(nn.Module):
         if self.log_alpha.dtype in (torch.float16, torch.bfloat16):
             # Gates of a half-precision model stay in the precision their law needs.
             self.log_alpha.data = before.to(self.log_alpha.device, torch.float32)
+        if self._frozen_at is not None:
+            self._frozen_at = self._frozen_at.to(self.log_alpha)
         self.layout = GateLayout(*(fn(t) for t in self.layout))
         self.port_maps = [fn(m) for m in self.port_maps]
         # Anew rather than converted: a detour over a narrow dtype would lose digits.
@@ -260,20 +325,28 @@ class Gates(nn.Module):
         self._graphs = weakref.WeakSet()
         _keep_draws_out_of_graphs()
 
-    def get_extra_state(self) -> dict[str, int]:
-        """Group names and sizes, so that a checkpoint of other gates is noticed."""
-        return dict(zip(self.names, self.sizes, strict=True))
+    def get_extra_state(self) -> dict[str, Any]:
+        """Group names and sizes, so that a checkpoint of other gates is noticed, and ``alpha`` of
+        frozen gates.
+        """
+        return {"groups": dict(zip(self.names, self.sizes, strict=True)), "frozen": self._frozen_at}
 
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        """Nothing to set: ``load_state_dict`` compares the groups before it loads anything."""
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Freeze or unfreeze; ``load_state_dict`` compares the groups before it loads anything."""
+        values = state["frozen"]
+        if values is not None:
+            values = values.detach().to(self.log_alpha, copy=True)
+        if values is not None or self.frozen:
+            self._freeze_at(values)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if prefix and not any(key.startswith(prefix) for key in state_dict):
             return  # A checkpoint from before conversion has no gates: keep the present ones.
-        saved = state_dict.get(f"{prefix}_extra_state", self.get_extra_state())
-        if saved != self.get_extra_state():
+        own = self.get_extra_state()
+        saved = state_dict.get(f"{prefix}_extra_state", own)
+        if saved["groups"] != own["groups"]:
             raise ValueError(
-                f"load_state_dict: expected gates {self.get_extra_state()}, got {saved}"
+                f"load_state_dict: expected gates {own['groups']}, got {saved['groups']}"
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -351,16 +424,19 @@ class Gates(nn.Module):
             self._graphs.add(draw.graph)
 
     def draw(self) -> None:
-        """Draw the gates: sampled in training mode, deterministic in eval mode.
+        """Draw the gates: sampled in training mode, deterministic in eval mode and when frozen.
 
         Raises:
             ValueError: NaN in log_alpha, or a step that no longer fits the noise counter.
         """
-        if self.training:
+        if not self.training:
+            self.draw_given(self._checked_deterministic())
+        elif self.frozen:
+            self._settle()
+            self.draw_given(_Constant.apply(self.log_alpha, self._checked_deterministic()))
+        else:
             self.step.add_(1)
             self._set_draw(self._sample(self._cost))
-        else:
-            self.draw_given(self._checked_deterministic())
 
     @torch.no_grad()
     def _checked_deterministic(self) -> Tensor:
@@ -389,16 +465,24 @@ class Gates(nn.Module):
         return Draw(z, lists, self.layout, selects, self.training, version, expected)
 
     def _sample(self, cost: Tensor) -> Draw:
-        if self.training and self.log_alpha._version != self._projected:
-            # Not before every draw: a graph of the same parameters may still wait for backward.
-            with torch.no_grad():
-                self.project()
-            self._projected = self.log_alpha._version
+        if self.training:
+            self._settle()
         key = torch.stack((self.seed, self.step))
         # The masked reference shares the engine's draws; only its layers are plain PyTorch.
         with use_impl("auto" if current_impl() == "reference" else current_impl()):
             z, expected, lists = sample_gates(self.log_alpha, key, cost, self.layout, self.law)
         return self._make_draw(z, lists, expected)
+
+    @torch.no_grad()
+    def _settle(self) -> None:
+        """Bring log_alpha to where the method, or having been frozen, wants it."""
+        if self.log_alpha._version == self._projected:
+            return  # A graph of the same parameters may still wait for backward.
+        if self._frozen_at is None:
+            self.project()
+        else:
+            self.log_alpha.copy_(self._frozen_at)
+        self._projected = self.log_alpha._version
 
     @contextmanager
     def holding(self) -> Iterator[None]:
@@ -426,8 +510,7 @@ class Gates(nn.Module):
         """Keep the deterministic gates and the weights packed with them (eval mode)."""
         if self.training:
             raise RuntimeError("frozen: expected a model in eval mode, got training mode")
-        if self._held:
-            raise RuntimeError("frozen: expected to be outside hold and expected_loss")
+        self._check_free("frozen")
         with torch.inference_mode(False), torch.no_grad():
             self.draw()
         assert self._draw is not None
@@ -473,6 +556,9 @@ class Gates(nn.Module):
         return differentiable and draw.version == self.log_alpha._version
 
     def _expected(self, cost: Tensor) -> Tensor:
+        if self.frozen:
+            value = (cost.double() * self.open_probability()).sum()
+            return _Constant.apply(self.log_alpha, value.to(cost.dtype))
         expected = self._sample(cost).expected
         assert expected is not None
         return expected
@@ -492,6 +578,19 @@ class Gates(nn.Module):
         return ", ".join(f"{n}={s}" for n, s in zip(self.names, self.sizes, strict=True))
 
 
+class _Constant(torch.autograd.Function):
+    """A value that hands a parameter gradients of zero, whatever comes in (Inf and NaN too)."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, value: Tensor) -> Tensor:
+        ctx.shape = parameter.shape
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0].new_zeros(ctx.shape), None
+
+
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
@@ -500,10 +599,26 @@ def draw_before_forward(root: nn.Module, args: Any) -> None:
     """Forward pre-hook of the root; a module-level function, so that it survives copies."""
     gates = root.l0
     assert isinstance(gates, Gates)
-    if not torch.compiler.is_compiling() and _in_backward():
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
+        _check_norms(root, gates._norms)
+    if not compiling and _in_backward():
         gates.keep_for_recomputation()
     elif not gates._held:
         _draw(gates)
+
+
+def _check_norms(root: nn.Module, places: list[tuple[str, ...]]) -> None:
+    """Notice SyncBatchNorm in the place of gated norms: it takes packed features for all."""
+    for place in places:
+        module: nn.Module | None = root
+        for part in place:
+            module = None if module is None else module._modules.get(part)
+        if isinstance(module, nn.SyncBatchNorm):
+            raise RuntimeError(
+                f"{'.'.join(place)}: expected the gated BatchNorm that convert made, got "
+                f"SyncBatchNorm, which knows no gates; revert before convert_sync_batchnorm"
+            )
 
 
 _draw: Callable[[Gates], Any] = Gates.draw

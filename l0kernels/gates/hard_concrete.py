@@ -51,17 +51,17 @@ class HardConcrete(Gates):
         if bad:
             raise ValueError(f"droprate: expected values in (0, 1), got {bad}")
         means = [math.log((1 - rates[name]) / rates[name]) for name in self.names]
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(int(self.seed))
         noise = torch.randn(self.count, generator=generator) * 0.01
         mean = torch.tensor(means).repeat_interleave(torch.tensor(self.sizes))
         self.log_alpha = nn.Parameter(mean + noise)
 
     def deterministic(self) -> Tensor:
-        stretched = torch.sigmoid(self.log_alpha.double()) * (ZETA - GAMMA) + GAMMA
+        stretched = torch.sigmoid(self.alpha.double()) * (ZETA - GAMMA) + GAMMA
         return stretched.clamp(0, 1).to(self.log_alpha.dtype)
 
     def open_probability(self) -> Tensor:
-        return torch.sigmoid(self.log_alpha.detach().double() - BETA * math.log(-GAMMA / ZETA))
+        return torch.sigmoid(self.alpha.detach().double() - BETA * math.log(-GAMMA / ZETA))
 
     def project(self) -> None:
         self.log_alpha.clamp_(*CLAMP)
