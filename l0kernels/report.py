@@ -4,14 +4,24 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from l0kernels._config import current_impl
 from l0kernels.gates.base import Gates
-from l0kernels.nn import GatedLayer
+from l0kernels.nn import GatedLayer, gated_class
 from l0kernels.training import gates_of, root_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PACKED = "packed"
+GATHERED = "gathered at the input"
+MASKED = "masked reference"
 
 
 @dataclass(frozen=True)
@@ -20,12 +30,15 @@ class GroupRow:
 
     Args:
         name: the group.
-        producers: layers that make its units.
-        consumers: layers that read them.
+        producers: layers that make its units; several for a product of features (GLU,
+            squeeze-and-excite) or attention heads, none for gates of input features.
+        consumers: layers that read them, whose inputs the gates multiply.
         units: number of units.
         expected_open: expected number of open units under the training law.
         test_open: open units of the deterministic gate.
-        path: how it runs.
+        path: how its layers run now: "packed" (only open units are made and read), "gathered at
+            the input" (units that no gated layer makes: the reader drops the closed ones), or
+            "masked reference" (asked for with ``use_impl`` or ``L0K_IMPL``).
     """
 
     name: str
@@ -39,7 +52,13 @@ class GroupRow:
 
 @dataclass(frozen=True)
 class Report:
-    """See :func:`report`."""
+    """See :func:`report`.
+
+    Args:
+        groups: one row per group.
+        ungated: layer -> why it has no gates.
+        weights: see :meth:`weights_open`.
+    """
 
     groups: tuple[GroupRow, ...]
     ungated: dict[str, str]
@@ -55,9 +74,29 @@ class Report:
         """Plain Python values, ready for JSON."""
         return {
             "groups": [asdict(row) for row in self.groups],
-            "ungated": self.ungated,
-            "weights": self.weights,
+            "ungated": dict(self.ungated),
+            "weights": dict(self.weights),
         }
+
+    def plot(self, path: str | PathLike[str] | None = None) -> Figure:
+        """Draw one bar per group: its units, expected open and open at test; then what is ungated.
+
+        Args:
+            path: where to save it too; the suffix names the format (.png, .svg, .pdf).
+
+        Returns:
+            A matplotlib figure.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            ValueError: matplotlib does not write the format.
+        """
+        from l0kernels._report_plot import draw, save
+
+        figure = draw(self)
+        if path is not None:
+            save(figure, Path(path))
+        return figure
 
     def __str__(self) -> str:
         lines = [
@@ -65,8 +104,15 @@ class Report:
             "|---|---|---|---:|---:|---:|---|",
         ]
         lines += [
-            f"| {r.name} | {', '.join(r.producers) or 'input'} | {', '.join(r.consumers)} "
-            f"| {r.units} | {r.expected_open:.1f} | {r.test_open} | {r.path} |"
+            _row(
+                r.name,
+                ", ".join(r.producers) or "input",
+                ", ".join(r.consumers) or "none",
+                str(r.units),
+                f"{r.expected_open:.1f}",
+                str(r.test_open),
+                r.path,
+            )
             for r in self.groups
         ]
         total = self.weights["total"]
@@ -77,8 +123,13 @@ class Report:
         ]
         if self.ungated:
             lines += ["", "| not gated | why |", "|---|---|"]
-            lines += [f"| {name} | {why} |" for name, why in self.ungated.items()]
+            lines += [_row(name, why) for name, why in self.ungated.items()]
         return "\n".join(lines)
+
+
+def _row(*cells: str) -> str:
+    """A line of a Markdown table."""
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def report(model: nn.Module) -> Report:
@@ -102,7 +153,7 @@ def report(model: nn.Module) -> Report:
             units=where.stop - where.start,
             expected_open=expected[name],
             test_open=test[name],
-            path="packed",
+            path=_path(named, gates, where),
         )
         for name, where in gates.slices()
     )
@@ -117,9 +168,27 @@ def _users(named: dict[str, GatedLayer], side: str, where: slice) -> tuple[str, 
         weight = getattr(layer, "weight", None)
         if ref is None or weight is None or weight.dim() < 2 or layer.depthwise:
             continue
-        if any(((m >= where.start) & (m < where.stop)).any() for m in ref.maps):
+        if any(_meets(m, where) for m in ref.maps):
             found.append(name)
     return tuple(found)
+
+
+def _meets(gate_map: Tensor, where: slice) -> bool:
+    return bool(((gate_map >= where.start) & (gate_map < where.stop)).any())
+
+
+def _path(named: dict[str, GatedLayer], gates: Gates, where: slice) -> str:
+    """How the layers that use a range of gates run, from the ports that they work with."""
+    if current_impl() == "reference":
+        return MASKED
+    paths = set()
+    for layer in named.values():
+        for port in (layer.in_port, layer.out_port):
+            if port >= 0 and layer.gates is gates:
+                made, extra = gates.port_maps[port]
+                paths |= {PACKED} if _meets(made, where) else set()
+                paths |= {GATHERED} if _meets(extra, where) else set()
+    return ", ".join(sorted(paths, reverse=True))
 
 
 @torch.no_grad()
@@ -129,8 +198,8 @@ def _count_weights(root: nn.Module, gates: Gates) -> dict[str, float]:
     z = torch.cat((gates.deterministic().cpu() != 0, torch.ones(1, dtype=torch.bool))).double()
     total = expected = test = 0.0
     for module in root.modules():
-        weight = getattr(module, "weight", None)
-        if not isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) or weight is None:
+        weight = getattr(module, "weight", None) if _makes_units(module) else None
+        if weight is None or weight.dim() < 2:
             continue
         total += weight.numel()
         expected += _open_weights(module, weight, p)
@@ -138,14 +207,20 @@ def _count_weights(root: nn.Module, gates: Gates) -> dict[str, float]:
     return {"expected": expected, "test": test, "total": total}
 
 
+def _makes_units(module: nn.Module) -> bool:
+    known = (nn.modules.conv._ConvNd, nn.Linear, GatedLayer)
+    return isinstance(module, known) or gated_class(type(module)) is not None
+
+
 def _open_weights(module: nn.Module, weight: Tensor, openness: Tensor) -> float:
-    rows, columns = float(weight.shape[0]), float(weight.shape[1])
-    if isinstance(module, GatedLayer):
-        if module.out_gate is not None:
-            rows = _open_features(module.out_gate.maps, openness)
-        if module.in_gate is not None:
-            columns = _open_features(module.in_gate.maps, openness)
-    return rows * columns * weight[0, 0].numel()
+    if not isinstance(module, GatedLayer):
+        return float(weight.numel())
+    rows, columns, elements = module.shape_out_in()
+    if module.out_gate is not None:
+        rows = _open_features(module.out_gate.maps, openness)
+    if module.in_gate is not None:
+        columns = _open_features(module.in_gate.maps, openness)
+    return float(rows * columns * elements)
 
 
 def _open_features(maps: tuple[Tensor, ...], openness: Tensor) -> float:

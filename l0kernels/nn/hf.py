@@ -73,9 +73,8 @@ def _make_conv1d() -> type[GatedLayer]:
 
     body = {
         "__doc__": _GatedConv1D.__doc__,
-        # Pickle finds the class by these two.
+        # Pickle finds the class by it.
         "__module__": __name__,
-        "__qualname__": "GatedConv1D",
         "plain_class": Conv1D,
     }
     return type("GatedConv1D", (_GatedConv1D, Conv1D), body)
