@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
@@ -280,6 +281,30 @@ def errors_by_kind(exact: dict[str, Tensor], got: dict[str, Tensor]) -> dict[str
             error = torch.cat([got[n].double().flatten() for n in names]) - t
             errors[kind] = float(error.norm() / t.norm().clamp_min(1e-30))
     return errors
+
+
+def fp32_errors(single: Twins, seeds: range) -> dict[str, tuple[float, float]]:
+    """Return the errors of fp32 runs against fp64: packed and masked, by kind, medians over draws.
+
+    Medians: a rounding error that flips one ReLU is worth more than all others together.
+    """
+    exact = single.to(torch.float64)
+    match_layout(single.plain, single.packed)
+    found: dict[str, tuple[list[float], list[float]]] = {}
+    for seed in seeds:
+        z = gate_values(gates_of(single.packed).sizes, seed).float()
+        truth = exact.run_masked(z.double())
+        for side, got in enumerate((single.run_packed(z), single.run_masked(z))):
+            for kind, error in errors_by_kind(truth, got).items():
+                found.setdefault(kind, ([], []))[side].append(error)
+    return {kind: (median(ours), median(theirs)) for kind, (ours, theirs) in found.items()}
+
+
+def match_layout(plain: nn.Module, packed: nn.Module) -> None:
+    """Give the parameters the memory format of the packed network: rounding depends on it."""
+    own = dict(packed.named_parameters())
+    for name, parameter in plain.named_parameters():
+        parameter.data = torch.empty_like(own[name]).copy_(parameter)
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@
 
 import copy
 import re
-from statistics import median
 
 import pytest
 import torch
@@ -115,24 +114,8 @@ def test_packed_equals_masked_in_fp64(twins: oracle.Twins):
 
 @pytest.mark.parametrize("chosen", IN_FP32)
 def test_packed_fp32_errs_at_most_twice_as_much_as_masked_fp32(chosen: str):
-    single = converted(chosen)
-    exact = single.to(torch.float64)
-    # PyTorch's own error depends on the layout: the masked twin gets that of the packed network.
-    own = dict(single.packed.named_parameters())
-    for name, p in single.plain.named_parameters():
-        p.data = torch.empty_like(own[name]).copy_(p)
-    ours: dict[str, list[float]] = {}
-    theirs: dict[str, list[float]] = {}
-    for seed in range(5, 14):
-        z = oracle.gate_values(gates_of(single.packed).sizes, seed).float()
-        truth = exact.run_masked(z.double())
-        for errors, got in ((ours, single.run_packed(z)), (theirs, single.run_masked(z))):
-            for kind, error in oracle.errors_by_kind(truth, got).items():
-                errors.setdefault(kind, []).append(error)
-    # Medians: a rounding error that flips one ReLU is worth more than all others together.
-    for kind in ours:
-        floor = torch.finfo(torch.float32).eps
-        assert median(ours[kind]) <= 2 * median(theirs[kind]) + floor, kind
+    for kind, (ours, theirs) in oracle.fp32_errors(converted(chosen), range(5, 14)).items():
+        assert ours <= 2 * theirs + torch.finfo(torch.float32).eps, kind
 
 
 def test_convert_again_gives_the_same(name: str, twins: oracle.Twins):
