@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from l0kernels._files import write_whole
 from l0kernels._version import __version__
 from l0kernels.compact.inputs import check_plain
+from l0kernels.compact.shrink import LAYOUTS
 from l0kernels.nn import GatedLayer, gated_class
+from l0kernels.ops.pack_weight.reference import is_channels_last
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -103,7 +105,7 @@ def load_compact(model: nn.Module, folder: str | Path) -> nn.Module:
         module = model.get_submodule(name)
         _gated(module).resize(module, inputs, outputs)  # pyright: ignore[reportArgumentType]
     for name, target in state.items():
-        layout = _LAYOUTS[_entry(manifest, name)["channels_last"]]
+        layout = LAYOUTS[_entry(manifest, name)["channels_last"]]
         # .data rather than a new parameter: tied names and an optimizer's references stay.
         target.data = tensors[name].to(target, copy=True, memory_format=layout)
     return model
@@ -145,7 +147,6 @@ _FORMATS: dict[str, tuple[str, _Dump, _Parse]] = {
     "state_dict": ("model.pt", _dump_state_dict, _parse_state_dict),
 }
 _PARSERS = {file_name: parse for file_name, _, parse in _FORMATS.values()}
-_LAYOUTS = {True: torch.channels_last, False: torch.contiguous_format}
 
 
 def _tied(state: dict[str, Tensor]) -> dict[str, str]:
@@ -159,11 +160,10 @@ def _tied(state: dict[str, Tensor]) -> dict[str, str]:
 
 
 def _describe(tensor: Tensor) -> dict[str, Any]:
-    channels_last = tensor.dim() == 4 and not tensor.is_contiguous()
     return {
         "shape": list(tensor.shape),
         "dtype": str(tensor.dtype).removeprefix("torch."),
-        "channels_last": channels_last and tensor.is_contiguous(memory_format=torch.channels_last),
+        "channels_last": is_channels_last(tensor),
     }
 
 
@@ -265,7 +265,7 @@ def _entry(manifest: dict[str, Any], name: str) -> dict[str, Any]:
 def _check_modules(
     model: nn.Module, listed: dict[str, dict[str, Any]]
 ) -> dict[str, tuple[int, int]]:
-    """New widths of every listed layer; the model must have it, at least as wide."""
+    """New widths of the layers to cut; the model must have every listed one, as wide or wider."""
     modules = dict(model.named_modules())
     widths = {}
     for name, entry in listed.items():
@@ -281,12 +281,13 @@ def _check_modules(
                 f"load_compact: module {name!r}: expected widths (inputs, outputs) of at least "
                 f"{new} to cut, got {full}"
             )
-        widths[name] = new
+        if new != full:
+            widths[name] = new
     return widths
 
 
 def _new_shapes(model: nn.Module, widths: dict[str, tuple[int, int]]) -> dict[int, tuple[int, ...]]:
-    """Shapes after the cut, by id of the tensor, of all parameters and buffers of these layers."""
+    """Shapes of all parameters and buffers of the cut layers, by id of the tensor."""
     shapes = {}
     for name, (inputs, outputs) in widths.items():
         view = _view(model.get_submodule(name))
@@ -297,10 +298,8 @@ def _new_shapes(model: nn.Module, widths: dict[str, tuple[int, int]]) -> dict[in
 
 
 def _new_shape(view: GatedLayer, tensor: Tensor, inputs: int, outputs: int) -> tuple[int, ...]:
-    if (inputs, outputs) == (view._in_width(), view._out_width()) or tensor.dim() == 0:
-        return tuple(tensor.shape)
-    if tensor.dim() == 1:
-        return (outputs,)
+    if tensor.dim() < 2:  # a counter, or one entry per feature
+        return (outputs,) if tensor.dim() else ()
     _, columns, *kernel = view._out_in(tensor).shape
     columns = columns if view.depthwise else inputs
     new = torch.empty(outputs, columns, *kernel, device="meta")

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import Dim
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from l0kernels._files import write_whole
@@ -22,10 +24,10 @@ TOLERANCE = 1e-4
 def export_onnx(small: nn.Module, example_inputs: Inputs, path: str | Path) -> float:
     """Export a compact model to ONNX and run it with onnxruntime before the file is written.
 
-    The model is exported in eval mode on the CPU. The first dimension of every tensor that is as
-    long as that of the first one is the batch: it stays dynamic where the model allows it, and the
-    example batch has more than one element. The weights are in the file, which can therefore not
-    be larger than 2 GB.
+    The model is exported in eval mode on the CPU. Tensors that are as long as the first one hold
+    the batch in their first dimension: it is dynamic in the graph if the model runs with the batch
+    doubled, and the doubled batch is checked too. The weights are in the file, which can therefore
+    not be larger than 2 GB.
 
     Args:
         small: a model from :func:`compact` in fp32; left as it is.
@@ -39,7 +41,7 @@ def export_onnx(small: nn.Module, example_inputs: Inputs, path: str | Path) -> f
     Raises:
         TypeError: ``small`` is not a module, has floating tensors of another dtype than fp32, or
             ``example_inputs`` is neither tuple nor dict.
-        ValueError: the model still has gates.
+        ValueError: the model still has gates, or its forward fails with ``example_inputs``.
         ImportError: onnx, onnxscript or onnxruntime is missing.
         RuntimeError: the outputs differ by more, or in number or shape.
     """
@@ -52,9 +54,14 @@ def export_onnx(small: nn.Module, example_inputs: Inputs, path: str | Path) -> f
     runtime = _runtime()
     model = copy.deepcopy(small).cpu().eval()
     inputs = tree_map_only(Tensor, lambda t: t.detach().cpu(), example_inputs)
-    content = _export(model, inputs)
+    cases = [(inputs, _run_torch(model, inputs))]
+    doubled = _doubled(model, inputs)
+    content = _export(model, inputs if doubled is None else doubled[0], doubled is not None)
     session = runtime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    error = _difference(_run_torch(model, inputs), _run_session(session, inputs))
+    if doubled is not None and _is_dynamic(session):
+        cases.append(doubled)
+    errors = [_difference(expected, _run_session(session, case)) for case, expected in cases]
+    error = float(torch.tensor(errors).max())  # NaN if one is
     if not error <= TOLERANCE:
         raise RuntimeError(
             f"export_onnx: expected outputs of onnxruntime and PyTorch to agree to "
@@ -76,13 +83,44 @@ def _runtime() -> Any:
     return onnxruntime
 
 
-def _export(model: nn.Module, inputs: Inputs) -> bytes:
+@torch.no_grad()
+def _run_torch(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    try:
+        return call(model, tree_map_only(Tensor, torch.clone, inputs))
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise ValueError(f"example_inputs: the model's forward fails with them: {error}") from error
+
+
+def _doubled(model: nn.Module, inputs: Inputs) -> tuple[Inputs, list[Tensor]] | None:
+    """Inputs and outputs for a batch of twice the size, or None where the model takes no other."""
+    wide = _map_batch(inputs, lambda t: torch.cat((t, t)), lambda leaf: leaf)
+    try:
+        return wide, _run_torch(model, wide)
+    except ValueError:
+        return None
+
+
+def _map_batch(inputs: Inputs, of_batch: Callable[[Tensor], Any], of_rest: Any) -> Any:
+    """Map the tensors whose first dimension is the batch, and the other leaves."""
+    tensors = [t for t in tree_leaves(inputs) if isinstance(t, Tensor) and t.dim()]
+    batch = tensors[0].shape[0] if tensors else -1
+
+    def apply(leaf: Any) -> Any:
+        is_batch = isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == batch
+        return of_batch(leaf) if is_batch else of_rest(leaf)
+
+    return tree_map(apply, inputs)
+
+
+def _export(model: nn.Module, inputs: Inputs, dynamic: bool) -> bytes:
     named = isinstance(inputs, dict)
     program = torch.onnx.export(
         model,
         () if named else inputs,
         kwargs=inputs if named else None,
-        dynamic_shapes=_dynamic_batch(inputs),
+        dynamic_shapes=_map_batch(inputs, lambda t: {0: Dim.AUTO}, lambda leaf: None)
+        if dynamic
+        else None,
         dynamo=True,
         verbose=False,
     )
@@ -90,20 +128,8 @@ def _export(model: nn.Module, inputs: Inputs) -> bytes:
     return program.model_proto.SerializeToString()
 
 
-def _dynamic_batch(inputs: Inputs) -> Any:
-    tensors = [t for t in tree_leaves(inputs) if isinstance(t, Tensor) and t.dim()]
-    batch = tensors[0].shape[0] if tensors else -1
-
-    def dims(leaf: Any) -> Any:
-        is_batch = isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == batch
-        return {0: torch.export.Dim.AUTO} if is_batch else None
-
-    return tree_map(dims, inputs)
-
-
-@torch.no_grad()
-def _run_torch(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    return call(model, tree_map_only(Tensor, torch.clone, inputs))
+def _is_dynamic(session: Any) -> bool:
+    return any(isinstance(size, str) for i in session.get_inputs() for size in i.shape)
 
 
 def _run_session(session: Any, inputs: Inputs) -> list[Tensor]:
@@ -121,10 +147,9 @@ def _difference(expected: list[Tensor], got: list[Tensor]) -> float:
     shapes = [[tuple(t.shape) for t in outputs] for outputs in (expected, got)]
     if shapes[0] != shapes[1]:
         raise RuntimeError(f"export_onnx: expected outputs of shapes {shapes[0]}, got {shapes[1]}")
-    worst = 0.0
-    for a, b in zip(expected, got, strict=True):
-        if a.numel():
-            largest = float(a.double().abs().max())
-            error = float((a.double() - b.double()).abs().max()) / max(largest, 1e-30)
-            worst = error if not error <= worst else worst
-    return worst
+    errors = [
+        (a.double() - b.double()).abs().max() / a.double().abs().max().clamp_min(1e-30)
+        for a, b in zip(expected, got, strict=True)
+        if a.numel()
+    ]
+    return float(torch.stack(errors).max()) if errors else 0.0

@@ -17,9 +17,11 @@ from l0kernels.functional import GateLayout, open_lists
 from l0kernels.gates.base import Gates
 from l0kernels.gates.draw import Draw
 from l0kernels.nn import GatedLayer, gated_class
+from l0kernels.ops.pack_weight.reference import is_channels_last
 from l0kernels.training import gates_of, root_of
 
 TOLERANCE = 1e-9
+LAYOUTS = {True: torch.channels_last, False: torch.contiguous_format}
 
 
 def compact(net: nn.Module, example_inputs: Inputs) -> nn.Module:
@@ -154,6 +156,7 @@ def _cut(layer: GatedLayer, draw: Draw) -> None:
             old = layer._parameters.get(name)
             if old is not None and packed is not old:
                 assert packed is not None
+                packed = packed.contiguous(memory_format=LAYOUTS[is_channels_last(old)])
                 setattr(layer, name, nn.Parameter(packed, requires_grad=old.requires_grad))
     layer.resize(inputs, outputs)
 
