@@ -4,19 +4,26 @@
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from . import models
+from . import models, networks
 from .arms import VARIANTS
 from .step import Setting, measure, table, write
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the benchmarks and their options."""
-    default = Setting()
     kinds = parser.add_subparsers(dest="bench", metavar="benchmark", required=True)
+    add_step(kinds)
+    add_networks(kinds)
+
+
+def add_step(kinds: Any) -> None:
+    default = Setting()
     step = kinds.add_parser("step", help="whole training steps of a network, all variants in turn")
     step.add_argument(
         "--model",
@@ -44,6 +51,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     step.add_argument("--out", type=Path, help="folder for step.md, step.json, step.csv, step.png")
     step.add_argument("--plot", type=Path, metavar="PNG", help="draw the figure into this file")
     step.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    step.set_defaults(measure=run_step)
+
+
+def add_networks(kinds: Any) -> None:
+    default = networks.Setting()
+    zoo = kinds.add_parser("networks", help="many networks: conversion, exactness, steps")
+    zoo.add_argument("--only", type=words, default=(), help="names, comma-separated (default: all)")
+    zoo.add_argument(
+        "--draws", type=int, help=f"gate draws compared in fp64 (default: {default.draws})"
+    )
+    zoo.add_argument(
+        "--inputs", type=int, help=f"output positions compared in fp32 (default: {default.inputs})"
+    )
+    zoo.add_argument("--rounds", type=int, help=f"timed rounds (default: {default.rounds})")
+    zoo.add_argument("--warmup", type=int, help=f"untimed rounds (default: {default.warmup})")
+    zoo.add_argument(
+        "--quick", action="store_true", help="small networks, few draws: does everything run?"
+    )
+    zoo.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    zoo.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    zoo.add_argument("--out", type=Path, help="folder for networks.md, .json and .csv")
+    zoo.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    zoo.set_defaults(measure=run_networks)
 
 
 def words(text: str) -> tuple[str, ...]:
@@ -65,6 +95,10 @@ def run(args: argparse.Namespace) -> int:
         if args.threads < 1:
             raise ValueError(f"expected --threads >= 1, got {args.threads}")
         torch.set_num_threads(args.threads)
+    return args.measure(args)
+
+
+def run_step(args: argparse.Namespace) -> int:
     names = ("model", "batch", "keep", "rounds", "warmup", "variants", "device", "seed")
     report = measure(Setting(**{name: getattr(args, name) for name in names}))
     print(json.dumps(report.to_dict(), indent=1) if args.json else table(report))
@@ -76,3 +110,18 @@ def run(args: argparse.Namespace) -> int:
 
         print(plot(report, args.plot), file=sys.stderr)
     return 0
+
+
+def run_networks(args: argparse.Namespace) -> int:
+    """Print the table of networks; the exit code tells whether one failed."""
+    names = ("only", "draws", "inputs", "rounds", "warmup")
+    given = {n: v for n in names if (v := getattr(args, n)) is not None}
+    setting = replace(networks.QUICK if args.quick else networks.Setting(), **given)
+    report = networks.measure(setting)
+    print(json.dumps(report.to_dict(), indent=1) if args.json else networks.table(report))
+    if args.out is not None:
+        written = networks.write(report, args.out)
+        print("\n".join(str(path) for path in written), file=sys.stderr)
+    if report.failed:
+        print(f"failed: {', '.join(report.failed)}", file=sys.stderr)
+    return int(bool(report.failed))

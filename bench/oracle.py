@@ -66,10 +66,11 @@ class Twins:
 
     def run_masked(self, z: Tensor) -> dict[str, Tensor]:
         """Return outputs, gradients and buffers of the masked network, see `collect`."""
-        return collect(self.plain, self._masking, z, self.inputs)
+        return collect(self.plain, self.masking, z, self.inputs)
 
     @contextmanager
-    def _masking(self, z: Tensor) -> Iterator[None]:
+    def masking(self, z: Tensor) -> Iterator[None]:
+        """Multiply the gates into the plain twin for the scope, and restore closed statistics."""
         with torch.no_grad():
             closed = {name: scale(z) == 0 for name, scale in self.makes.items()}
         norms = {
@@ -79,7 +80,7 @@ class Twins:
         }
         before = {name: copy.deepcopy(norm.state_dict()) for name, norm in norms.items()}
         handles = [
-            self.plain.get_submodule(name).register_forward_pre_hook(partial(_multiply, scale(z)))
+            self.plain.get_submodule(name).register_forward_pre_hook(partial(multiply, scale(z)))
             for name, scale in self.reads.items()
         ]
         try:
@@ -135,7 +136,8 @@ def _product(maps: tuple[Tensor, ...], z: Tensor) -> Tensor:
     return scale
 
 
-def _multiply(scale: Tensor, layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def multiply(scale: Tensor, layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return a layer's arguments with the features of the first one scaled."""
     x, *rest = args
     shape = (-1, *(1,) * spatial(layer))
     return (x * scale.view(shape), *rest)

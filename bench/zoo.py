@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from . import models
 
 Size = Literal["small", "full"]
+SIZES: dict[str, Size] = {"small": "small", "full": "full"}
 
 # Why layers stay ungated: patterns that the reason given by `report` must contain.
 STREAM = r"residual stream"

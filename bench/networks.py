@@ -1,0 +1,632 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`l0kernels bench networks`: every network of the zoo converted, compared, exported and timed."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import gc
+import io
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import l0kernels as l0
+from l0kernels._files import write_whole
+from l0kernels.compact.shrink import shrink
+from l0kernels.gates import Gates
+from l0kernels.training import gates_of
+
+from . import oracle, zoo
+from .arms import N_TRAIN, Arm
+from .masked import draw_noise, hard_concrete, open_probability
+from .timing import Spread, environment, interleave, paired, require_passive_wait
+
+CHECK_BATCH = 2
+OPEN = 0.5
+CLOSED_BELOW = -2.3978952727983707  # log alpha at which the deterministic gate becomes 0: -ln 11
+WARM_UP = 2  # steps of a rebuilt network outside the clock
+CONTENT = """\
+Convert: seconds and peak growth of resident memory in a process of its own, in MB and relative to
+the model (parameters and buffers) plus its activations (what autograd saves in one fp32 training
+forward of the same inputs); libraries are warmed up by converting a tiny network before. Packed
+error: largest relative difference in outputs, gradients and buffers from a plain copy with hooks,
+in fp64, over all draws in training mode and a tenth as many in eval mode. Compact error: outputs
+of `l0.compact` against that copy in eval mode with about half of the gates closed, in fp64. Argmax
+equal: largest class, compact against masked, in fp32, over so many output positions. ONNX: largest
+difference of onnxruntime from the compact network. Step: gate draw + penalty + forward + backward +
+optimizer at half open, gates redrawn every step. S = masked / ours, masked being the faster of
+default and channels_last format, with one flat draw and one multiplication per reading layer.
+R = ours / oracle, the oracle being the plain network rebuilt before every round, outside the
+clock, at the units that ours draws in that round. Medians of ratios paired round by round,
+quartiles in brackets."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One run over the zoo.
+
+    Args:
+        only: names of networks, empty for all.
+        draws: gate draws compared in training mode.
+        inputs: output positions whose largest class is compared.
+        rounds: timed rounds.
+        warmup: untimed rounds before them.
+        size: "full", or "small" to see quickly that everything runs.
+    """
+
+    only: tuple[str, ...] = ()
+    draws: int = 50
+    inputs: int = 10_000
+    rounds: int = 9
+    warmup: int = 3
+    size: zoo.Size = "full"
+
+
+QUICK = Setting(draws=3, inputs=64, rounds=2, warmup=0, size="small")
+
+
+@dataclass
+class Row:
+    """The figures of one network; None where a stage did not get that far.
+
+    `times` holds milliseconds per arm and round, `error` what went wrong.
+    """
+
+    name: str
+    batch: int
+    parameters: int | None = None
+    groups: int | None = None
+    units: int | None = None
+    convert_seconds: float | None = None
+    convert_mb: float | None = None
+    convert_memory: float | None = None
+    packed_error: float | None = None
+    compact_error: float | None = None
+    argmax_equal: int | None = None
+    argmax_of: int | None = None
+    argmax_gap: float | None = None
+    onnx_error: float | None = None
+    step_ms: float | None = None
+    speedup: Spread | None = None
+    oracle_ratio: Spread | None = None
+    times: dict[str, list[float]] = field(default_factory=dict)
+    skipped: str | None = None
+    error: str | None = None
+
+
+@dataclass
+class Report:
+    """All figures of a run and where they come from."""
+
+    setting: Setting
+    environment: dict[str, Any]
+    rows: list[Row]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return {**asdict(self), "columns": CONTENT}
+
+    @property
+    def failed(self) -> list[str]:
+        """Networks with an error."""
+        return [row.name for row in self.rows if row.error is not None]
+
+
+class Subject:
+    """One network as the stages need it.
+
+    Args:
+        entry: the network.
+        setting: of the run.
+        row: receives the figures.
+    """
+
+    def __init__(self, entry: zoo.Entry, setting: Setting, row: Row):
+        self.entry, self.setting, self.row = entry, setting, row
+        self.inputs = entry.example(setting.size, CHECK_BATCH)
+        self.plain = in_channels_last(settled(entry, setting.size))
+        self.twins: oracle.Twins | None = None
+        self.small: nn.Module | None = None
+        row.parameters = sum(p.numel() for p in self.plain.parameters())
+
+    def stages(self) -> Iterator[tuple[str, Callable[[], None]]]:
+        """What is done with the network, by name, in order."""
+        yield "convert", self.convert
+        yield "packed against masked", self.compare_packed
+        yield "compact against masked", self.compare_compact
+        yield "ONNX", self.export
+        yield "steps", self.time_steps
+
+    def converted(self) -> oracle.Twins:
+        assert self.twins is not None
+        return self.twins
+
+    def convert(self) -> None:
+        row = self.row
+        measured = convert_elsewhere(self.entry.name, self.setting.size)
+        row.convert_seconds = measured["seconds"]
+        needs = bytes_of_state(self.plain) + bytes_of_activations(self.plain, self.inputs)
+        if measured["bytes"] is not None:
+            row.convert_mb = measured["bytes"] / 1e6
+            row.convert_memory = measured["bytes"] / needs
+        packed = convert(copy.deepcopy(self.plain), self.inputs)
+        self.twins = oracle.twins(packed, self.plain, self.inputs)
+        gates = gates_of(packed)
+        row.groups, row.units = len(gates.names), gates.count
+
+    def compare_packed(self) -> None:
+        exact = self.converted().to(torch.float64)
+        sizes = gates_of(exact.packed).sizes
+        worst = 0.0
+        for training in (True, False):
+            exact.train(training)
+            for seed in range(self.setting.draws if training else -(-self.setting.draws // 10)):
+                z = oracle.gate_values(sizes, seed)
+                packed = exact.run_packed(z)
+                errors = oracle.relative_errors(exact.run_masked(z), packed)
+                worst = largest((worst, *errors.values()))
+                left = exact.open_where_closed(z, packed)
+                if left:
+                    raise RuntimeError(f"expected gradients of closed units to be 0, got {left}")
+        self.row.packed_error = worst
+
+    def compare_compact(self) -> None:
+        twins = self.converted()
+        open_about_half(gates_of(twins.packed))
+        exact = twins.to(torch.float64)
+        exact.train(False)
+        with torch.no_grad(), exact.masking(gates_of(exact.packed).deterministic()):
+            masked = zoo.floating(exact.plain(*exact.inputs))
+            small = zoo.floating(l0.compact(exact.packed, exact.inputs)(*exact.inputs))
+        self.row.compact_error = largest(
+            float((a - b).abs().max() / b.abs().max()) for a, b in zip(small, masked, strict=True)
+        )
+        twins.train(False)
+        self.small = l0.compact(twins.packed, self.inputs)
+        self.count_equal_predictions(twins, self.small)
+        twins.train()
+
+    @torch.no_grad()
+    def count_equal_predictions(self, twins: oracle.Twins, small: nn.Module) -> None:
+        """Compare the largest class; where it differs, keep how close the two classes are."""
+        entry, wanted = self.entry, self.setting.inputs
+        z = gates_of(twins.packed).deterministic()
+        equal = seen = 0
+        gap = 0.0
+        for seed in range(wanted):
+            inputs = in_channels_last(entry.example(self.setting.size, entry.batch, seed + 1))
+            with twins.masking(z):
+                masked = twins.plain(*inputs)
+            ours = small(*inputs)
+            same = entry.predictions(masked) == entry.predictions(ours)
+            same = same[: wanted - seen]
+            equal, seen = equal + int(same.sum()), seen + len(same)
+            if not same.all():
+                gap = max(gap, prediction_gap(entry, masked, ours))
+            if seen == wanted:
+                break
+        self.row.argmax_equal, self.row.argmax_of, self.row.argmax_gap = equal, seen, gap
+
+    def export(self) -> None:
+        assert self.small is not None
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "small.onnx"
+            self.row.onnx_error = l0.export_onnx(self.small.eval(), self.inputs, path)
+        self.small = None
+
+    def time_steps(self) -> None:
+        twins, row, entry = self.converted(), self.row, self.entry
+        inputs = entry.example(self.setting.size, row.batch)
+        ours = our_arm(entry, twins.packed, in_channels_last(inputs))
+        rebuilt = Oracle(entry, ours, in_channels_last(inputs))
+        arms: dict[str, Arm | Oracle] = {"ours": ours, "oracle": rebuilt}
+        for name, net, x in masked_formats(self.plain, inputs):
+            arms[name] = masked_arm(entry, net, twins, x)
+        row.times = interleave(
+            {name: arm.step for name, arm in arms.items()},
+            self.setting.rounds,
+            self.setting.warmup,
+            label=entry.name,
+            before_round=rebuilt.rebuild,
+        )
+        row.step_ms = median(row.times["ours"])
+        row.speedup = paired(row.times, best_masked(row.times), "ours")
+        row.oracle_ratio = paired(row.times, "ours", "oracle")
+
+
+def settled(entry: zoo.Entry, size: zoo.Size) -> nn.Module:
+    """Return the network after a few forwards in training mode, for its running statistics."""
+    net = entry.build(size)
+    with torch.no_grad():
+        for seed in range(3):
+            net(*entry.example(size, entry.batch, seed))
+    return net
+
+
+def in_channels_last(value: Any) -> Any:
+    """Return a network or a tuple of inputs with 4-D tensors as [N, H, W, C] in memory."""
+    if isinstance(value, nn.Module):
+        return value.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    form = torch.channels_last
+    return tuple(t.contiguous(memory_format=form) if t.dim() == 4 else t for t in value)
+
+
+def masked_formats(
+    plain: nn.Module, inputs: tuple[Tensor, ...]
+) -> Iterator[tuple[str, nn.Module, tuple[Tensor, ...]]]:
+    """Copies of the plain network in the memory formats that differ for it, with inputs."""
+    default = copy.deepcopy(plain)
+    for parameter in default.parameters():
+        parameter.data = parameter.data.contiguous()
+    yield "masked", default, inputs
+    if any(isinstance(m, nn.Conv2d | nn.ConvTranspose2d) for m in plain.modules()):
+        yield "masked, channels_last", copy.deepcopy(plain), in_channels_last(inputs)
+
+
+def best_masked(times: dict[str, list[float]]) -> str:
+    """Return the faster masked arm."""
+    return min((n for n in times if n.startswith("masked")), key=lambda name: median(times[name]))
+
+
+def convert(net: nn.Module, inputs: tuple[Tensor, ...]) -> nn.Module:
+    return l0.convert(net, "hard_concrete", example_inputs=inputs, n_train=N_TRAIN)
+
+
+def largest(values: Iterable[float]) -> float:
+    """Return the largest value; NaN, which an error must not hide behind, beats all."""
+    return float(torch.tensor(list(values), dtype=torch.float64).max())
+
+
+@torch.no_grad()
+def open_about_half(gates: Gates) -> None:
+    """Set the gates so that the deterministic ones are 0 for about half, and fractions else."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(gates.log_alpha.shape, generator=generator)
+    gates.log_alpha.copy_(CLOSED_BELOW + 2 * noise)
+
+
+def prediction_gap(entry: zoo.Entry, masked: Any, ours: Any) -> float:
+    """Return how far apart, at most, differing predictions are in the masked network's logits.
+
+    It is relative to the largest logit: rounding if it is near 1e-7.
+    """
+    gap = 0.0
+    for exact, other in zip(zoo.floating(masked), zoo.floating(ours), strict=True):
+        rows = exact.movedim(entry.class_dim, -1).flatten(0, -2)
+        chosen = other.movedim(entry.class_dim, -1).flatten(0, -2).argmax(1, keepdim=True)
+        missing = rows.max(1).values - rows.gather(1, chosen)[:, 0]
+        gap = max(gap, float(missing.max() / rows.abs().max()))
+    return gap
+
+
+# Memory and time of convert, in a process of its own.
+
+
+def convert_elsewhere(name: str, size: zoo.Size) -> dict[str, Any]:
+    """Run `convert_here` in a new process, where nothing else has used memory.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    command = [sys.executable, "-m", "l0kernels.bench.networks", name, size]
+    threads = str(torch.get_num_threads())
+    done = subprocess.run([*command, threads], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"convert: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def convert_here(name: str, size: zoo.Size) -> dict[str, Any]:
+    """Return seconds of `convert` and by how many bytes resident memory grew at its peak.
+
+    The bytes are None where the system does not tell (it is read from Linux's /proc: the peak
+    that getrusage gives includes that of the parent process).
+    """
+    warm = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(16, 2))
+    convert(warm, (torch.randn(2, 3, 6, 6),))
+    entry = zoo.entry(name)
+    net = in_channels_last(settled(entry, size))
+    inputs = entry.example(size, CHECK_BATCH)
+    gc.collect()
+    reset_peak()
+    before = resident("VmRSS")
+    start = time.perf_counter()
+    convert(net, inputs)
+    seconds = time.perf_counter() - start
+    peak = resident("VmHWM")
+    grown = None if before is None or peak is None else max(0, peak - before)
+    return {"seconds": seconds, "bytes": grown}
+
+
+def resident(field_name: str) -> int | None:
+    """Return a figure of /proc/self/status in bytes, None where there is none."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith(f"{field_name}:")]
+    return int(found[0]) * 1024 if found else None
+
+
+def reset_peak() -> None:
+    """Let the peak of resident memory start from now, where the system allows it."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return  # the peak so far is that of building the network, hardly above the network itself
+
+
+def bytes_of_state(net: nn.Module) -> int:
+    """Return the bytes of parameters and buffers."""
+    return sum(t.numel() * t.element_size() for t in (*net.parameters(), *net.buffers()))
+
+
+def bytes_of_activations(net: nn.Module, inputs: tuple[Tensor, ...]) -> int:
+    """Return the bytes that autograd saves in a forward, without parameters and buffers."""
+    own = {t.untyped_storage().data_ptr() for t in (*net.parameters(), *net.buffers())}
+    saved: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    twin = copy.deepcopy(net)
+    own |= {t.untyped_storage().data_ptr() for t in (*twin.parameters(), *twin.buffers())}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        outputs = twin(*inputs)  # kept: freed memory could be given to another activation
+    del outputs
+    return sum(saved.values())
+
+
+# Arms of the step.
+
+
+def our_arm(entry: zoo.Entry, net: nn.Module, inputs: tuple[Tensor, ...]) -> Arm:
+    gates = gates_of(net.train())
+
+    def loss(*_: Tensor) -> Tensor:
+        return l0.expected_loss(net, lambda: entry.loss(net(*inputs))) + l0.penalty(net)
+
+    return at_half_open(Arm(net, loss, [gates.log_alpha], inputs[0], inputs[0]))
+
+
+def at_half_open(arm: Arm) -> Arm:
+    arm.set_open(OPEN)
+    return arm
+
+
+class MaskedTraining(nn.Module):
+    """A plain network that computes every unit, with one flat draw for all gates.
+
+    Args:
+        net: the network; taken over.
+        twins: say which layers read which gates.
+    """
+
+    cost: Tensor
+
+    def __init__(self, net: nn.Module, twins: oracle.Twins):
+        super().__init__()
+        self.net = net
+        gates = gates_of(twins.packed)
+        self.log_alpha = nn.Parameter(torch.zeros(gates.count))
+        self.register_buffer("cost", gates.unit_weights.float() / N_TRAIN)
+        self.z = torch.ones(gates.count)
+        for name, scale in twins.reads.items():
+            net.get_submodule(name).register_forward_pre_hook(partial(self._multiply, scale))
+
+    def _multiply(
+        self, scale: oracle.Scale, layer: nn.Module, args: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        return oracle.multiply(scale(self.z), layer, args)
+
+    def forward(self, *inputs: Tensor) -> Any:
+        self.z = hard_concrete(self.log_alpha, draw_noise(self.log_alpha))
+        return self.net(*inputs)
+
+    def penalty(self) -> Tensor:
+        return open_probability(self.log_alpha) @ self.cost
+
+
+def masked_arm(
+    entry: zoo.Entry, net: nn.Module, twins: oracle.Twins, inputs: tuple[Tensor, ...]
+) -> Arm:
+    masked = MaskedTraining(net, twins).train()
+
+    def loss(*_: Tensor) -> Tensor:
+        return entry.loss(masked(*inputs)) + masked.penalty()
+
+    return at_half_open(Arm(masked, loss, [masked.log_alpha], inputs[0], inputs[0]))
+
+
+class Oracle:
+    """The plain network, rebuilt outside the clock at the units that the next draw leaves open.
+
+    Args:
+        entry: the network.
+        ours: the arm whose next draw is looked ahead.
+        inputs: of every step.
+    """
+
+    def __init__(self, entry: zoo.Entry, ours: Arm, inputs: tuple[Tensor, ...]):
+        self.entry, self.ours, self.inputs = entry, ours, inputs
+        self.full = copy.deepcopy(ours.net)
+        self.arm: Arm | None = None
+
+    def rebuild(self) -> None:
+        """Build the network of the next draw and warm it up."""
+        self.arm = None
+        gc.collect()
+        net = copy.deepcopy(self.full)
+        shrink(net, next_open(gates_of(self.ours.net)))
+        inputs = self.inputs
+
+        def loss(*_: Tensor) -> Tensor:
+            return self.entry.loss(net(*inputs))
+
+        self.arm = Arm(net.train(), loss, [], inputs[0], inputs[0])
+        for _ in range(WARM_UP):
+            self.arm.step()
+
+    def step(self) -> None:
+        """One whole step.
+
+        Raises:
+            RuntimeError: nothing was built yet.
+        """
+        if self.arm is None:
+            raise RuntimeError("expected rebuild() before step()")
+        self.arm.step()
+
+
+@torch.no_grad()
+def next_open(gates: Gates) -> Tensor:
+    """Return 1 for every gate that the next draw opens, else 0: it depends on seed and step."""
+    ahead = copy.deepcopy(gates)
+    ahead.draw()
+    return (ahead.current_draw().z[: gates.count] != 0).to(gates.log_alpha.dtype)
+
+
+# The table.
+
+
+def measure(setting: Setting) -> Report:
+    """Run over the zoo; a network that fails says so in its row and does not stop the others.
+
+    Raises:
+        ValueError: an unknown network, or numbers that are not positive.
+        RuntimeError: the wait policy is not passive.
+    """
+    require_passive_wait()
+    chosen = [zoo.entry(name) for name in setting.only] or list(zoo.entries())
+    for name in ("draws", "inputs", "rounds"):
+        if getattr(setting, name) < 1:
+            raise ValueError(f"expected {name} >= 1, got {getattr(setting, name)}")
+    before = environment()
+    with tqdm(total=len(chosen), desc="networks", disable=None) as bar:
+        rows = []
+        for entry in chosen:
+            rows.append(measure_row(entry, setting, bar))
+            bar.update()
+    after = environment()["load_average"]
+    return Report(setting, {**before, "load_average_after": after}, rows)
+
+
+def measure_row(entry: zoo.Entry, setting: Setting, bar: Any) -> Row:
+    """Go through the stages until one fails."""
+    row = Row(entry.name, entry.batch)
+    if not entry.available():
+        row.skipped = f"{entry.needs} is not installed"
+        return row
+    stage = "build"
+    try:
+        subject = Subject(entry, setting, row)
+        for stage, work in subject.stages():
+            bar.set_description(f"{entry.name}: {stage}")
+            work()
+            gc.collect()
+    except Exception as error:  # whatever a network does wrong belongs in its row
+        row.error = f"{stage}: {type(error).__name__}: {' '.join(str(error).split())}"
+    return row
+
+
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "network": lambda r: r.name,
+    "parameters": lambda r: shown(r.parameters, ",d"),
+    "groups": lambda r: shown(r.groups, "d"),
+    "units": lambda r: shown(r.units, ",d"),
+    "convert [s]": lambda r: shown(r.convert_seconds, ".1f"),
+    "convert [MB]": lambda r: shown(r.convert_mb, ",.0f"),
+    "/ (model + activations)": lambda r: shown(r.convert_memory, ".2f"),
+    "packed error": lambda r: shown(r.packed_error, ".1e"),
+    "compact error": lambda r: shown(r.compact_error, ".1e"),
+    "argmax equal": lambda r: "" if r.argmax_of is None else f"{r.argmax_equal} / {r.argmax_of}",
+    "ONNX": lambda r: shown(r.onnx_error, ".1e"),
+    "batch": lambda r: str(r.batch),
+    "step [ms]": lambda r: shown(r.step_ms, ".1f"),
+    "S": lambda r: shown(r.speedup, ""),
+    "R": lambda r: shown(r.oracle_ratio, ""),
+}
+
+
+def shown(value: Any, form: str) -> str:
+    """Return a figure as text, nothing for None."""
+    return "" if value is None else format(str(value) if isinstance(value, Spread) else value, form)
+
+
+def table(report: Report) -> str:
+    """Return the figures as a Markdown table with what they mean."""
+    lines = [list(COLUMNS), ["---", *["---:"] * (len(COLUMNS) - 1)]]
+    lines += [[cell(row) for cell in COLUMNS.values()] for row in report.rows]
+    body = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    notes = [f"- {row.name} failed: {row.error}" for row in report.rows if row.error is not None]
+    notes += [f"- {row.name} skipped: {row.skipped}" for row in report.rows if row.skipped]
+    return "\n\n".join(part for part in (title(report), body, "\n".join(notes), CONTENT) if part)
+
+
+def title(report: Report) -> str:
+    setting, where = report.setting, report.environment
+    return (
+        f"{setting.size} networks, {setting.draws} draws, {setting.rounds} rounds;"
+        f" {where['device']} ({where['cpu']}), {where['threads']} threads, torch {where['torch']}, l0kernels"
+        f" {where['l0kernels']} ({where['git']}), OMP_WAIT_POLICY={where['OMP_WAIT_POLICY']}, load"
+        f" average {where['load_average']} before, {where['load_average_after']} after"
+    )
+
+
+def write(report: Report, folder: Path) -> list[Path]:
+    """Write networks.md, networks.json and networks.csv (one line per network) into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {
+        "networks.md": table(report) + "\n",
+        "networks.json": json.dumps(report.to_dict(), indent=1) + "\n",
+        "networks.csv": as_csv(report),
+    }
+    for name, text in texts.items():
+        write_whole(folder / name, lambda file, text=text: file.write(text.encode()))
+    return [folder / name for name in texts]
+
+
+def as_csv(report: Report) -> str:
+    out = io.StringIO()
+    lines = csv.writer(out, lineterminator="\n")
+    where = ("device", "cpu", "threads", "torch", "l0kernels", "git", "time")
+    names = [f.name for f in fields(Row) if f.name != "times"]
+    spreads = ("speedup", "oracle_ratio")
+    head = [n for name in names for n in (columns_of(name) if name in spreads else [name])]
+    lines.writerow(["size", *head, *where])
+    fixed = [report.environment[key] for key in where]
+    for row in report.rows:
+        cells: list[Any] = []
+        for name in names:
+            value = getattr(row, name)
+            if name in spreads:
+                cells += ["", "", ""] if value is None else [value.median, value.low, value.high]
+            else:
+                cells.append("" if value is None else value)
+        lines.writerow([report.setting.size, *cells, *fixed])
+    return out.getvalue()
+
+
+def columns_of(name: str) -> list[str]:
+    return [name, f"{name}_low", f"{name}_high"]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(sys.argv[3]))
+    print(json.dumps(convert_here(sys.argv[1], zoo.SIZES[sys.argv[2]])))
