@@ -617,7 +617,7 @@ def _check_norms(root: nn.Module, places: list[tuple[str, ...]]) -> None:
         if isinstance(module, nn.SyncBatchNorm):
             raise RuntimeError(
                 f"{'.'.join(place)}: expected the gated BatchNorm that convert made, got "
-                f"SyncBatchNorm, which knows no gates; revert before convert_sync_batchnorm"
+                f"SyncBatchNorm, which knows no gates; call convert_sync_batchnorm before convert"
             )
 
 
