@@ -4,7 +4,7 @@
 from l0kernels import functional, gates, nn
 from l0kernels._config import use_impl
 from l0kernels._version import __version__
-from l0kernels.compact import compact
+from l0kernels.compact import compact, export_onnx, load_compact, save_compact
 from l0kernels.convert import convert, revert
 from l0kernels.gates.ref import cat
 from l0kernels.info import info
@@ -17,15 +17,18 @@ __all__ = [
     "compact",
     "convert",
     "expected_loss",
+    "export_onnx",
     "frozen",
     "functional",
     "gates",
     "hold",
     "info",
+    "load_compact",
     "nn",
     "param_groups",
     "penalty",
     "report",
     "revert",
+    "save_compact",
     "use_impl",
 ]
