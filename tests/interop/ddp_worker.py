@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trainings that two processes run under DDP and one process runs with the whole batch.
+
+One rank: ``python -m interop.ddp_worker RANK STORE OUT`` writes the records of all cases to OUT.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+import l0kernels as l0
+from interop.nets import batch, gradients, make, norms_in_eval
+
+WORLD = 2
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """How one training goes.
+
+    Args:
+        options: of DDP.
+        steps: optimizer steps.
+        frozen: the steps at which gates are frozen.
+        scoped: with ``expected_loss``.
+        penalty: added to the loss.
+        impl: packed or masked.
+        parts: micro batches of each step, under ``hold`` and ``no_sync``.
+        checkpointed: the inner block is recomputed in backward.
+        norms_train: norms use the statistics of each rank's batch.
+        closed: all gates of the first group are closed.
+        kind: network.
+    """
+
+    options: dict[str, Any] = field(default_factory=dict)
+    steps: int = 6
+    frozen: range = range(0)
+    scoped: bool = True
+    penalty: bool = True
+    impl: str = "auto"
+    parts: int = 1
+    checkpointed: bool = False
+    norms_train: bool = False
+    closed: bool = False
+    kind: str = "norm"
+
+
+UNUSED, STATIC = {"find_unused_parameters": True}, {"static_graph": True}
+VIEWS = {"gradient_as_bucket_view": True}
+SOME = range(2, 4)
+
+CASES: dict[str, Case] = {
+    "20 steps": Case(steps=20),
+    "residual, 20 steps": Case(steps=20, kind="residual"),
+    "norms in training mode": Case(steps=20, norms_train=True),
+    "masked": Case(impl="reference"),
+    "no scope": Case(scoped=False),
+    "no penalty": Case(penalty=False),
+    "find unused": Case(UNUSED),
+    "static graph": Case(STATIC),
+    "bucket views": Case(VIEWS),
+    "accumulated": Case(parts=2),
+    "accumulated, bucket views": Case(VIEWS, parts=4),
+    "checkpointed": Case(checkpointed=True),
+    "checkpointed, static graph": Case(STATIC, checkpointed=True),
+    "all closed": Case(closed=True),
+    "all closed, find unused": Case(UNUSED, closed=True),
+    "frozen": Case(frozen=SOME),
+    "frozen from the start": Case(frozen=range(6)),
+    "frozen, masked": Case(frozen=SOME, impl="reference"),
+    "frozen, no scope": Case(frozen=SOME, scoped=False),
+    "frozen, no penalty": Case(frozen=SOME, penalty=False),
+    "frozen, find unused": Case(UNUSED, frozen=SOME),
+    "frozen, static graph": Case(STATIC, frozen=SOME),
+    "frozen, bucket views": Case(VIEWS, frozen=SOME),
+    "frozen, accumulated": Case(frozen=SOME, parts=2),
+    "frozen, checkpointed": Case(frozen=SOME, checkpointed=True),
+}
+
+
+def prepare(case: Case, seed: int) -> nn.Module:
+    net = make(case.kind, seed)
+    if not case.norms_train:
+        norms_in_eval(net)
+    if case.checkpointed:
+        net.wrap = lambda block, x: checkpoint(block, x, use_reentrant=False)
+    if case.closed:
+        with torch.no_grad():
+            net.l0.log_alpha[next(net.l0.slices())[1]] = -100.0
+    return net.double()
+
+
+def train(case: Case, net: nn.Module, model: nn.Module, rank: int, ranks: int) -> list[Record]:
+    """Train on every ``ranks``-th part of each batch; what happened in each step."""
+    optimizer = torch.optim.SGD(l0.param_groups(net, lr=0.1, gate_lr=2.0), momentum=0.9)
+    records = []
+    for step in range(case.steps):
+        set_frozen(net, step in case.frozen)
+        torch.manual_seed(1000 * rank + step)  # users' seeds may differ
+        x, y = (t.chunk(ranks)[rank] for t in batch(seed=step))
+        optimizer.zero_grad()
+        with l0.use_impl(case.impl):
+            backward(case, net, model, x.double(), y)
+        z = net.l0._draw.z.detach().clone()
+        records.append({"z": z, "gradients": gradients(net), "step": int(net.l0.step)})
+        optimizer.step()
+    parameters = {n: p.detach().clone() for n, p in net.named_parameters()}
+    return [*records, {"parameters": parameters, "statistics": dict(net.named_buffers())}]
+
+
+def set_frozen(net: nn.Module, wanted: bool) -> None:
+    if wanted and not net.l0.frozen:
+        net.l0.freeze()
+    elif net.l0.frozen and not wanted:
+        net.l0.unfreeze()
+
+
+def backward(case: Case, net: nn.Module, model: nn.Module, x: Tensor, y: Tensor) -> None:
+    if case.parts > 1:
+        accumulate(case, model, x, y)
+        return
+    if case.scoped:
+        loss = l0.expected_loss(model, lambda: F.cross_entropy(model(x), y))
+    else:
+        loss = F.cross_entropy(model(x), y)
+    (loss + l0.penalty(model) if case.penalty else loss).backward()
+
+
+def accumulate(case: Case, model: nn.Module, x: Tensor, y: Tensor) -> None:
+    pieces = list(zip(x.chunk(case.parts), y.chunk(case.parts), strict=True))
+    with l0.hold(model):
+        for a, b in pieces[:-1]:
+            if isinstance(model, DistributedDataParallel):
+                with model.no_sync():
+                    (F.cross_entropy(model(a), b) / case.parts).backward()
+            else:
+                (F.cross_entropy(model(a), b) / case.parts).backward()
+        a, b = pieces[-1]
+        (F.cross_entropy(model(a), b) / case.parts + l0.penalty(model)).backward()
+
+
+def main(rank: int, store: str, out: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
+    found = {}
+    for name, case in CASES.items():
+        print(name, flush=True)
+        net = prepare(case, seed=7 * rank)  # the gates' seeds differ until DDP takes rank 0's
+        model = DistributedDataParallel(net, **case.options)
+        found[name] = train(case, net, model, rank, WORLD)
+    torch.save(found, out)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3])
