@@ -13,11 +13,23 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from l0kernels.convert.check import STEPS, TOLERANCE, check
-from l0kernels.convert.groups import Plan, Select, make_plan
-from l0kernels.convert.probe import Trace, probe, to_double
+from l0kernels.convert.check import STEPS, TOLERANCE, check, perturb
+from l0kernels.convert.groups import (
+    HEADS,
+    Plan,
+    Select,
+    input_group,
+    kinds_of,
+    make_plan,
+    wants_heads,
+    why_unusable,
+)
+from l0kernels.convert.probe import ForwardFails, Probe
 from l0kernels.convert.swap import install, uninstall
+from l0kernels.convert.tensors import Inputs, to_double
+from l0kernels.convert.units import Survey, survey
 from l0kernels.gates import METHODS, Gates
+from l0kernels.nn import gated_class
 from l0kernels.training import gates_of, root_of
 
 GRANULARITIES = ("unit", "input")
@@ -30,7 +42,7 @@ def convert(
     model: nn.Module,
     method: str,
     *,
-    example_inputs: tuple[Any, ...],
+    example_inputs: Inputs,
     select: Select = "inner",
     granularity: str = "unit",
     lam: float | Mapping[str, float] = 1.0,
@@ -49,10 +61,14 @@ def convert(
     Args:
         model: any module; converted in place.
         method: ``"hard_concrete"``.
-        example_inputs: positional arguments of the forward; a batch of 2 to 4 is enough.
-        select: ``"inner"`` (units made by one layer and read only by convolutions and linear
-            layers; residual streams, their stems, logits and outputs stay ungated), names of
-            layers, or a predicate on (name, module).
+        example_inputs: arguments of the forward, positional (a tuple) or by keyword (a mapping);
+            a batch of 2 to 4 is enough.
+        select: ``"inner"`` (units made by one layer, or by the layers of a product, and read only
+            by convolutions and linear layers; residual streams, their stems, logits and outputs
+            stay ungated), ``l0kernels.select.heads`` (attention heads), both joined by ``|``,
+            names of layers, or a predicate on (name, module). Units made by several layers are
+            chosen when one of the layers is; their group has the name of the first, a group of
+            heads that of their reader and ``".heads"``.
         granularity: ``"unit"``, or ``"input"`` to add one gate per input feature of every linear
             layer whose features have no gate of their own (network inputs, flattened channels);
             it multiplies the producer's gate. Its group is named ``"<layer>.in"``.
@@ -67,24 +83,26 @@ def convert(
     Raises:
         ValueError: unknown method or granularity, inputs that do not fit, a model that is
             already converted, non-finite parameters, or nothing that can be gated.
-        TypeError: ``model`` is not a module or ``example_inputs`` is not a tuple.
+        TypeError: ``model`` is not a module, or ``example_inputs`` neither a tuple nor a mapping.
     """
-    _check_arguments(model, method, example_inputs, granularity)
-    trace = _trace(_copy(model), example_inputs)
-    plan = make_plan(model, trace, select, granularity)
-    if not plan.groups:
-        raise ValueError(f"convert: nothing can be gated: {plan.refused}")
+    _check_arguments(model, method, example_inputs, select, granularity)
+    work = _copy(model)
+    perturb(work)
+    found = _survey(model, work, example_inputs, wants_heads(select))
+    planned = make_plan(model, found, select, granularity)
+    _refuse_empty(planned)
     options.update(lam=lam, n_train=n_train, seed=seed)
-    gates = METHODS[method](plan.groups, **options)
-    checked = _drop_inexact(model, gates, example_inputs, plan, trace)
-    if checked is not plan:
-        kept = {name: _for_groups(value, checked) for name, value in options.items()}
-        gates = METHODS[method](checked.groups, **kept)
+    gates = METHODS[method](planned.groups, **options)
+    plan = _Checker(METHODS[method], work, example_inputs, found).exact(planned)
+    _refuse_empty(plan)
+    if plan is not planned:
+        kept = {name: _for_groups(value, plan) for name, value in options.items()}
+        gates = METHODS[method](plan.groups, **kept)
     parameter = next(model.parameters())
     gates.to(parameter.device, torch.promote_types(parameter.dtype, torch.float32))
     gates.train(model.training)
-    _prefer_channels_last(model, checked, trace)
-    install(model, gates, checked, trace)
+    _prefer_channels_last(model, plan, found)
+    install(model, gates, plan, found)
     return model
 
 
@@ -105,18 +123,21 @@ def revert(model: nn.Module) -> nn.Module:
     return model
 
 
-def _check_arguments(model: Any, method: str, example_inputs: Any, granularity: str) -> None:
+def _check_arguments(
+    model: Any, method: str, example_inputs: Any, select: Select, granularity: str
+) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if method not in METHODS:
         raise ValueError(f"method: expected one of {sorted(METHODS)}, got {method!r}")
     if granularity not in GRANULARITIES:
         raise ValueError(f"granularity: expected one of {GRANULARITIES}, got {granularity!r}")
-    if not isinstance(example_inputs, tuple):
+    if not isinstance(example_inputs, (tuple, Mapping)):
         raise TypeError(
-            f"example_inputs: expected a tuple of the forward's positional arguments, "
-            f"got {type(example_inputs).__name__}"
+            f"example_inputs: expected a tuple of the forward's positional arguments or a mapping "
+            f"of its keyword arguments, got {type(example_inputs).__name__}"
         )
+    kinds_of(select)
     if hasattr(model, "l0"):
         raise ValueError("convert: expected a model without an attribute l0, got a converted one")
     parameters = dict(model.named_parameters())
@@ -132,6 +153,11 @@ def _check_arguments(model: Any, method: str, example_inputs: Any, granularity: 
     broken = [name for name, p in parameters.items() if not torch.isfinite(p).all()]
     if broken:
         raise ValueError(f"convert: expected finite parameters, got NaN or Inf in {broken[:3]}")
+
+
+def _refuse_empty(plan: Plan) -> None:
+    if not plan.groups:
+        raise ValueError(f"convert: nothing can be gated: {plan.refused}")
 
 
 def _bar(title: str) -> Callable[[int], Callable[[], Any]]:
@@ -154,54 +180,103 @@ def _copy(model: nn.Module) -> nn.Module:
         raise ValueError(f"convert: the model cannot be copied: {error}") from error
 
 
-def _trace(model: nn.Module, example_inputs: tuple[Any, ...]) -> Trace:
+def _survey(model: nn.Module, work: nn.Module, example_inputs: Inputs, heads: bool) -> Survey:
+    modules = dict(model.named_modules())
     try:
-        return probe(model, example_inputs, _bar("finding groups"))
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        raise ValueError(f"example_inputs: the model's forward fails with them: {error}") from error
+        with Probe(work, example_inputs) as probe:
+
+            def usable(name: str) -> bool:
+                return why_unusable(name, modules, probe.calls, probe.used_outside) is None
+
+            return survey(probe, usable, heads, _bar("finding groups"))
+    except ForwardFails as error:
+        raise ValueError(f"example_inputs: {error}") from error.__cause__
 
 
-def _drop_inexact(
-    model: nn.Module, gates: Gates, example_inputs: tuple[Any, ...], plan: Plan, trace: Trace
-) -> Plan:
-    """The plan, or a copy without the groups that the self-check finds inexact."""
+class _Checker:
+    """Finds out which groups are exact.
 
-    def verdict(trial: Plan) -> str | None:
-        return _verdict(model, type(gates), example_inputs, trial, trace)
+    Args:
+        method: class of the gates.
+        work: the fp64 copy, perturbed; plain between checks.
+        example_inputs: arguments of its forward.
+        found: what the probe found.
+    """
 
-    if verdict(plan) is None:
-        return plan
-    kept = Plan({}, dict(plan.refused))
-    for name, size in plan.groups.items():
-        reason = verdict(Plan({name: size}))
+    def __init__(
+        self, method: type[Gates], work: nn.Module, example_inputs: Inputs, found: Survey
+    ) -> None:
+        self.method, self.work, self.found = method, work, found
+        self.inputs = to_double(example_inputs)
+        work.zero_grad(set_to_none=True)
+
+    def exact(self, plan: Plan) -> Plan:
+        """The plan without the groups that are not exact, alone or beside the others."""
+        refused: dict[str, str] = {}
+        names = self._exact(plan, list(plan.groups), refused)
+        if len(names) == len(plan.groups):
+            return plan
+        if names and self._verdict(plan.only(names)) is not None:
+            names = self._one_by_one(plan, names, refused)
+        kept = plan.only(names)
+        for name, reason in refused.items():
+            units = plan.units.get(name)
+            layers = [name] if units is None or name.endswith(HEADS) else units.makers
+            kept.refused.update(dict.fromkeys(layers, reason))
+        return kept
+
+    def _one_by_one(self, plan: Plan, names: list[str], refused: dict[str, str]) -> list[str]:
+        """As many of the names as are exact together."""
+        kept: list[str] = []
+        for name in names:
+            reason = self._verdict(plan.only([*kept, name]))
+            if reason is None:
+                kept.append(name)
+            else:
+                refused[name] = f"beside other groups {reason}"
+        return kept
+
+    def _exact(self, plan: Plan, names: list[str], refused: dict[str, str]) -> list[str]:
+        """The names that pass: all at once if possible, else half by half."""
+        reason = self._verdict(plan.only(names))
         if reason is None:
-            kept.groups[name] = size
-        else:
-            kept.refused[name] = reason
-    if not kept.groups:
-        raise ValueError(f"convert: nothing can be gated: {kept.refused}")
-    reason = verdict(kept)
-    if reason is not None:
-        raise RuntimeError(f"convert: groups are exact one by one but not together: {reason}")
-    return kept
+            return names
+        if len(names) == 1:
+            refused[names[0]] = reason
+            return []
+        middle = len(names) // 2
+        halves = names[:middle], names[middle:]
+        return [name for half in halves for name in self._exact(plan, half, refused)]
 
+    def _verdict(self, plan: Plan) -> str | None:
+        """Why packed and masked runs of this plan differ, or None."""
+        gates = self.method(plan.groups).double().to(next(self.work.parameters()).device)
+        install(self.work, gates, plan, self.found)
+        try:
+            tick = _bar("checking packed against masked")(STEPS)
+            error, where = check(self.work, self.inputs, tick)
+        finally:
+            uninstall(self.work, gates)
+        if error <= TOLERANCE:
+            return None
+        if where.startswith("the packed forward fails"):
+            return f"the self-check found that {where}{self._hint(plan)}"
+        return f"the self-check found packed and masked to differ by {error:.1e} in {where}"
 
-def _verdict(
-    model: nn.Module,
-    method: type[Gates],
-    example_inputs: tuple[Any, ...],
-    plan: Plan,
-    trace: Trace,
-) -> str | None:
-    """Why packed and masked runs of this plan differ, or None."""
-    trial = _copy(model)
-    trial.zero_grad(set_to_none=True)
-    install(trial, method(plan.groups).double(), plan, trace)
-    tick = _bar("checking packed against masked")(STEPS)
-    error, where = check(trial, to_double(example_inputs), tick)
-    if error <= TOLERANCE:
-        return None
-    return f"the self-check found packed and masked to differ by {error:.1e} in {where}"
+    def _hint(self, plan: Plan) -> str:
+        """Parameters and buffers of a group's size outside supported layers: the usual cause."""
+        if len(plan.units) != 1:
+            return ""
+        size = next(iter(plan.units.values())).size
+        tensors = {
+            f"{path}.{key}".lstrip("."): t
+            for path, module in self.work.named_modules()
+            if gated_class(type(module)) is None
+            for key, t in (module._parameters | module._buffers).items()
+            if t is not None and size in t.shape
+        }
+        shown = [f"{name} {tuple(t.shape)}" for name, t in tensors.items()]
+        return f"; outside supported layers there is {', '.join(shown[:2])}" if shown else ""
 
 
 def _for_groups(value: Any, kept: Plan) -> Any:
@@ -211,21 +286,20 @@ def _for_groups(value: Any, kept: Plan) -> Any:
     return {name: value[name] for name in kept.groups}
 
 
-def _prefer_channels_last(model: nn.Module, plan: Plan, trace: Trace) -> None:
+def _prefer_channels_last(model: nn.Module, plan: Plan, found: Survey) -> None:
     """Store wide gated filters as [O, kh, kw, I], the layout CPU convolutions are fastest in."""
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Conv2d) or not _is_touched(name, plan, trace):
+        if not isinstance(module, nn.Conv2d) or not _is_touched(name, plan, found):
             continue
         weight = module.weight
         if weight.shape[1] >= CHANNELS_LAST_FROM and weight.device.type == "cpu":
             weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
 
-def _is_touched(name: str, plan: Plan, trace: Trace) -> bool:
-    reading = trace.readings.get(name)
-    return name in plan.groups or (
-        reading is not None and bool(set(reading.touched_by) & set(plan.groups))
-    )
+def _is_touched(name: str, plan: Plan, found: Survey) -> bool:
+    if input_group(name) in plan.groups:
+        return True
+    return any(name in u.makers or name in u.readers for u in plan.units.values())
 
 
 __all__ = ["convert", "revert"]

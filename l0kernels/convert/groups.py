@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,23 +11,38 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from l0kernels.convert.probe import Trace, is_depthwise, is_layer
+from l0kernels.convert.probe import is_depthwise, is_layer
+from l0kernels.convert.units import Survey, Units
 from l0kernels.nn import gated_class
+from l0kernels.select import Kinds, inner
 
-Select = str | Sequence[str] | Callable[[str, nn.Module], bool]
+Select = str | Kinds | Sequence[str] | Callable[[str, nn.Module], bool]
+
+HEADS = ".heads"
 
 
 @dataclass
 class Plan:
-    """Groups of a model, by name, and why the other layers have none.
+    """Groups of a model and why the other layers have none.
 
     Args:
-        groups: name -> number of units; a producer's name, or "layer.in" for input features.
-        refused: layer -> reason.
+        groups: name -> number of gates, in the order of the flat vector.
+        units: the groups that layers make; the others are input groups, ``"<layer>.in"``.
+        refused: layer, or ``"<layer>.heads"`` -> reason.
     """
 
     groups: dict[str, int] = field(default_factory=dict)
+    units: dict[str, Units] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+
+    def only(self, names: Iterable[str]) -> Plan:
+        """The same plan with some of its groups."""
+        kept = set(names)
+        return Plan(
+            {name: size for name, size in self.groups.items() if name in kept},
+            {name: units for name, units in self.units.items() if name in kept},
+            dict(self.refused),
+        )
 
 
 def input_group(layer: str) -> str:
@@ -35,196 +50,226 @@ def input_group(layer: str) -> str:
     return f"{layer}.in"
 
 
-def make_plan(model: nn.Module, trace: Trace, select: Select, granularity: str) -> Plan:
-    """Choose groups from a trace.
+def kinds_of(select: Select) -> Kinds | None:
+    """The kinds of units to gate, or None where names or a predicate choose.
+
+    Raises:
+        ValueError: a string other than ``"inner"``.
+    """
+    if isinstance(select, Kinds):
+        return select
+    if select == "inner":
+        return inner
+    if isinstance(select, str):
+        raise ValueError(
+            f"select: expected 'inner', kinds from l0kernels.select, names of layers or a "
+            f"predicate, got {select!r}"
+        )
+    return None
+
+
+def wants_heads(select: Select) -> bool:
+    """Whether attention heads must be looked for."""
+    kinds = kinds_of(select)
+    if kinds is not None:
+        return "heads" in kinds.names
+    return isinstance(select, Sequence) and any(name.endswith(HEADS) for name in select)
+
+
+def make_plan(model: nn.Module, survey: Survey, select: Select, granularity: str) -> Plan:
+    """Choose groups from what probing a model told.
 
     Args:
-        model: the traced model.
-        trace: what the probe found.
-        select: ``"inner"``, names of layers, or a predicate on (name, module).
+        model: the probed model.
+        survey: what the probe found.
+        select: kinds of units, names of layers, or a predicate on (name, module).
         granularity: ``"unit"`` or ``"input"``.
 
     Raises:
         ValueError: ``select`` names a layer that the model does not have.
     """
     modules = dict(model.named_modules())
-    wanted = _selector(select, trace, modules)
-    plan = Plan()
-    for name in trace.layers:
-        reason = _why_unsupported(name, modules, trace) or _why_inexact(name, modules, trace)
+    wanted = _selector(select, survey, modules)
+    plan = Plan(refused=_uncalled(modules, survey))
+    for units in survey.units:
+        reason = _why_not(units, modules, survey) or wanted(units)
         if reason is None:
-            reason = wanted(name)
-        if reason is None:
-            plan.groups[name] = trace.width[name]
-        else:
-            plan.refused[name] = reason
+            plan.groups[units.name] = units.size
+            plan.units[units.name] = units
+        for maker in units.makers:
+            if reason is None:
+                plan.refused.pop(maker, None)  # its heads are gated
+            elif not units.name.endswith(HEADS):
+                plan.refused[maker] = reason
+        if reason is not None and units.name.endswith(HEADS):
+            plan.refused[units.name] = reason
     if granularity == "input":
-        plan.groups = _with_input_groups(plan, modules, trace)
+        plan.groups = _with_input_groups(plan, modules, survey)
     return plan
 
 
+def _uncalled(modules: dict[str, nn.Module], survey: Survey) -> dict[str, str]:
+    """Convolutions and linear layers that never run as modules."""
+    return {
+        name: _USED_OUTSIDE if name in survey.used_outside else "it is not called in the forward"
+        for name, module in modules.items()
+        if is_layer(module) and name not in survey.calls
+    }
+
+
+_USED_OUTSIDE = "its parameters are used outside its own forward (functionally)"
+
+
 def _selector(
-    select: Select, trace: Trace, modules: dict[str, nn.Module]
-) -> Callable[[str], str | None]:
-    if select == "inner":
-        return lambda name: _why_not_inner(name, trace)
+    select: Select, survey: Survey, modules: dict[str, nn.Module]
+) -> Callable[[Units], str | None]:
+    kinds = kinds_of(select)
+    if kinds is not None:
+        return lambda units: _why_not_of_kind(units, kinds, survey)
     if callable(select):
-        return lambda name: None if select(name, modules[name]) else "not selected"
-    unknown = sorted(set(select) - set(trace.layers))
-    if isinstance(select, str) or unknown:
+        return lambda units: _NOT_SELECTED if not _any(select, units, modules) else None
+    names = set(select) if isinstance(select, Sequence) else set()
+    known = [*survey.layers, *(u.name for u in survey.units if u.name.endswith(HEADS))]
+    unknown = sorted(names - set(known))
+    if unknown:
         raise ValueError(
-            f"select: expected 'inner', a predicate or names among {trace.layers}, "
-            f"got {select if isinstance(select, str) else unknown}"
+            f"select: expected 'inner', kinds from l0kernels.select, a predicate or names among "
+            f"{known}, got {unknown}"
         )
-    return lambda name: None if name in select else "not selected"
+    return lambda units: None if {units.name, *units.makers} & names else _NOT_SELECTED
+
+
+_NOT_SELECTED = "not selected"
+
+
+def _any(chosen: Callable[[str, nn.Module], bool], units: Units, modules: Any) -> bool:
+    return any(chosen(name, modules[name]) for name in units.makers)
+
+
+def _why_not_of_kind(units: Units, kinds: Kinds, survey: Survey) -> str | None:
+    kind = "heads" if units.name.endswith(HEADS) else "inner"
+    if kind not in kinds.names:
+        return _NOT_SELECTED
+    return _why_not_inner(units, survey) if kind == "inner" else None
+
+
+def _why_not(units: Units, modules: dict[str, nn.Module], survey: Survey) -> str | None:
+    """Why closing these units would not be exact, or is not allowed."""
+    for maker in units.makers:
+        reason = why_unusable(maker, modules, survey.calls, survey.used_outside)
+        if reason is not None:
+            return reason
+        if maker in survey.outputs:
+            return f"its units reach an output of the model ({survey.outputs[maker]})"
+    if not any(is_layer(modules[reader]) for reader in units.readers):
+        return "no convolution or linear layer reads it"
+    if units.problem is not None:
+        return units.problem
+    for reader in units.readers:
+        reason = _why_unsupported(reader, modules, survey.calls, survey.used_outside)
+        if reason is not None:
+            return f"read by {reader}: {reason}"
+    return None
+
+
+def why_unusable(
+    name: str, modules: dict[str, nn.Module], calls: dict[str, int], used_outside: set[str]
+) -> str | None:
+    """Why a layer cannot make gated units, whatever happens to them."""
+    reason = _why_unsupported(name, modules, calls, used_outside)
+    if reason is None and not modules[name]._parameters["weight"].requires_grad:  # pyright: ignore
+        return "its weight is frozen (requires_grad is False)"
+    return reason
+
+
+def _why_unsupported(
+    name: str, modules: dict[str, nn.Module], calls: dict[str, int], used_outside: set[str]
+) -> str | None:
+    """Why a layer itself can neither make gated units nor read packed features."""
+    module = modules[name]
+    if parametrize.is_parametrized(module) or "weight" not in module._parameters:
+        return "its weight is parametrized"
+    if gated_class(type(module)) is None:
+        return f"{type(module).__name__} has no gated layer"
+    if calls[name] != 1:
+        return f"it is called {calls[name]} times in one forward"
+    if name in used_outside:
+        return _USED_OUTSIDE
+    if is_layer(module) and getattr(module, "groups", 1) != 1:
+        return "it is a grouped convolution"
+    owners = _owners(modules, module._parameters["weight"])
+    if module._parameters["weight"] is not None and len(owners) > 1:
+        return f"its weight is shared by {owners}"
+    return None
 
 
 def _owners(modules: dict[str, nn.Module], weight: Any) -> list[str]:
     return [n for n, m in modules.items() if any(p is weight for p in m._parameters.values())]
 
 
-def _why_unsupported(
-    name: str, modules: dict[str, nn.Module], trace: Trace, role: str = ""
-) -> str | None:
-    """Why a layer itself cannot be gated or read packed features."""
-    module = modules[name]
-    if gated_class(type(module)) is None:
-        return f"{role}{type(module).__name__} has no gated layer"
-    if trace.calls[name] != 1:
-        return f"{role}it is called {trace.calls[name]} times in one forward"
-    if parametrize.is_parametrized(module) or "weight" not in module._parameters:
-        return f"{role}its weight is parametrized"
-    if is_layer(module) and getattr(module, "groups", 1) != 1:
-        return f"{role}it is a grouped convolution"
-    owners = _owners(modules, module._parameters["weight"])
-    if module._parameters["weight"] is not None and len(owners) > 1:
-        return f"{role}its weight is shared by {owners}"
-    return None
-
-
-def _units(name: str, trace: Trace) -> range:
-    return range(trace.first_unit[name], trace.first_unit[name] + trace.width[name])
-
-
-def readers_of(name: str, trace: Trace) -> list[str]:
-    """Layers and passages that a layer's units reach."""
-    return [reader for reader, r in trace.readings.items() if name in r.touched_by]
-
-
-def _why_inexact(name: str, modules: dict[str, nn.Module], trace: Trace) -> str | None:
-    """Why closing units of a layer would not be exact."""
-    if name in trace.reaches_output:
-        return "its units reach an output of the model"
-    readers = readers_of(name, trace)
-    if not any(is_layer(modules[reader]) for reader in readers):
-        return "no convolution or linear layer reads it"
-    for reader in readers:
-        found = trace.readings[reader].unit
-        own = set(found.tolist()) & set(_units(name, trace))
-        if len(own) < trace.width[name]:
-            return _why_mixed(name, reader, trace, bool((found == -2).any()))
-        reason = _why_unsupported(reader, modules, trace, f"read by {reader}: ")
-        if reason is not None:
-            return reason
-    return None
-
-
-def _why_mixed(name: str, reader: str, trace: Trace, mixed: bool) -> str:
-    if not mixed:
-        return f"only some of its units reach {reader}"
-    others = [other for other in trace.readings[reader].touched_by if other != name]
-    if others:
-        shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
-        return f"its units are joined with those of {shown} before {reader} (residual stream)"
-    return f"its units are mixed with one another before {reader}"
-
-
-def _why_not_inner(name: str, trace: Trace) -> str | None:
+def _why_not_inner(units: Units, survey: Survey) -> str | None:
     """A stem: two of its readers lead to one sum, so its units are the residual stream itself."""
-    readers = [r for r in readers_of(name, trace) if r in trace.first_unit]
-    sums = _sums(trace)
-    ends = [_ends(reader, trace, sums, set()) for reader in readers]
+    ends = [_ends(reader, survey, set()) for reader in units.readers if reader in survey.read_by]
     for i, first in enumerate(ends):
         for second in ends[i + 1 :]:
-            if any(len((first | second) & s) > 1 and first & s and second & s for s in sums):
+            if any(len((first | second) & s) > 1 and first & s and second & s for s in survey.sums):
                 return "its units are the residual stream (a stem)"
     return None
 
 
-def _sums(trace: Trace) -> list[set[str]]:
-    """Sets of layers whose units meet in one feature."""
-    return [
-        set(r.touched_by)
-        for r in trace.readings.values()
-        if len(r.touched_by) > 1 and (r.unit == -2).any()
-    ]
-
-
-def _ends(name: str, trace: Trace, sums: list[set[str]], seen: set[str]) -> set[str]:
+def _ends(name: str, survey: Survey, seen: set[str]) -> set[str]:
     """Layers downstream of ``name`` (itself included) whose units are first to join a sum."""
     if name in seen:
         return set()
     seen.add(name)
-    if any(name in s for s in sums):
+    if any(name in s for s in survey.sums):
         return {name}
-    further = (r for r in readers_of(name, trace) if r in trace.first_unit)
-    return set().union(*(_ends(r, trace, sums, seen) for r in further))
+    further = (r for r in survey.read_by[name] if r in survey.read_by)
+    return set().union(*(_ends(r, survey, seen) for r in further))
 
 
-def _with_input_groups(plan: Plan, modules: dict[str, nn.Module], trace: Trace) -> dict[str, int]:
+def _with_input_groups(plan: Plan, modules: dict[str, nn.Module], survey: Survey) -> dict[str, int]:
     """Add a group for the inputs of every linear layer whose features have no gate of their own."""
     groups: dict[str, int] = {}
-    for name in trace.layers:
-        reading = trace.readings[name]
-        if type(modules[name]) is nn.Linear and not _why_unsupported(name, modules, trace):
-            gated = _gated_units(reading.unit, plan, trace)
+    starts = dict(zip(plan.groups, _offsets(plan.groups.values()), strict=True))
+    for name in survey.layers:
+        usable = _why_unsupported(name, modules, survey.calls, survey.used_outside) is None
+        if type(modules[name]) is nn.Linear and usable:
+            gated = gate_map(name, plan, survey, starts, -1)
             one_to_one = (gated >= 0).all() and gated.unique().numel() == gated.numel()
             if not one_to_one:
                 groups[input_group(name)] = gated.numel()
         if name in plan.groups:
             groups[name] = plan.groups[name]
-    return groups
+    return groups | plan.groups
 
 
-def _gated_units(unit: Tensor, plan: Plan, trace: Trace) -> Tensor:
-    """Global unit numbers where the unit's layer has a group, else -1."""
-    gated = torch.full_like(unit, -1)
-    for name in plan.groups:
-        if name in trace.first_unit:
-            units = _units(name, trace)
-            mine = (unit >= units.start) & (unit < units.stop)
-            gated = torch.where(mine, unit, gated)
-    return gated
+def _offsets(sizes: Iterable[int]) -> list[int]:
+    return torch.tensor([0, *sizes]).cumsum(0).tolist()[:-1]
 
 
-def gate_map(reader: str, plan: Plan, trace: Trace, starts: dict[str, int], none: int) -> Tensor:
+def gate_map(reader: str, plan: Plan, survey: Survey, starts: dict[str, int], none: int) -> Tensor:
     """Flat gate index of every feature that a layer or passage reads.
 
     Args:
         reader: its name.
         plan: the groups.
-        trace: what the probe found.
+        survey: what the probe found.
         starts: flat index of every group's first gate.
         none: the index that stands for no gate.
 
     Returns:
         int64 of shape [features].
     """
-    unit = trace.readings[reader].unit
-    mapped = torch.full_like(unit, none)
-    for name in plan.groups:
-        if name in trace.first_unit:
-            units = _units(name, trace)
-            mine = (unit >= units.start) & (unit < units.stop)
-            mapped = torch.where(mine, unit - units.start + starts[name], mapped)
+    mapped = torch.full((survey.features[reader],), none)
+    for name, units in plan.units.items():
+        unit = units.readers.get(reader)
+        if unit is not None:
+            mapped = torch.where(unit >= 0, unit + starts[name], mapped)
     return mapped
 
 
-def passages_of(plan: Plan, modules: dict[str, nn.Module], trace: Trace) -> list[str]:
-    """Normalisations and depthwise convolutions that gated units pass through."""
-    return [
-        reader
-        for reader, reading in trace.readings.items()
-        if (is_depthwise(modules[reader]) or not is_layer(modules[reader]))
-        and set(reading.touched_by) & set(plan.groups)
-    ]
+def is_passage_of(plan: Plan, reader: str, module: nn.Module) -> bool:
+    """Whether gated units pass through: a normalisation, depthwise convolution or activation."""
+    passes = is_depthwise(module) or not is_layer(module)
+    return passes and any(reader in units.readers for units in plan.units.values())

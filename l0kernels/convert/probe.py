@@ -1,46 +1,65 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Find which unit every feature comes from, by intervention.
+"""Ask a model, by intervention, what depends on what.
 
 The forward is replayed with the output of every convolution and linear layer fixed to what it was,
-so that a change in one layer's output reaches the layers that read it and no further. Units are
-numbered over the whole model, and replay b changes the units whose number has bit b set, then
-those whose number has it clear. A feature made by one unit changes in exactly one replay of each
-pair, and the pattern spells the unit's number; a feature made by several units changes in both.
-No operation is looked at by name, so flatten, concatenation, padding, pooling and any elementwise
-function are followed alike. 2 log2(units) replays serve the whole model.
+so that a change in one layer's output reaches the layers that read it and no further. No operation
+is looked at by name: flatten, concatenation, padding, pooling, attention and any elementwise
+function are followed alike. A model whose training forward calls other layers than its eval forward
+(auxiliary heads) is replayed in both modes, and what changes in either counts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
-# Dead activations (ReLU, clipping, pooling) hide a change of one sign or size: several are tried.
-# 3 takes every element past zero.
-SCALES = (3.0, -3.0, 0.3)
+from l0kernels.convert.tensors import Inputs, call, kept_tensors, named_tensors, to_double
+from l0kernels.nn import gated_class
+
+# Dead activations (ReLU, clipping, pooling) hide changes of one sign or size. So several are tried,
+# as (size, share of elements that move up): 3 takes every element past zero, 100 most of them past
+# a bias that follows; lone elements pass filters that cancel or invert what is common to all. Half
+# of them start from one point, half from its mirror image, where what was dead is alive.
+SIZES = {
+    1.0: ((3.0, 1.0), (0.3, 1.0), (100.0, 0.0), (30.0, 0.1)),
+    -1.0: ((3.0, 0.0), (100.0, 1.0), (30.0, 0.9)),
+}
+
+Change = Callable[[Tensor], Tensor]
 
 
 def is_depthwise(module: nn.Module) -> bool:
     """A convolution in which every channel passes through its own filter."""
-    return isinstance(module, nn.modules.conv._ConvNd) and (
-        1 < module.groups == module.in_channels == module.out_channels
+    return (
+        isinstance(module, nn.modules.conv._ConvNd)
+        and not isinstance(module, nn.modules.conv._ConvTransposeNd)
+        and 1 < module.groups == module.in_channels == module.out_channels
     )
 
 
 def is_layer(module: nn.Module) -> bool:
     """A layer that makes new units: a convolution (not depthwise) or a linear layer."""
-    mixes = isinstance(module, (nn.modules.conv._ConvNd, nn.Linear))
-    return mixes and not is_depthwise(module)
+    if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
+        return not is_depthwise(module)
+    return _is_conv1d_of_transformers(module)
+
+
+def _is_conv1d_of_transformers(module: nn.Module) -> bool:
+    """The linear layer of GPT-2, whose weight is [in, out]."""
+    gated = gated_class(type(module))
+    return gated is not None and gated.__name__ == "GatedConv1D"
 
 
 def is_passage(module: nn.Module) -> bool:
     """A layer with parameters per channel through which channels pass unmixed."""
+    if isinstance(module, nn.PReLU):
+        return module.num_parameters > 1
     return isinstance(module, nn.modules.batchnorm._BatchNorm) or is_depthwise(module)
 
 
@@ -48,51 +67,7 @@ def feature_dim(module: nn.Module) -> int:
     """Dimension of the features, also of unbatched inputs where the layer takes them."""
     if isinstance(module, nn.modules.conv._ConvNd):
         return -len(module.kernel_size) - 1
-    return -1 if isinstance(module, nn.Linear) else 1
-
-
-@dataclass
-class Reading:
-    """What a layer or passage reads.
-
-    Args:
-        touched_by: layers whose units reach it.
-        unit: global unit number per feature; -1 where no layer's unit reaches the feature,
-            -2 where several units do (or one that could not be told).
-    """
-
-    touched_by: list[str] = field(default_factory=list)
-    unit: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
-
-
-@dataclass
-class Trace:
-    """The result of probing a model.
-
-    Args:
-        layers: names of convolutions and linear layers, in order of their first call.
-        first_unit: global number of a layer's first unit.
-        width: number of units of a layer.
-        readings: for every called layer and passage, by name.
-        calls: how often each was called.
-        reaches_output: layers whose units change an output of the model.
-        positions: output positions (pixels or tokens, over the batch of one example) per layer.
-    """
-
-    layers: list[str]
-    first_unit: dict[str, int]
-    width: dict[str, int]
-    readings: dict[str, Reading]
-    calls: dict[str, int]
-    reaches_output: set[str]
-    positions: dict[str, int]
-
-
-def to_double(value: Any) -> Any:
-    """Floating tensors of a nested structure in fp64, detached."""
-    return tree_map_only(
-        Tensor, lambda t: t.detach().double() if t.is_floating_point() else t.detach(), value
-    )
+    return -1 if is_layer(module) else 1
 
 
 class NoDropout(TorchFunctionMode):
@@ -109,187 +84,419 @@ class NoDropout(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class _Replayer:
-    """A model whose layers return recorded outputs.
+class _Recorder(NoDropout):
+    """Notes modules whose parameters are computed with outside their own forward."""
 
-    Recording fills ``inputs_of`` and ``recorded``; from then on every forward fills ``touched``
-    with the features of every layer and passage whose input differs from the recording.
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.owners: dict[int, list[str]] = {}
+        for name, module in modules.items():
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    self.owners.setdefault(id(parameter), []).append(name)
+        self.active: list[str] = []
+        self.used_outside: set[str] = set()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = super().__torch_function__(func, types, args, kwargs)
+        if isinstance(out, Tensor):
+            for arg in (*args, *(kwargs or {}).values()):
+                owners = self.owners.get(id(arg), []) if isinstance(arg, nn.Parameter) else []
+                if owners and not set(owners) & set(self.active):
+                    self.used_outside.update(owners)
+        return out
+
+
+@dataclass
+class _Mode:
+    """What a plain forward does in one mode.
+
+    Args:
+        training: the mode.
+        calls: how often each module runs.
+        outputs_of: what layers return, one entry per call of a layer in a forward.
+        results: what the model returns and keeps.
     """
 
-    def __init__(self, model: nn.Module, example_inputs: tuple[Any, ...]) -> None:
-        self.model = model.eval()
-        self.arguments = to_double(example_inputs)
-        # One entry per call of a layer in a forward.
-        self.inputs_of: dict[str, list[Tensor]] = {}
-        self.recorded: dict[str, list[Tensor]] = {}
-        self.touched: dict[str, Tensor] = {}
-        self.dims: dict[str, int] = {}
-        self._recording = True
-        for name, module in self.model.named_modules():
-            if is_layer(module) or is_passage(module):
-                self.dims[name] = feature_dim(module)
-                module.forward = self._watched(name, module)
-        self.outputs = self._run()
-        self._recording = False
-        self.layers = list(self.recorded)
-        self._current = self.recorded
+    training: bool
+    calls: dict[str, int] = field(default_factory=dict)
+    outputs_of: dict[str, list[Tensor]] = field(default_factory=dict)
+    results: dict[str, Tensor] = field(default_factory=dict)
 
-    def _watched(self, name: str, module: nn.Module) -> Callable[..., Tensor]:
+    def signature(self) -> Any:
+        return self.calls, {name: t.shape for name, t in self.results.items()}
+
+
+@dataclass
+class _Point:
+    """Where replays start from.
+
+    Args:
+        training: the mode.
+        sizes: changes to make from here, see ``SIZES``.
+        arguments: of the model.
+        outputs_of: what layers return, one entry per call of a layer in a forward.
+        inputs_of: what all watched modules read then.
+        results: what the model returns and keeps then.
+    """
+
+    training: bool
+    sizes: tuple[tuple[float, float], ...]
+    arguments: Inputs
+    outputs_of: dict[str, list[Tensor]]
+    inputs_of: dict[str, list[Tensor]] = field(default_factory=dict)
+    results: dict[str, Tensor] = field(default_factory=dict)
+
+    def is_finite(self) -> bool:
+        inputs = (t for calls in self.inputs_of.values() for t in calls)
+        return all(bool(t.isfinite().all()) for t in (*inputs, *self.results.values()))
+
+
+class Touched:
+    """What changed in a replay.
+
+    Args:
+        features: by layer or passage, bool of shape [features].
+        others: further modules with parameters whose input changed.
+        output: name of a result of the model that changed, or None.
+    """
+
+    def __init__(self) -> None:
+        self.features: dict[str, Tensor] = {}
+        self.others: set[str] = set()
+        self.output: str | None = None
+
+
+class ForwardFails(Exception):
+    """The model's forward raised with the example inputs."""
+
+
+class Probe:
+    """A model whose layers return recorded outputs, changed at will.
+
+    Use it as a context manager: the layers get their own forwards back at the end.
+
+    Args:
+        model: an fp64 copy; its buffers and training flags are put back at the end.
+        inputs: positional (tuple) or keyword (mapping) arguments of its forward.
+
+    Raises:
+        ForwardFails: on entry.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
+        self.model = model
+        self.inputs = to_double(inputs)
+        self.modules: dict[str, nn.Module] = {
+            name: module
+            for name, module in model.named_modules()
+            if is_layer(module) or is_passage(module) or _has_own_parameters(module)
+        }
+        self.used_outside: set[str] = set()
+        self._settling = False
+        self._forwards: list[tuple[nn.Module, Any]] = []
+
+    @torch.no_grad()
+    def __enter__(self) -> Probe:
+        self._flags = [(m, m.training) for m in self.model.modules()]
+        self._buffers = [(b, b.clone()) for b in self.model.buffers()]
+        cuda = {p.device for p in self.model.parameters() if p.device.type == "cuda"}
+        self._rng = torch.random.fork_rng(devices=list(cuda))
+        self._rng.__enter__()
+        try:
+            self._record_all()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._rng.__exit__(None, None, None)
+        for module, forward in self._forwards:
+            if forward is None:
+                del module.__dict__["forward"]
+            else:
+                module.__dict__["forward"] = forward
+        for module, training in self._flags:
+            module.training = training
+
+    def _record_all(self) -> None:
+        for name, module in self.modules.items():
+            self._forwards.append((module, module.__dict__.get("forward")))
+            module.__dict__["forward"] = self._watched(name, module)
+        modes = [self._record(training=False)]
+        training = self._record(training=True)
+        if training.signature() != modes[0].signature():
+            modes.append(training)
+        self._points = [point for mode in modes for point in self._points_of(mode)]
+        # In the order of the mode that calls more.
+        modes.sort(key=lambda mode: -len(mode.calls))
+        readers = dict.fromkeys(name for mode in modes for name in mode.calls)
+        self.readers = [
+            n for n in readers if is_layer(self.modules[n]) or is_passage(self.modules[n])
+        ]
+        self.layers = [name for name in self.readers if is_layer(self.modules[name])]
+        self.width = {name: self._size(name, "outputs_of") for name in self.layers}
+        self._features = {name: self._size(name, "inputs_of") for name in self.readers}
+        self.calls = {name: max(mode.calls.get(name, 0) for mode in modes) for name in self.readers}
+
+    def _first(self, name: str, what: str) -> Tensor:
+        return next(getattr(p, what)[name][0] for p in self._points if name in getattr(p, what))
+
+    def _size(self, name: str, what: str) -> int:
+        return self._first(name, what).shape[feature_dim(self.modules[name])]
+
+    def features(self, reader: str) -> int:
+        """Number of features that a layer or passage reads."""
+        return self._features[reader]
+
+    def positions(self) -> dict[str, int]:
+        """Output positions (pixels or tokens, of one example) per layer."""
+        outputs = {name: self._first(name, "outputs_of") for name in self.layers}
+        return {
+            name: out.numel() // max(1, self.width[name] * out.shape[0])
+            for name, out in outputs.items()
+        }
+
+    def _record(self, training: bool) -> _Mode:
+        """Run the plain forward: which modules run, and what layers return."""
+        self._mode = mode = _Mode(training)
+        self._recorder: _Recorder | None = _Recorder(self.modules)
+        try:
+            mode.results = dict(self._run(training, self.inputs, self._recorder))
+        except Exception as error:
+            what = "training" if training else "eval"
+            raise ForwardFails(f"the model's {what} forward fails with them: {error}") from error
+        self.used_outside |= self._recorder.used_outside
+        self._recorder = None
+        return mode
+
+    def _points_of(self, mode: _Mode) -> list[_Point]:
+        """Two points that mirror each other: layer outputs and inputs of random sign.
+
+        What the model really computes is the only point where it cannot take these.
+        """
+        generator = torch.Generator().manual_seed(0)
+
+        def lively(t: Tensor) -> Tensor:
+            return _lively(t, generator) if t.is_floating_point() else t
+
+        arguments = tree_map_only(Tensor, lively, self.inputs)
+        outputs = {name: [lively(t) for t in calls] for name, calls in mode.outputs_of.items()}
+        points = []
+        for sign, sizes in SIZES.items():
+            turned = {name: [t * sign for t in calls] for name, calls in outputs.items()}
+            flipped = tree_map_only(
+                Tensor, lambda t, sign=sign: t * sign if t.is_floating_point() else t, arguments
+            )
+            points.append(_Point(mode.training, sizes, flipped, turned))
+            if not self._settle(points[-1]):
+                every = tuple(size for sizes in SIZES.values() for size in sizes)
+                real = _Point(mode.training, every, self.inputs, mode.outputs_of)
+                self._settle(real)
+                return [real]
+        return points
+
+    def _settle(self, point: _Point) -> bool:
+        """Note what modules read at a point; whether the model can be there."""
+        self._now, self._changes, self._calls, self._settling = point, {}, {}, True
+        try:
+            results = self._run(point.training, point.arguments, NoDropout())
+        except Exception:  # values of another sign need not be legal inputs
+            return False
+        finally:
+            self._settling = False
+        # Cloned: the next forward may write there.
+        point.results = {name: t.clone() for name, t in results}
+        return point.is_finite()
+
+    def _watched(self, name: str, module: nn.Module) -> Callable[..., Any]:
         forward = module.forward
 
-        def run(*args: Any, **kwargs: Any) -> Tensor:
-            x = args[0] if args else kwargs["input"]
-            if self._recording:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if self._recorder is None:
+                return self._replayed(name, forward, args, kwargs)
+            self._mode.calls[name] = self._mode.calls.get(name, 0) + 1
+            self._recorder.active.append(name)
+            out = forward(*args, **kwargs)
+            self._recorder.active.pop()
+            if is_layer(module):
                 # Cloned: an in-place operation may follow.
-                self.inputs_of.setdefault(name, []).append(x.clone())
-                out = forward(*args, **kwargs)
-                if is_layer(module):
-                    self.recorded.setdefault(name, []).append(out.clone())
-                return out
-            call = self._compare(name, x)
-            if name not in self._current:
-                return forward(*args, **kwargs)
-            return self._current[name][call].clone()
+                self._mode.outputs_of.setdefault(name, []).append(out.clone())
+            return out
 
         return run
 
-    def _compare(self, name: str, x: Tensor) -> int:
-        call = self._calls.get(name, 0)
-        self._calls[name] = call + 1
-        new = (x != self.inputs_of[name][call]).movedim(self.dims[name], 0)
-        new = new.reshape(len(new), -1).any(1)
-        self.touched[name] = self.touched[name] | new if name in self.touched else new
-        return call
+    def _replayed(self, name: str, forward: Any, args: Any, kwargs: Any) -> Any:
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        index = self._calls.get(name, 0)
+        self._calls[name] = index + 1
+        if isinstance(x, Tensor):
+            if self._settling:
+                self._now.inputs_of.setdefault(name, []).append(x.clone())
+            else:
+                self._compare(name, x, self._now.inputs_of[name][index])
+        outputs = self._now.outputs_of.get(name)
+        if outputs is None:
+            return forward(*args, **kwargs)
+        change = self._changes.get(name)
+        return outputs[index].clone() if change is None else change(outputs[index])
 
-    def _run(self) -> list[Tensor]:
-        self._calls: dict[str, int] = {}
+    def _compare(self, name: str, x: Tensor, recorded: Tensor) -> None:
+        if name in self._kept:
+            self._kept[name].append(x.clone())
+        new = x != recorded
+        if name not in self._features:
+            if bool(new.any()):
+                self._touched.others.add(name)
+            return
+        features = new.movedim(feature_dim(self.modules[name]), 0).reshape(self._features[name], -1)
+        found = features.any(1).cpu()
+        before = self._touched.features.get(name)
+        self._touched.features[name] = found if before is None else before | found
+
+    def _run(
+        self, training: bool, arguments: Inputs, function_mode: TorchFunctionMode
+    ) -> list[tuple[str, Tensor]]:
+        self.model.train(training)
         torch.manual_seed(0)  # other randomness is the same in every run
-        with NoDropout():
-            leaves = tree_leaves(self.model(*self.arguments))
-        return [leaf.clone() for leaf in leaves if isinstance(leaf, Tensor)]
+        with function_mode:
+            returned = call(self.model, arguments)
+        # Statistics that this run has moved would show as changes in the next.
+        for buffer, value in self._buffers:
+            buffer.copy_(value)
+        return [*named_tensors(returned), *kept_tensors(self.model)]
 
-    def replay(self, changed: dict[str, list[Tensor]]) -> bool:
-        """Run with these layer outputs; returns whether an output of the model changed."""
-        self._current = self.recorded | changed
-        outputs = self._run()
-        return any(not torch.equal(a, b) for a, b in zip(outputs, self.outputs, strict=True))
+    def _replay(self, point: _Point, changes: Mapping[str, Change]) -> None:
+        self._now, self._changes, self._calls = point, changes, {}
+        for name, tensor in self._run(point.training, point.arguments, NoDropout()):
+            recorded = point.results.get(name)
+            if recorded is None or not torch.equal(tensor, recorded):
+                self._touched.output = self._touched.output or name
 
+    @torch.no_grad()
+    def touched(self, chosen: Mapping[str, Tensor], seed: int) -> Touched:
+        """Change some units of some layers; see what changes, over all sizes and points.
 
-def _change(out: Tensor, dim: int, chosen: Tensor, scale: float, generator: Any) -> Tensor:
-    noise = torch.randn(out.shape, generator=generator, dtype=out.dtype).abs().to(out.device)
-    size = scale * (out.abs() + out.abs().mean().clamp_min(1e-3))
-    shape = [1] * out.dim()
-    shape[dim] = -1
-    return out + chosen.view(shape).to(out.device) * (noise + 0.5) * size
-
-
-class _Prober:
-    def __init__(self, model: nn.Module, example_inputs: tuple[Any, ...]) -> None:
-        self.replayer = _Replayer(model, example_inputs)
-        self.readers = list(self.replayer.inputs_of)
-        dims = self.replayer.dims
-        self.width = {n: outs[0].shape[dims[n]] for n, outs in self.replayer.recorded.items()}
-        self.first_unit: dict[str, int] = {}
-        total = 0
-        for name in self.replayer.layers:
-            self.first_unit[name] = total
-            total += self.width[name]
-        self.bits = max(1, total.bit_length())
-
-    def replay(self, chosen: dict[str, Tensor], seed: int) -> tuple[dict[str, Tensor], bool]:
-        """Features that change, by reader, and whether an output changes, over all scales."""
-        replayer = self.replayer
-        replayer.touched = {}
-        output = False
-        for scale in SCALES:
-            generator = torch.Generator().manual_seed(seed)
-            changed = {
-                name: [
-                    _change(out, replayer.dims[name], units, scale, generator)
-                    for out in replayer.recorded[name]
-                ]
-                for name, units in chosen.items()
-            }
-            output |= replayer.replay(changed)
-        return replayer.touched, output
-
-    def steps(self) -> int:
-        return 2 * self.bits + len(self.replayer.layers)
-
-    def reach(self, tick: Callable[[], None]) -> tuple[dict[str, list[str]], set[str]]:
-        """Which layers reach which readers, and which reach an output."""
-        touched_by: dict[str, list[str]] = {name: [] for name in self.readers}
-        reaches_output: set[str] = set()
-        for seed, name in enumerate(self.replayer.layers):
-            touched, output = self.replay({name: torch.ones(self.width[name]).bool()}, seed)
-            if output:
-                reaches_output.add(name)
-            for reader, features in touched.items():
-                if features.any():
-                    touched_by[reader].append(name)
-            tick()
-        return touched_by, reaches_output
-
-    def codes(self, tick: Callable[[], None]) -> dict[str, Tensor]:
-        """Global unit number of every feature, -1 for none, -2 for several."""
-        spelled: dict[str, list[Tensor]] = {name: [] for name in self.readers}
-        for bit in range(self.bits):
-            pair = []
-            for value in (1, 0):
-                chosen = {
-                    name: ((torch.arange(width) + self.first_unit[name] + 1) >> bit & 1) == value
-                    for name, width in self.width.items()
+        Args:
+            chosen: by layer, bool of shape [units].
+            seed: of the change.
+        """
+        self._touched, self._kept = Touched(), {}
+        for point in self._points:
+            for size, share in point.sizes:
+                generator = torch.Generator().manual_seed(seed)
+                changes = {
+                    name: _shift(units, feature_dim(self.modules[name]), size, share, generator)
+                    for name, units in chosen.items()
                 }
-                pair.append(self.replay(chosen, 1000 + 2 * bit + value)[0])
-                tick()
-            for name in spelled:
-                spelled[name].append(torch.stack((pair[0][name], pair[1][name])))
-        return {name: _decode(torch.stack(pairs)) for name, pairs in spelled.items()}
+                self._replay(point, changes)
+        for name in self.readers:
+            if name not in self._touched.features:
+                self._touched.features[name] = torch.zeros(self.features(name), dtype=torch.bool)
+        return self._touched
+
+    @torch.no_grad()
+    def inputs_with(
+        self, changes: Mapping[str, Change], readers: Iterable[str]
+    ) -> dict[str, list[Tensor]]:
+        """What readers get when layers return changed outputs, at the first point that has them."""
+        found: dict[str, list[Tensor]] = {}
+        for point in self._points:
+            wanted = {name for name in readers if name in point.inputs_of} - set(found)
+            if wanted:
+                self._touched, self._kept = Touched(), {name: [] for name in wanted}
+                self._replay(point, changes)
+                found.update(self._kept)
+        return found
+
+
+def _has_own_parameters(module: nn.Module) -> bool:
+    return any(p is not None for p in module._parameters.values())
+
+
+def _lively(out: Tensor, generator: torch.Generator) -> Tensor:
+    """Values of the same magnitude with random signs."""
+    factor = torch.rand(out.shape, generator=generator, dtype=out.dtype) + 0.5
+    sign = torch.rand(out.shape, generator=generator, dtype=out.dtype).sub_(0.5).sign_()
+    return (out.abs() + out.abs().mean().clamp_min(1e-3)) * (sign * factor).to(out.device)
+
+
+def _shift(
+    chosen: Tensor, dim: int, size: float, share: float, generator: torch.Generator
+) -> Change:
+    """Move the chosen units by random amounts around ``size`` times their magnitude."""
+
+    def change(out: Tensor) -> Tensor:
+        noise, up = torch.rand(2, *out.shape, generator=generator, dtype=out.dtype).to(out.device)
+        amount = torch.where(up < share, 1.0, -1.0) * (noise + 0.5) * size
+        amount = amount * (out.abs() + out.abs().mean().clamp_min(1e-3))
+        shape = [1] * out.dim()
+        shape[dim] = -1
+        # Not a product: 0 * NaN would mark units that were left alone.
+        return torch.where(chosen.view(shape).to(out.device), out + amount, out)
+
+    return change
+
+
+def spell(
+    probe: Probe, numbers: Mapping[str, Tensor], tick: Callable[[], Any]
+) -> dict[str, Tensor]:
+    """Which number reaches every feature.
+
+    Replay b changes the units whose number has bit b set, then those whose number has it clear. A
+    feature that depends on one number changes in exactly one replay of each pair, and the pattern
+    spells the number; a feature that depends on several changes in both replays of some pair. One
+    that changes in some pairs only hides behind a dead activation: these pairs are repeated.
+
+    Args:
+        probe: the model.
+        numbers: by layer, int64 of shape [units], at least 1; units with equal numbers, also of
+            different layers, count as one.
+        tick: called after each of ``2 * bits(numbers)`` replays.
+
+    Returns:
+        By reader, int64 of shape [features]: the number, -1 for none, -2 for several.
+    """
+    digits = range(bits(numbers))
+    pairs = torch.stack([_replay_pair(probe, numbers, bit, bit, tick) for bit in digits])
+    for attempt in range(1, MOST_ATTEMPTS):
+        unclear = pairs.any(0).any(0) & ~pairs.all(1).any(0) & ~pairs.any(1)
+        hidden = [bit for bit in digits if bool(unclear[bit].any())]
+        for bit in hidden:
+            seed = attempt * len(pairs) + bit
+            pairs[bit] |= _replay_pair(probe, numbers, bit, seed, lambda: None)
+    sizes = [probe.features(name) for name in probe.readers]
+    return dict(zip(probe.readers, _decode(pairs).split(sizes), strict=True))
+
+
+MOST_ATTEMPTS = 5
+
+
+def _replay_pair(
+    probe: Probe, numbers: Mapping[str, Tensor], bit: int, seed: int, tick: Callable[[], Any]
+) -> Tensor:
+    """Which features of all readers, in a row, change with the bit set and clear, [2, features]."""
+    found = []
+    for value in (1, 0):
+        chosen = {name: (n >> bit & 1) == value for name, n in numbers.items()}
+        touched = probe.touched(chosen, 1000 + 2 * seed + value).features
+        found.append(torch.cat([touched[name] for name in probe.readers]))
+        tick()
+    return torch.stack(found)
+
+
+def bits(numbers: Mapping[str, Tensor]) -> int:
+    """Number of binary digits of the largest number."""
+    return max(int(n.max()) for n in numbers.values()).bit_length()
 
 
 def _decode(changed: Tensor) -> Tensor:
-    """Unit numbers from the replays, changed [bits, (set, clear), features]."""
+    """Numbers from the replays, changed [bits, (set, clear), features]."""
     once = changed[:, 0] ^ changed[:, 1]
-    weights = 1 << torch.arange(changed.shape[0], device=changed.device)
-    unit = (changed[:, 0] * weights[:, None]).sum(0) - 1
-    unit = torch.where(once.all(0), unit, torch.full_like(unit, -2))
-    return torch.where(changed.any(0).any(0), unit, torch.full_like(unit, -1)).cpu()
-
-
-@torch.no_grad()
-def probe(
-    model: nn.Module,
-    example_inputs: tuple[Any, ...],
-    progress: Callable[[int], Any] | None = None,
-) -> Trace:
-    """Trace every feature that a convolution, linear layer or passage reads to its unit.
-
-    Args:
-        model: an fp64 copy that is not needed afterwards: its layers' forwards are replaced.
-        example_inputs: positional arguments of the forward.
-        progress: called once with the number of steps, returns a function to call after each.
-
-    Returns:
-        The trace.
-
-    Raises:
-        Exception: whatever the forward raises with these inputs.
-    """
-    with torch.random.fork_rng(devices=[]):
-        prober = _Prober(model, example_inputs)
-        tick = progress(prober.steps()) if progress is not None else lambda: None
-        touched_by, reaches_output = prober.reach(tick)
-        units = prober.codes(tick)
-    replayer = prober.replayer
-    return Trace(
-        layers=replayer.layers,
-        first_unit=prober.first_unit,
-        width=prober.width,
-        readings={name: Reading(touched_by[name], units[name]) for name in prober.readers},
-        calls={name: len(inputs) for name, inputs in replayer.inputs_of.items()},
-        reaches_output=reaches_output,
-        positions={
-            name: outs[0].numel() // prober.width[name] // max(1, outs[0].shape[0])
-            for name, outs in replayer.recorded.items()
-        },
-    )
+    weights = 1 << torch.arange(changed.shape[0])
+    number = (changed[:, 0] * weights[:, None]).sum(0)
+    number = torch.where(once.all(0), number, -2)
+    return torch.where(changed.any(0).any(0), number, -1)

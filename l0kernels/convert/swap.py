@@ -3,38 +3,44 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
-from l0kernels.convert.groups import Plan, gate_map, input_group, passages_of
-from l0kernels.convert.probe import Trace
+from l0kernels.convert.groups import Plan, gate_map, input_group, is_passage_of
+from l0kernels.convert.units import Survey
 from l0kernels.gates.base import Gates, draw_before_forward
 from l0kernels.gates.ref import GateRef
 from l0kernels.nn import GatedLayer, gated_class
 
 
-def install(model: nn.Module, gates: Gates, plan: Plan, trace: Trace) -> None:
+def install(model: nn.Module, gates: Gates, plan: Plan, survey: Survey) -> None:
     """Swap the classes of all layers that the plan touches and attach the gates."""
     modules = dict(model.named_modules())
-    passages = set(passages_of(plan, modules, trace))
-    for name in trace.readings:
-        in_gate = None if name in passages else _reading_ref(name, gates, plan, trace)
-        out_gate = gates[name] if name in plan.groups else None
-        if name in passages:
-            out_gate = _reading_ref(name, gates, plan, trace)
+    made = {
+        maker: GateRef(gates, (unit + gates.starts[name],))
+        for name, units in plan.units.items()
+        for maker, unit in units.makers.items()
+    }
+    for name in survey.readers:
+        in_gate, out_gate = _reading_ref(name, gates, plan, survey), made.get(name)
+        if is_passage_of(plan, name, modules[name]):
+            in_gate, out_gate = None, in_gate
         if in_gate is not None or out_gate is not None:
-            module = modules[name]
-            swapped = gated_class(type(module))
-            assert swapped is not None
-            module.__class__ = swapped
-            assert isinstance(module, GatedLayer)
-            module.connect(in_gate, out_gate)
+            _connect(modules[name], in_gate, out_gate)
     gates.refused = plan.refused
-    gates.attach(model, trace.positions)
+    gates.attach(model, survey.positions)
 
 
-def _reading_ref(name: str, gates: Gates, plan: Plan, trace: Trace) -> GateRef | None:
-    mapped = gate_map(name, plan, trace, gates.starts, gates.count)
-    made = GateRef(gates, (mapped,)) if (mapped != gates.count).any() else None
+def _connect(module: nn.Module, in_gate: GateRef | None, out_gate: GateRef | None) -> None:
+    swapped = gated_class(type(module))
+    assert swapped is not None
+    module.__class__ = swapped
+    assert isinstance(module, GatedLayer)
+    module.connect(in_gate, out_gate)
+
+
+def _reading_ref(name: str, gates: Gates, plan: Plan, survey: Survey) -> GateRef | None:
+    mapped: Tensor = gate_map(name, plan, survey, gates.starts, gates.count)
+    made = GateRef(gates, (mapped,)) if bool((mapped != gates.count).any()) else None
     own = gates[input_group(name)] if input_group(name) in plan.groups else None
     if made is not None and own is not None:
         return made * own

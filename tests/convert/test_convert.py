@@ -87,7 +87,7 @@ def test_the_self_check_catches_what_the_probe_cannot(name: str):
     torch.manual_seed(0)
     net = converted(Pair(between, reads))
     assert net.l0.names == ["b"]
-    assert net.l0.refused["a"].startswith("the self-check found packed and masked to differ")
+    assert net.l0.refused["a"].startswith("the self-check found")
 
 
 class Grouped(nn.Module):
@@ -122,9 +122,9 @@ def test_every_refusal_has_its_reason():
         "tied": "its weight is shared by ['tied', 'tied_too']",
         "tied_too": "its weight is shared by ['tied', 'tied_too']",
         "grouped": "it is a grouped convolution",
-        "normed": "ParametrizedConv2d has no gated layer",
+        "normed": "its weight is parametrized",
         "unread": "no convolution or linear layer reads it",
-        "last": "its units reach an output of the model",
+        "last": "its units reach an output of the model (output[0])",
     }
     assert net.l0.refused == expected
     for name, reason in expected.items():
@@ -148,7 +148,7 @@ def test_select_by_name_and_by_predicate():
     assert chosen.l0.names == ["b"]
     with pytest.raises(ValueError, match=r"names among \['a', 'b', 'head'\], got \['c'\]"):
         converted(Pair(F.relu), select=["a", "c"])
-    with pytest.raises(ValueError, match="got outer"):
+    with pytest.raises(ValueError, match="got 'outer'"):
         converted(Pair(F.relu), select="outer")
 
 
@@ -261,7 +261,7 @@ def with_nan() -> nn.Module:
                 example_inputs=(X[:1],),
             ),
             ValueError,
-            "training forward and backward fail with them: Expected more than 1 value",
+            "training forward fails with them: Expected more than 1 value",
         ),
     ],
 )
