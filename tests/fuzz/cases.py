@@ -28,7 +28,7 @@ from fuzz.oracle import (
     rounding,
     scale,
 )
-from fuzz.writer import Draw, Program
+from fuzz.writer import Draw, Program, random_inputs
 
 LAYERS = (
     nn.Linear,
@@ -39,53 +39,55 @@ LAYERS = (
 )
 # Errors up to this multiple of what rounding noise does to the oracle itself are not judged.
 ILL_CONDITIONED = 100.0
+DRAWS = 6
 
 
 class Wrong(AssertionError):
     """``convert`` accepted a network and it is not what the oracle says."""
 
 
+OPTIONS = (
+    'select="inner"',
+    'select="inner", granularity="input"',
+    "select=l0.select.inner | l0.select.heads",
+    "select=l0.select.heads",
+    "select=lambda name, module: True",
+    'select=lambda name, module: True, granularity="input"',
+)
+
+
 @dataclass
 class Case:
-    """A network and how it is converted."""
+    """A network and how it is converted.
+
+    Args:
+        program: the network.
+        training: its mode when it is converted.
+        options: of ``convert``, as source.
+    """
 
     program: Program
-    options: dict[str, Any]
     training: bool
+    options: str
 
     def __str__(self) -> str:
-        shown = ", ".join(f"{name}={_shown(value)}" for name, value in self.options.items())
         return (
-            f"{self.program}net.train({self.training})\n"
-            f'l0.convert(net, "hard_concrete", example_inputs=inputs, {shown})\n'
+            f"{self.program}net.train({self.training})\nprint(check(net, inputs, {self.options}))\n"
         )
 
-
-def _shown(value: Any) -> str:
-    if value is every_layer:
-        return "lambda name, module: True"
-    return f"l0.select.{value.__name__}" if callable(value) else repr(value)
-
-
-def every_layer(name: str, module: nn.Module) -> bool:
-    """A ``select`` that wants all layers, residual streams too."""
-    return True
+    def run(self) -> Outcome:
+        """See :func:`check`."""
+        net = self.program.build().train(self.training)
+        options = eval(f"dict({self.options})", {"l0": l0})  # one of OPTIONS
+        return check(net, random_inputs(self.program.shapes), **options)
 
 
 @st.composite
 def cases(draw: Draw, families: tuple[str, ...] = FAMILIES) -> Case:
     """Networks with options of ``convert``."""
     program = draw(programs(families))
-    options = draw(
-        st.sampled_from(
-            (
-                {"select": "inner"},
-                {"select": "inner", "granularity": "input"},
-                {"select": every_layer},
-            )
-        )
-    )
-    return Case(program, options, draw(st.booleans()))
+    options = draw(st.sampled_from(OPTIONS))
+    return Case(program, draw(st.booleans()), options)
 
 
 @dataclass
@@ -134,6 +136,15 @@ class Tally:
         self.gated += other.gated
         self.refused += other.refused
 
+    def line(self, wrong: int) -> str:
+        """Totals, with the number of cases that went wrong."""
+        refused = self.cases - self.converted
+        return (
+            f"{self.cases + wrong} cases: {self.converted} converted ({self.groups} groups), "
+            f"{refused} refused whole, {wrong} wrong; "
+            f"{self.ill} of {DRAWS * self.converted} comparisons are decided by rounding"
+        )
+
     def table(self) -> str:
         """Operations, most frequent first."""
         total = self.gated + self.refused
@@ -143,19 +154,22 @@ class Tally:
         return "\n".join(rows)
 
 
-def run_case(case: Case) -> Outcome:
-    """Convert the network and compare it with the oracle.
+def check(plain: nn.Module, inputs: tuple[Tensor, ...], **options: Any) -> Outcome:
+    """Convert a copy of a network and compare it with the oracle.
+
+    Args:
+        plain: the network; it ends in fp64, without dropout.
+        inputs: for ``convert``; the comparison takes others.
+        options: of ``convert``.
 
     Raises:
-        Wrong: it differs.
+        Wrong: the copy differs.
         Exception: whatever else ``convert`` raises but a refusal of the whole network.
     """
-    plain = case.program.build().train(case.training)
-    inputs = case.program.inputs()
     packed = copy.deepcopy(plain)
     before = {n: t.clone() for n, t in packed.state_dict().items()}
     try:
-        l0.convert(packed, "hard_concrete", example_inputs=inputs, **case.options)
+        l0.convert(packed, "hard_concrete", example_inputs=inputs, **options)
     except ValueError as error:
         if "nothing can be gated" not in str(error):
             raise
@@ -164,12 +178,14 @@ def run_case(case: Case) -> Outcome:
     _check_state(packed, before)
     _check_report(packed, plain, inputs)
     masks = Masks.of(packed)
-    outcome = Outcome(len(packed.l0.names), _gated(packed, masks))  # pyright: ignore
-    _without_dropout(plain).double(), _without_dropout(packed).double()
-    inputs = tuple(x.double() for x in case.program.inputs(seed=1))
-    outcome.ill = _compare(plain, packed, masks, inputs)
-    _check_compact(plain, packed, masks, inputs)
-    _check_revert(plain, packed, inputs)
+    gates: Any = packed.l0
+    outcome = Outcome(len(gates.names), _gated(packed, masks))
+    for net in (plain, packed):
+        _without_dropout(net).double()
+    others = tuple(x.double() for x in random_inputs([tuple(x.shape) for x in inputs], seed=1))
+    outcome.ill = _compare(plain, packed, masks, others)
+    _check_compact(plain, packed, masks, others)
+    _check_revert(plain, packed, others)
     return outcome
 
 

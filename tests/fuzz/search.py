@@ -1,106 +1,119 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run many cases, shrink what fails."""
+"""Run many cases; shrink those that fail."""
 
 from __future__ import annotations
 
+import time
 import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis.database import ExampleDatabase
 
-from fuzz.cases import Case, Tally, cases, run_case
+from fuzz.cases import Case, Tally, cases
 from fuzz.networks import FAMILIES
+
+CHUNK = 250
+# A failing case is made smaller for this long.
+SHRINK_SECONDS = 30.0
 
 
 @dataclass
 class Failure:
-    """A case that went wrong, as small as it could be made."""
+    """A case that went wrong, as small as it could be made: a program that can be run."""
 
-    case: Case
-    error: BaseException
-
-    def __str__(self) -> str:
-        lines = traceback.format_exception(self.error)
-        return f"{self.case}\n# {'# '.join(lines[-3:])}"
+    source: str
+    error: str
 
 
 class Search:
-    """Cases that are all different.
+    """Runs cases, all of them different, and counts.
 
     Args:
         families: of networks.
-        database: keeps failing examples between searches; None for none.
-        derandomize: draw the same cases every time.
+        database: keeps failing cases between searches, which run them first; None for none.
+        tick: called with the number of cases after each.
     """
 
     def __init__(
         self,
         families: tuple[str, ...] = FAMILIES,
         database: ExampleDatabase | None = None,
+        tick: Callable[[int], object] = lambda count: None,
     ) -> None:
         self.tally = Tally()
         self.failures: list[Failure] = []
         self._families = families
         self._database = database
-        self._seen: set[int] = set()
-        self._failing = False
-        self._last: Failure | None = None
+        self._tick = tick
+        self._seen: set[str] = set()
+        self._shrinking: Failure | None = None
+        self._shrink_until = 0.0
+        self._goal = 0
 
-    def run(self, count: int, start: int, chunk: int = 250, tick: Callable[[int], object] = int) -> None:
-        """Run until ``count`` cases have run; a chunk that fails is shrunk and ends there.
+    @property
+    def count(self) -> int:
+        """Number of cases that have run."""
+        return self.tally.cases + len(self.failures)
 
-        Args:
-            count: cases of this call.
-            start: seed of the first chunk; the next chunks follow it.
-            chunk: cases drawn from one seed.
-            tick: told the number of cases run so far, after each.
+    def run(self, count: int, start: int) -> None:
+        """Run until ``count`` cases have run.
+
+        Chunks take ``start`` and the numbers after it as seeds. Every chunk begins with the
+        simplest case, which counts once, and ends with the first case that fails.
         """
-        goal = self.tally.cases + len(self.failures) + count
-        while (left := goal - self.tally.cases - len(self.failures)) > 0:
-            self._chunk(min(chunk, left), start, tick)
+        self._goal = count
+        phases = [Phase.reuse, Phase.generate, Phase.shrink]
+        while self.count < count:
+            self._chunk(start, phases)
             start += 1
+            # Failing cases of earlier searches have had their turn.
+            phases = [Phase.generate, Phase.shrink]
 
-    def _chunk(self, count: int, start: int, tick: Callable[[int], object]) -> None:
-        self._failing, self._last = False, None
-
+    def _chunk(self, start: int, phases: list[Phase]) -> None:
         @seed(start)
         @settings(
-            max_examples=count,
+            max_examples=CHUNK,
             database=self._database,
             deadline=None,
-            phases=(Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink),
+            phases=phases,
+            report_multiple_bugs=False,
             suppress_health_check=list(HealthCheck),
-            verbosity=Verbosity.quiet,
-            print_blob=False,
         )
         @given(cases(self._families))
-        def one(case: Case) -> None:
+        def draw_cases(case: Case) -> None:
             self._one(case)
-            tick(self.tally.cases + len(self.failures))
 
+        self._shrinking = None
         try:
-            one()
-        except BaseException:
-            if self._last is None:
+            draw_cases()
+        except Exception:
+            if self._shrinking is None:
                 raise
-            self.failures.append(self._last)
+            self.failures.append(self._shrinking)
+            self._tick(self.count)
 
     def _one(self, case: Case) -> None:
-        key = hash(str(case))
-        if key in self._seen and not self._failing:
+        source = str(case)
+        if self._shrinking is None:
+            if source in self._seen or self.count >= self._goal:
+                return
+            self._seen.add(source)
+        elif time.monotonic() > self._shrink_until:
             return
-        self._seen.add(key)
         try:
             with warnings.catch_warnings():
-                # InstanceNorm without parameters says that it takes any width.
+                # InstanceNorm without parameters takes any width, and says so.
                 warnings.filterwarnings("ignore", "input's size at dim=1 does not match")
-                outcome = run_case(case)
-        except Exception as error:
-            # Hypothesis runs the smallest failing case last.
-            self._failing, self._last = True, Failure(case, error)
+                outcome = case.run()
+        except Exception:
+            if self._shrinking is None:
+                self._shrink_until = time.monotonic() + SHRINK_SECONDS
+            # The last to fail is the smallest.
+            self._shrinking = Failure(source, traceback.format_exc(limit=-3))
             raise
-        if not self._failing:
+        if self._shrinking is None:
             self.tally.add(case, outcome)
+            self._tick(self.count)

@@ -34,6 +34,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
+
+import l0kernels as l0
+from fuzz.cases import check
+from fuzz.writer import enliven, random_inputs
 """
 
 
@@ -72,18 +76,18 @@ class Program:
         enliven(net, self.seed, self.dead)
         return net
 
-    def inputs(self, seed: int = 0) -> tuple[Tensor, ...]:
-        """Random inputs in fp32."""
-        generator = torch.Generator().manual_seed(seed)
-        return tuple(torch.randn(shape, generator=generator) for shape in self.shapes)
-
     def __str__(self) -> str:
-        inputs = ", ".join(f"torch.randn({shape})" for shape in self.shapes)
         return (
-            f"{IMPORTS}from fuzz.writer import enliven\n\n\n{self.source}\n\n"
+            f"{IMPORTS}\n\n{self.source}\n\n"
             f"torch.manual_seed({self.seed})\nnet = Net()\n"
-            f"enliven(net, {self.seed}, {self.dead})\ninputs = ({inputs},)\n"
+            f"enliven(net, {self.seed}, {self.dead})\ninputs = random_inputs({self.shapes})\n"
         )
+
+
+def random_inputs(shapes: list[tuple[int, ...]], seed: int = 0) -> tuple[Tensor, ...]:
+    """Normally distributed inputs, the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(shape, generator=generator) for shape in shapes)
 
 
 @torch.no_grad()
