@@ -583,9 +583,10 @@ def title(report: Report) -> str:
     setting, where = report.setting, report.environment
     return (
         f"{setting.size} networks, {setting.draws} draws, {setting.rounds} rounds;"
-        f" {where['device']} ({where['cpu']}), {where['threads']} threads, torch {where['torch']}, l0kernels"
-        f" {where['l0kernels']} ({where['git']}), OMP_WAIT_POLICY={where['OMP_WAIT_POLICY']}, load"
-        f" average {where['load_average']} before, {where['load_average_after']} after"
+        f" {where['device']} ({where['cpu']}), {where['threads']} threads, torch {where['torch']},"
+        f" l0kernels {where['l0kernels']} ({where['git']}),"
+        f" OMP_WAIT_POLICY={where['OMP_WAIT_POLICY']}, load average {where['load_average']} before,"
+        f" {where['load_average_after']} after"
     )
 
 

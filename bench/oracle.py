@@ -248,7 +248,8 @@ def gate_values(sizes: list[int], seed: int) -> Tensor:
 def relative_errors(exact: dict[str, Tensor], got: dict[str, Tensor]) -> dict[str, float]:
     """Return the largest error per tensor relative to its size.
 
-    Gradients share a floor: some are zero but for rounding.
+    Gradients share a floor, and a running mean counts against its standard deviation: some are
+    zero but for rounding.
 
     Raises:
         ValueError: other tensors, or other shapes.
@@ -261,10 +262,16 @@ def relative_errors(exact: dict[str, Tensor], got: dict[str, Tensor]) -> dict[st
     largest = max(float(t.abs().max()) for n, t in exact.items() if n.startswith("grad"))
     errors = {}
     for name, t in exact.items():
-        floor = GRADIENT_FLOOR * largest if name.startswith("grad") else 1e-12
-        size = max(float(t.abs().max()), floor)
+        size = max(float(t.abs().max()), _floor(name, exact, largest))
         errors[name] = float((got[name].double() - t).abs().max()) / size
     return errors
+
+
+def _floor(name: str, exact: dict[str, Tensor], largest_gradient: float) -> float:
+    if name.startswith("grad"):
+        return GRADIENT_FLOOR * largest_gradient
+    variance = exact.get(name.removesuffix("mean") + "var")
+    return 1e-12 if variance is None else float(variance.max().sqrt())
 
 
 def errors_by_kind(exact: dict[str, Tensor], got: dict[str, Tensor]) -> dict[str, float]:

@@ -399,6 +399,11 @@ class ConvExcite(nn.Module):
         return x * F.hardsigmoid(self.fc2(F.relu(self.fc1(F.adaptive_avg_pool2d(x, 1)))))
 
 
+def mobile_norm(width: int) -> nn.BatchNorm2d:
+    """Return the norm of the MobileNets; their published networks have this epsilon."""
+    return nn.BatchNorm2d(width, eps=1e-3)
+
+
 class InvertedResidual(nn.Module):
     """Expand, depthwise, squeeze-and-excite on request, project (Sandler et al. 2018).
 
@@ -423,12 +428,12 @@ class InvertedResidual(nn.Module):
         super().__init__()
         self.act, self.adds = act, stride == 1 and fan_in == fan_out
         self.expand = None if inner == fan_in else conv1x1(fan_in, inner)
-        self.norm1 = None if inner == fan_in else nn.BatchNorm2d(inner)
+        self.norm1 = None if inner == fan_in else mobile_norm(inner)
         self.depth = nn.Conv2d(inner, inner, 3, stride, padding=1, groups=inner, bias=False)
-        self.norm2 = nn.BatchNorm2d(inner)
+        self.norm2 = mobile_norm(inner)
         self.excite = None if squeeze is None else ConvExcite(inner, squeeze)
         self.project = conv1x1(inner, fan_out)
-        self.norm3 = nn.BatchNorm2d(fan_out)
+        self.norm3 = mobile_norm(fan_out)
 
     def forward(self, x: Tensor) -> Tensor:
         y = x
@@ -462,12 +467,12 @@ class MobileNet(nn.Module):
         super().__init__()
         self.act = act
         self.stem = conv3x3(3, stem)
-        self.norm1 = nn.BatchNorm2d(stem)
+        self.norm1 = mobile_norm(stem)
         widths = [stem, *(block[0] for block in blocks)]
         made = (InvertedResidual(w, *block) for w, block in zip(widths, blocks, strict=False))
         self.blocks = nn.Sequential(*made)
         self.head = conv1x1(widths[-1], head)
-        self.norm2 = nn.BatchNorm2d(head)
+        self.norm2 = mobile_norm(head)
         self.classifier = nn.Linear(head, classes)
 
     def forward(self, x: Tensor) -> Tensor:
