@@ -14,7 +14,6 @@ from torch._dynamo.utils import counters
 import l0kernels as l0
 from interop.nets import NETS, assert_equal, batch, gradients, make, state
 
-
 # From inside torch, when the compiler is loaded.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 

@@ -21,6 +21,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[Recor
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("torch was built without gloo")
     folder = tmp_path_factory.mktemp("ddp")
+    worker = (sys.executable, "-m", "interop.ddp_worker")
     outs = [folder / f"{rank}.pt" for rank in range(WORLD)]
     processes = [
         subprocess.Popen(
