@@ -417,11 +417,11 @@ def _has_own_parameters(module: nn.Module) -> bool:
     return any(p is not None for p in module._parameters.values())
 
 
-def _lively(out: Tensor, generator: torch.Generator) -> Tensor:
-    """Values of the same magnitude with random signs."""
-    factor = torch.rand(out.shape, generator=generator, dtype=out.dtype) + 0.5
-    sign = torch.rand(out.shape, generator=generator, dtype=out.dtype).sub_(0.5).sign_()
-    return (out.abs() + out.abs().mean().clamp_min(1e-3)) * (sign * factor).to(out.device)
+def _lively(t: Tensor, generator: torch.Generator) -> Tensor:
+    """Values of random sign, of the same magnitude but not small beside a bias that follows."""
+    factor = torch.rand(t.shape, generator=generator, dtype=t.dtype) + 0.5
+    sign = torch.rand(t.shape, generator=generator, dtype=t.dtype).sub_(0.5).sign_()
+    return (t.abs() + t.abs().mean().clamp_min(1.0)) * (sign * factor).to(t.device)
 
 
 def _shift(
