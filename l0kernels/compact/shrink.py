@@ -55,7 +55,8 @@ def compact(net: nn.Module, example_inputs: Inputs) -> nn.Module:
     check_inputs("compact", net, example_inputs)
     gates = gates_of(net)
     root = root_of(net, gates)
-    with torch.inference_mode(False), torch.no_grad():
+    autocast = torch.autocast(gates.log_alpha.device.type, enabled=False)
+    with torch.inference_mode(False), torch.no_grad(), autocast:
         values = _eval_gates(gates)
         _verify(_copy(root).double(), values.double(), example_inputs)
         small = _copy(root)
@@ -150,8 +151,7 @@ def _cut(layer: GatedLayer, draw: Draw) -> None:
     if isinstance(layer, nn.modules.batchnorm._BatchNorm):
         _cut_statistics(layer, draw)
     if layer.weight is not None:
-        with torch.autocast(layer.weight.device.type, enabled=False):
-            weight, bias = layer.packed_parameters(draw)
+        weight, bias = layer.packed_parameters(draw)
         for name, packed in (("weight", weight), ("bias", bias)):
             old = layer._parameters.get(name)
             if old is not None and packed is not old:

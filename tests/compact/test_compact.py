@@ -223,8 +223,25 @@ def assert_plain(small: nn.Module) -> None:
     for module in small.modules():
         assert not isinstance(module, (GatedLayer, l0.gates.Gates))
         assert not hasattr(module, "in_gate") and not hasattr(module, "in_port")
+        assert_widths(module)
     assert not any("log_alpha" in name for name in small.state_dict())
     assert all(p.is_leaf for p in small.parameters())
+
+
+def assert_widths(module: nn.Module) -> None:
+    """What a module says of its widths is what its parameters have."""
+    if isinstance(module, nn.Linear):
+        assert module.weight.shape == (module.out_features, module.in_features)
+    if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        inputs = module.in_channels // module.groups
+        assert module.weight.shape[:2] == (module.out_channels, inputs)
+    if isinstance(module, nn.ConvTranspose2d):
+        assert module.weight.shape[:2] == (module.in_channels, module.out_channels)
+    if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+        for t in (module.weight, module.bias, module.running_mean, module.running_var):
+            assert t is None or t.shape == (module.num_features,)
+    if isinstance(module, nn.PReLU):
+        assert module.weight.shape == (module.num_parameters,)
 
 
 def deterministic(net: nn.Module) -> dict[str, Tensor]:
@@ -249,6 +266,19 @@ def test_outputs_equal_masked_in_fp64(name):
 @pytest.mark.parametrize("entry", zoo.entries(), ids=lambda e: e.name)
 def test_zoo_outputs_equal_masked_in_fp64(entry):
     check_equal(from_zoo(entry), ("all closed", "one open", "half"))
+
+
+@pytest.mark.parametrize("name", ["vit", "bert", "llama"])
+def test_heads_and_neurons_of_transformers(name):
+    make = from_zoo(zoo.entry(name), select=l0.select.heads | l0.select.inner)
+    check_equal(make, ("all closed", "one open", "half"))
+    gates = l0.training.gates_of(make()[0])
+    assert {group.endswith(".heads") for group in gates.names} == {True, False}
+
+
+@pytest.mark.parametrize("name", ["lenet5", "googlenet", "bert"])
+def test_zoo_with_input_gates(name):
+    check_equal(from_zoo(zoo.entry(name), granularity="input"), ("one open", "few", "half"))
 
 
 @pytest.mark.parametrize("name", ["mlp-784-300-100", "lenet5"])
@@ -362,6 +392,7 @@ def test_the_net_is_left_as_it_was():
     net.train()
     net.norm1.eval()
     loss = net(inputs[0]).sum()
+    torch.rand(3)  # away from the seed
     before, modes = snapshot(net), [m.training for m in net.modules()]
     types = [type(m) for m in net.modules()]
     generator, drawn = torch.get_rng_state(), net.l0.current_draw()
@@ -400,13 +431,14 @@ def snapshot_tensors(net: nn.Module) -> list[Tensor]:
     return [t for t in net.state_dict().values() if isinstance(t, Tensor)]
 
 
-def test_half_precision_weights_stay_in_their_dtype():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_weights_stay_in_their_dtype(dtype):
     net, inputs = NETWORKS["mlp"]()
-    net.to(torch.bfloat16)
+    net.to(dtype)
     set_gates(net, "half")
     with torch.autocast("cpu", torch.float16):
-        small = l0.compact(net, (inputs[0].bfloat16(),))
-    assert {p.dtype for p in small.parameters()} == {torch.bfloat16}
+        small = l0.compact(net, (inputs[0].to(dtype),))
+    assert {p.dtype for p in small.parameters()} == {dtype}
 
 
 @pytest.fixture
