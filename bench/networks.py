@@ -325,7 +325,8 @@ def convert_elsewhere(name: str, size: zoo.Size) -> dict[str, Any]:
     threads = str(torch.get_num_threads())
     done = subprocess.run([*command, threads], capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"convert: {done.stderr.strip().splitlines()[-1]}")
+        told = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise RuntimeError(f"convert: {told[-1]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -514,9 +515,9 @@ def measure(setting: Setting) -> Report:
     """
     require_passive_wait()
     chosen = [zoo.entry(name) for name in setting.only] or list(zoo.entries())
-    for name in ("draws", "inputs", "rounds"):
-        if getattr(setting, name) < 1:
-            raise ValueError(f"expected {name} >= 1, got {getattr(setting, name)}")
+    for name, least in (("draws", 1), ("inputs", 1), ("rounds", 1), ("warmup", 0)):
+        if getattr(setting, name) < least:
+            raise ValueError(f"expected {name} >= {least}, got {getattr(setting, name)}")
     before = environment()
     with tqdm(total=len(chosen), desc="networks", disable=None) as bar:
         rows = []

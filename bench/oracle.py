@@ -22,6 +22,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from l0kernels.nn import GatedLayer
 from l0kernels.training import gates_of
 
+from .zoo import is_in_out
+
 # Maps the values of all gates, shape [gates], to a scale per feature of one axis of a layer.
 Scale = Callable[[Tensor], Tensor]
 # How far a tensor may be below the largest gradient before it counts as rounding noise.
@@ -150,18 +152,13 @@ def spatial(layer: nn.Module) -> int:
 
 def out_dim(layer: nn.Module) -> int:
     """Return the dimension of the output features in a layer's weight."""
-    flipped = isinstance(layer, nn.modules.conv._ConvTransposeNd) or _is_in_out(layer)
+    flipped = isinstance(layer, nn.modules.conv._ConvTransposeNd) or is_in_out(layer)
     return 1 if flipped else 0
 
 
 def in_dim(layer: nn.Module) -> int:
     """Return the dimension of the input features in a layer's weight."""
     return 1 - out_dim(layer)
-
-
-def _is_in_out(layer: nn.Module) -> bool:
-    # The linear layer of transformers' GPT-2 keeps its weight as [in, out].
-    return type(layer).__name__ == "Conv1D" and not isinstance(layer, nn.modules.conv._ConvNd)
 
 
 def collect(

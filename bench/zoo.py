@@ -156,8 +156,12 @@ def layers_of(net: nn.Module) -> list[str]:
 def makes_units(module: nn.Module) -> bool:
     if isinstance(module, nn.modules.conv._ConvNd):
         return not 1 < module.groups == module.in_channels == module.out_channels
-    # The second is the linear layer of transformers' GPT-2.
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    return isinstance(module, nn.Linear) or is_in_out(module)
+
+
+def is_in_out(module: nn.Module) -> bool:
+    """Whether a module is the linear layer of transformers' GPT-2, with its weight as [in, out]."""
+    return any(cls.__name__ == "Conv1D" for cls in type(module).__mro__)
 
 
 def chain(names: Sequence[str]) -> list[Gated]:
@@ -1033,7 +1037,7 @@ def fans(layer: nn.Module) -> tuple[int, int]:
     """Return input and output features of a linear layer, also where its weight is [in, out]."""
     assert isinstance(layer.weight, Tensor)
     first, second = layer.weight.shape[:2]
-    return (second, first) if isinstance(layer, nn.Linear | nn.Conv2d) else (first, second)
+    return (first, second) if is_in_out(layer) else (second, first)
 
 
 def bert_groups(net: Any) -> list[Gated]:

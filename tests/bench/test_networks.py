@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`l0kernels bench networks` fills its table, shows what fails, and compares what it says."""
+
+import copy
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import l0kernels as l0
+from l0kernels.bench import networks, oracle, zoo
+from l0kernels.bench.timing import Spread, spread
+from l0kernels.cli import main
+from l0kernels.training import gates_of
+
+pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+
+QUICK = ["bench", "networks", "--quick", "--threads", "1"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("bench") / "made"
+    assert main([*QUICK, "--only", "signal,two-by-two", "--out", str(out)]) == 0
+    return out
+
+
+def test_writes_every_file_and_nothing_else(finished: Path):
+    names = ["networks.csv", "networks.json", "networks.md"]
+    assert sorted(path.name for path in finished.iterdir()) == names
+
+
+def test_json_is_complete(finished: Path):
+    report = json.loads((finished / "networks.json").read_text())
+    assert report["environment"]["OMP_WAIT_POLICY"] == "passive"
+    assert report["setting"]["size"] == "small"
+    assert [row["name"] for row in report["rows"]] == ["signal", "two-by-two"]
+    assert [row["groups"] for row in report["rows"]] == [5, 5]
+    for row in report["rows"]:
+        assert (row.pop("error"), row.pop("skipped")) == (None, None)
+        if not Path("/proc/self/status").exists():
+            assert (row.pop("convert_mb"), row.pop("convert_memory")) == (None, None)
+        assert [name for name, value in row.items() if value is None] == []
+        assert max(row["packed_error"], row["compact_error"]) <= 1e-9
+        assert row["argmax_equal"] == row["argmax_of"] == networks.QUICK.inputs
+        assert row["onnx_error"] <= 1e-4
+        masked = networks.best_masked(row["times"])
+        pairs = zip(row["times"][masked], row["times"]["ours"], strict=True)
+        assert Spread(**row["speedup"]) == spread([a / b for a, b in pairs])
+        pairs = zip(row["times"]["ours"], row["times"]["oracle"], strict=True)
+        assert Spread(**row["oracle_ratio"]) == spread([a / b for a, b in pairs])
+    arms = [list(row["times"]) for row in report["rows"]]
+    assert arms == [
+        ["ours", "oracle", "masked"],
+        ["ours", "oracle", "masked", "masked, channels_last"],
+    ]
+
+
+def test_csv_has_one_line_per_network_and_the_environment(finished: Path):
+    with (finished / "networks.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    report = json.loads((finished / "networks.json").read_text())
+    assert [line["name"] for line in lines] == ["signal", "two-by-two"]
+    for line, row in zip(lines, report["rows"], strict=True):
+        assert float(line["packed_error"]) == row["packed_error"]
+        assert float(line["speedup_low"]) == row["speedup"]["low"]
+        assert line["torch"] == report["environment"]["torch"]
+        assert line["error"] == ""
+
+
+def test_table_has_a_full_line_per_network(finished: Path):
+    text = (finished / "networks.md").read_text()
+    rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("|")]
+    assert [row[0].strip() for row in rows] == ["network", "---", "signal", "two-by-two"]
+    assert [cell.strip() for cell in rows[0]] == list(networks.COLUMNS)
+    assert all(len(row) == len(networks.COLUMNS) for row in rows)
+    assert "OMP_WAIT_POLICY=passive" in text and networks.CONTENT in text
+
+
+class Silent(nn.Module):
+    """A network with nothing to gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.only = nn.Linear(12, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.only(x)
+
+
+def test_a_failing_network_is_told_and_the_others_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    bad = replace(zoo.entry("reused"), name="silent", make=lambda size: Silent())
+    absent = replace(bad, name="absent", needs="no_such_package")
+    chosen = (bad, absent, zoo.entry("reused"))
+    monkeypatch.setattr(zoo, "entries", lambda: chosen)
+    # Another process would not know these networks.
+    monkeypatch.setattr(networks, "convert_elsewhere", networks.convert_here)
+    assert main([*QUICK, "--out", str(tmp_path)]) == 1
+    captured = capsys.readouterr()
+    assert "failed: silent" in captured.err
+    assert "- silent failed: convert: ValueError: convert: nothing can be gated" in captured.out
+    assert "- absent skipped: no_such_package is not installed" in captured.out
+    rows = json.loads((tmp_path / "networks.json").read_text())["rows"]
+    assert [row["packed_error"] is None for row in rows] == [True, True, False]
+    assert rows[0]["parameters"] == 39
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--only", "alexnet"], "expected one of mlp, lenet5"),
+        (["--draws", "0"], "expected draws >= 1, got 0"),
+        (["--inputs", "0"], "expected inputs >= 1, got 0"),
+        (["--rounds", "0"], "expected rounds >= 1, got 0"),
+        (["--warmup", "-1"], "expected warmup >= 0, got -1"),
+        (["--threads", "0"], "expected --threads >= 1, got 0"),
+    ],
+)
+def test_bad_input(options: list[str], told: str, capsys: pytest.CaptureFixture[str]):
+    assert main([*QUICK, *options]) == 2
+    captured = capsys.readouterr()
+    assert told in captured.err
+    assert captured.out == ""
+
+
+def test_convert_in_its_own_process_tells_its_error():
+    with pytest.raises(RuntimeError, match="expected one of mlp, .*got 'alexnet'"):
+        networks.convert_elsewhere("alexnet", "small")
+
+
+def test_resident_memory_sees_a_peak():
+    if networks.resident("VmHWM") is None:
+        pytest.skip("the system has no /proc/self/status")
+    networks.reset_peak()
+    before = networks.resident("VmRSS")
+    peak = torch.ones(64 << 18)
+    del peak
+    after = networks.resident("VmHWM")
+    assert before is not None and after is not None
+    assert 60 << 20 <= after - before <= 96 << 20
+
+
+def test_bytes_of_state_and_activations():
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4), nn.Tanh())
+    assert networks.bytes_of_state(net) == 4 * (8 * 16 + 16 + 16 * 4 + 4)
+    # Saved: the input, the output of ReLU (once, though two layers need it), the output of tanh.
+    assert networks.bytes_of_activations(net, (torch.randn(5, 8),)) == 4 * 5 * (8 + 16 + 4)
+
+
+@pytest.fixture
+def twins() -> oracle.Twins:
+    entry = zoo.entry("densenet40")
+    plain, inputs = oracle.perturb(entry.build("small")), entry.example("small", 4)
+    return oracle.twins(networks.convert(copy.deepcopy(plain), inputs), plain, inputs)
+
+
+def test_the_masked_arm_computes_what_ours_does(
+    twins: oracle.Twins, monkeypatch: pytest.MonkeyPatch
+):
+    exact = twins.to(torch.float64)
+    gates = gates_of(exact.packed)
+    z = oracle.gate_values(gates.sizes, 5)
+    monkeypatch.setattr(networks, "hard_concrete", lambda *_: z)
+    masked = networks.MaskedTraining(exact.plain, exact).double()
+    with torch.no_grad():
+        masked.log_alpha.copy_(gates.log_alpha)
+    with gates.using(z):
+        ours = exact.packed(*exact.inputs)
+    assert torch.allclose(masked(*exact.inputs), ours, rtol=1e-10, atol=0)
+    with torch.no_grad():
+        penalties = float(masked.penalty()), float(l0.penalty(exact.packed))
+    assert penalties[0] == pytest.approx(penalties[1], rel=1e-6)
+
+
+def test_the_oracle_has_the_widths_that_ours_draws_next(twins: oracle.Twins):
+    entry = zoo.entry("densenet40")
+    ours = networks.our_arm(entry, twins.packed, twins.inputs)
+    rebuilt = networks.Oracle(entry, ours, twins.inputs)
+    gates = gates_of(twins.packed)
+    for _ in range(3):
+        ahead = networks.next_open(gates)
+        rebuilt.rebuild()
+        ours.step()
+        assert torch.equal(ahead, (gates.current_draw().z[: gates.count] != 0).to(ahead))
+        assert rebuilt.arm is not None
+        for name, where in gates.slices():
+            made = rebuilt.arm.net.get_submodule(name).weight.shape[0]
+            assert made == max(int(ahead[where].sum()), min(2, where.stop - where.start)), name
+        rebuilt.step()
+    assert not any(n.startswith("l0") for n, _ in rebuilt.arm.net.named_modules())
+
+
+def test_gates_at_half_open():
+    net = networks.convert(zoo.entry("mlp").build("small"), zoo.entry("mlp").example("small", 2))
+    gates = gates_of(net)
+    networks.open_about_half(gates)
+    z = gates.deterministic()
+    assert 0.3 < float((z == 0).double().mean()) < 0.7
+    assert float(((z > 0) & (z < 1)).double().mean()) > 0.2
+
+
+def test_prediction_gap():
+    entry = zoo.entry("mlp")
+    masked = torch.tensor([[3.0, 2.0, 1.0], [4.0, 4.0 - 1e-6, 0.0]])
+    other = torch.tensor([[3.0, 2.0, 1.0], [4.0, 5.0, 0.0]])
+    assert networks.prediction_gap(entry, masked, other) == pytest.approx(2.5e-7, rel=0.1)
+    assert networks.prediction_gap(entry, masked, masked) == 0.0
+
+
+def test_errors_that_are_not_numbers_are_the_largest():
+    assert networks.largest([1.0, float("nan"), 2.0]) != networks.largest([1.0, 2.0])
+    assert networks.largest([1.0, 2.0]) == 2.0
