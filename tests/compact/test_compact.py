@@ -260,7 +260,8 @@ def no_dropout(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.usefixtures("no_dropout")
 def test_outputs_equal_masked_in_fp64(name):
-    check_equal(NETWORKS[name])
+    # VGG-16 has 15 million weights: two kinds of gates are enough of it.
+    check_equal(NETWORKS[name], ("all closed", "half") if name == "vgg16" else KINDS)
 
 
 @pytest.mark.parametrize("entry", zoo.entries(), ids=lambda e: e.name)

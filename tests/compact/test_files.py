@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import l0kernels as l0
+from l0kernels.bench import zoo
 
+pytest.importorskip("safetensors", reason="needs the extra export")
 FORMATS = ["safetensors", "state_dict"]
 
 
@@ -103,6 +105,23 @@ def test_a_model_with_full_widths_is_saved_too(tmp_path):
     model = fresh(5)
     l0.save_compact(model, tmp_path)
     assert torch.equal(l0.load_compact(fresh(), tmp_path)(X), model(X))
+
+
+@pytest.mark.parametrize("name", ["mobilenetv3", "signal", "unet", "gpt2", "llama"])
+def test_networks_of_many_kinds_come_back(name, tmp_path):
+    entry = zoo.entry(name)
+    if not entry.available():
+        pytest.skip(f"{name} needs {entry.needs}")
+    inputs = entry.example("small", 2)
+    net = l0.convert(entry.build("small"), "hard_concrete", example_inputs=inputs)
+    with torch.no_grad():
+        net.l0.log_alpha.copy_(torch.randn(net.l0.count) * 4 - 1)
+    small = l0.compact(net, inputs).eval()
+    l0.save_compact(small, tmp_path)
+    loaded = l0.load_compact(entry.build("small", seed=1).eval(), tmp_path)
+    assert str(loaded) == str(small)
+    for a, b in zip(zoo.floating(small(*inputs)), zoo.floating(loaded(*inputs)), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_dtype_mode_and_requires_grad_are_those_of_the_model(folder, small):

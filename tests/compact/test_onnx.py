@@ -4,7 +4,6 @@
 import sys
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +11,9 @@ from torch import Tensor, nn
 
 import l0kernels as l0
 from l0kernels.bench import models
+
+onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra export")
+pytest.importorskip("onnxscript", reason="needs the extra export")
 
 
 def run(path, feed: dict[str, Tensor]) -> list[np.ndarray]:
