@@ -8,36 +8,45 @@ import csv
 import gc
 import io
 import json
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 import l0kernels as l0
 from l0kernels._files import write_whole
-from l0kernels.compact.shrink import shrink
 from l0kernels.gates import Gates
 from l0kernels.training import gates_of
 
 from . import oracle, zoo
-from .arms import N_TRAIN, Arm
-from .masked import draw_noise, hard_concrete, open_probability
+from .arms import Arm
+from .convert_cost import (
+    CHECK_BATCH,
+    bytes_of_activations,
+    bytes_of_state,
+    convert_elsewhere,
+    settled,
+)
 from .timing import Spread, environment, interleave, paired, require_passive_wait
+from .zoo_arms import (
+    Oracle,
+    best_masked,
+    convert,
+    in_channels_last,
+    masked_arm,
+    masked_formats,
+    our_arm,
+)
 
-CHECK_BATCH = 2
-OPEN = 0.5
+TOLERANCE = 1e-9  # of fp64 comparisons
+ROUNDING = 1e-5  # relative difference of two fp32 logits that rounding can put in another order
 CLOSED_BELOW = -2.3978952727983707  # log alpha at which the deterministic gate becomes 0: -ln 11
-WARM_UP = 2  # steps of a rebuilt network outside the clock
 CONTENT = """\
 Convert: seconds and peak growth of resident memory in a process of its own, in MB and relative to
 the model (parameters and buffers) plus its activations (what autograd saves in one fp32 training
@@ -182,6 +191,7 @@ class Subject:
                 if left:
                     raise RuntimeError(f"expected gradients of closed units to be 0, got {left}")
         self.row.packed_error = worst
+        require("packed and masked", worst, TOLERANCE)
 
     def compare_compact(self) -> None:
         twins = self.converted()
@@ -194,6 +204,7 @@ class Subject:
         self.row.compact_error = largest(
             float((a - b).abs().max() / b.abs().max()) for a, b in zip(small, masked, strict=True)
         )
+        require("compact and masked", self.row.compact_error, TOLERANCE)
         twins.train(False)
         self.small = l0.compact(twins.packed, self.inputs)
         self.count_equal_predictions(twins, self.small)
@@ -219,6 +230,7 @@ class Subject:
             if seen == wanted:
                 break
         self.row.argmax_equal, self.row.argmax_of, self.row.argmax_gap = equal, seen, gap
+        require("logits whose order differs", gap, ROUNDING)
 
     def export(self) -> None:
         assert self.small is not None
@@ -247,42 +259,14 @@ class Subject:
         row.oracle_ratio = paired(row.times, "ours", "oracle")
 
 
-def settled(entry: zoo.Entry, size: zoo.Size) -> nn.Module:
-    """Return the network after a few forwards in training mode, for its running statistics."""
-    net = entry.build(size)
-    with torch.no_grad():
-        for seed in range(3):
-            net(*entry.example(size, entry.batch, seed))
-    return net
+def require(what: str, error: float, most: float) -> None:
+    """Let a network fail whose figures would be those of another computation.
 
-
-def in_channels_last(value: Any) -> Any:
-    """Return a network or a tuple of inputs with 4-D tensors as [N, H, W, C] in memory."""
-    if isinstance(value, nn.Module):
-        return value.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    form = torch.channels_last
-    return tuple(t.contiguous(memory_format=form) if t.dim() == 4 else t for t in value)
-
-
-def masked_formats(
-    plain: nn.Module, inputs: tuple[Tensor, ...]
-) -> Iterator[tuple[str, nn.Module, tuple[Tensor, ...]]]:
-    """Copies of the plain network in the memory formats that differ for it, with inputs."""
-    default = copy.deepcopy(plain)
-    for parameter in default.parameters():
-        parameter.data = parameter.data.contiguous()
-    yield "masked", default, inputs
-    if any(isinstance(m, nn.Conv2d | nn.ConvTranspose2d) for m in plain.modules()):
-        yield "masked, channels_last", copy.deepcopy(plain), in_channels_last(inputs)
-
-
-def best_masked(times: dict[str, list[float]]) -> str:
-    """Return the faster masked arm."""
-    return min((n for n in times if n.startswith("masked")), key=lambda name: median(times[name]))
-
-
-def convert(net: nn.Module, inputs: tuple[Tensor, ...]) -> nn.Module:
-    return l0.convert(net, "hard_concrete", example_inputs=inputs, n_train=N_TRAIN)
+    Raises:
+        RuntimeError: the error is above `most`, or not a number.
+    """
+    if not error <= most:
+        raise RuntimeError(f"{what}: expected to differ by at most {most:.0e}, got {error:.1e}")
 
 
 def largest(values: Iterable[float]) -> float:
@@ -310,200 +294,6 @@ def prediction_gap(entry: zoo.Entry, masked: Any, ours: Any) -> float:
         missing = rows.max(1).values - rows.gather(1, chosen)[:, 0]
         gap = max(gap, float(missing.max() / rows.abs().max()))
     return gap
-
-
-# Memory and time of convert, in a process of its own.
-
-
-def convert_elsewhere(name: str, size: zoo.Size) -> dict[str, Any]:
-    """Run `convert_here` in a new process, where nothing else has used memory.
-
-    Raises:
-        RuntimeError: it failed.
-    """
-    command = [sys.executable, "-m", "l0kernels.bench.networks", name, size]
-    threads = str(torch.get_num_threads())
-    done = subprocess.run([*command, threads], capture_output=True, text=True)
-    if done.returncode:
-        told = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise RuntimeError(f"convert: {told[-1]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def convert_here(name: str, size: zoo.Size) -> dict[str, Any]:
-    """Return seconds of `convert` and by how many bytes resident memory grew at its peak.
-
-    The bytes are None where the system does not tell (it is read from Linux's /proc: the peak
-    that getrusage gives includes that of the parent process).
-    """
-    warm = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(16, 2))
-    convert(warm, (torch.randn(2, 3, 6, 6),))
-    entry = zoo.entry(name)
-    net = in_channels_last(settled(entry, size))
-    inputs = entry.example(size, CHECK_BATCH)
-    gc.collect()
-    reset_peak()
-    before = resident("VmRSS")
-    start = time.perf_counter()
-    convert(net, inputs)
-    seconds = time.perf_counter() - start
-    peak = resident("VmHWM")
-    grown = None if before is None or peak is None else max(0, peak - before)
-    return {"seconds": seconds, "bytes": grown}
-
-
-def resident(field_name: str) -> int | None:
-    """Return a figure of /proc/self/status in bytes, None where there is none."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    found = [line.split()[1] for line in lines if line.startswith(f"{field_name}:")]
-    return int(found[0]) * 1024 if found else None
-
-
-def reset_peak() -> None:
-    """Let the peak of resident memory start from now, where the system allows it."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return  # the peak so far is that of building the network, hardly above the network itself
-
-
-def bytes_of_state(net: nn.Module) -> int:
-    """Return the bytes of parameters and buffers."""
-    return sum(t.numel() * t.element_size() for t in (*net.parameters(), *net.buffers()))
-
-
-def bytes_of_activations(net: nn.Module, inputs: tuple[Tensor, ...]) -> int:
-    """Return the bytes that autograd saves in a forward, without parameters and buffers."""
-    own = {t.untyped_storage().data_ptr() for t in (*net.parameters(), *net.buffers())}
-    saved: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    twin = copy.deepcopy(net)
-    own |= {t.untyped_storage().data_ptr() for t in (*twin.parameters(), *twin.buffers())}
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        outputs = twin(*inputs)  # kept: freed memory could be given to another activation
-    del outputs
-    return sum(saved.values())
-
-
-# Arms of the step.
-
-
-def our_arm(entry: zoo.Entry, net: nn.Module, inputs: tuple[Tensor, ...]) -> Arm:
-    gates = gates_of(net.train())
-
-    def loss(*_: Tensor) -> Tensor:
-        return l0.expected_loss(net, lambda: entry.loss(net(*inputs))) + l0.penalty(net)
-
-    return at_half_open(Arm(net, loss, [gates.log_alpha], inputs[0], inputs[0]))
-
-
-def at_half_open(arm: Arm) -> Arm:
-    arm.set_open(OPEN)
-    return arm
-
-
-class MaskedTraining(nn.Module):
-    """A plain network that computes every unit, with one flat draw for all gates.
-
-    Args:
-        net: the network; taken over.
-        twins: say which layers read which gates.
-    """
-
-    cost: Tensor
-
-    def __init__(self, net: nn.Module, twins: oracle.Twins):
-        super().__init__()
-        self.net = net
-        gates = gates_of(twins.packed)
-        self.log_alpha = nn.Parameter(torch.zeros(gates.count))
-        self.register_buffer("cost", gates.unit_weights.float() / N_TRAIN)
-        self.z = torch.ones(gates.count)
-        for name, scale in twins.reads.items():
-            net.get_submodule(name).register_forward_pre_hook(partial(self._multiply, scale))
-
-    def _multiply(
-        self, scale: oracle.Scale, layer: nn.Module, args: tuple[Tensor, ...]
-    ) -> tuple[Tensor, ...]:
-        return oracle.multiply(scale(self.z), layer, args)
-
-    def forward(self, *inputs: Tensor) -> Any:
-        self.z = hard_concrete(self.log_alpha, draw_noise(self.log_alpha))
-        return self.net(*inputs)
-
-    def penalty(self) -> Tensor:
-        return open_probability(self.log_alpha) @ self.cost
-
-
-def masked_arm(
-    entry: zoo.Entry, net: nn.Module, twins: oracle.Twins, inputs: tuple[Tensor, ...]
-) -> Arm:
-    masked = MaskedTraining(net, twins).train()
-
-    def loss(*_: Tensor) -> Tensor:
-        return entry.loss(masked(*inputs)) + masked.penalty()
-
-    return at_half_open(Arm(masked, loss, [masked.log_alpha], inputs[0], inputs[0]))
-
-
-class Oracle:
-    """The plain network, rebuilt outside the clock at the units that the next draw leaves open.
-
-    Args:
-        entry: the network.
-        ours: the arm whose next draw is looked ahead.
-        inputs: of every step.
-    """
-
-    def __init__(self, entry: zoo.Entry, ours: Arm, inputs: tuple[Tensor, ...]):
-        self.entry, self.ours, self.inputs = entry, ours, inputs
-        self.full = copy.deepcopy(ours.net)
-        self.arm: Arm | None = None
-
-    def rebuild(self) -> None:
-        """Build the network of the next draw and warm it up."""
-        self.arm = None
-        gc.collect()
-        net = copy.deepcopy(self.full)
-        shrink(net, next_open(gates_of(self.ours.net)))
-        inputs = self.inputs
-
-        def loss(*_: Tensor) -> Tensor:
-            return self.entry.loss(net(*inputs))
-
-        self.arm = Arm(net.train(), loss, [], inputs[0], inputs[0])
-        for _ in range(WARM_UP):
-            self.arm.step()
-
-    def step(self) -> None:
-        """One whole step.
-
-        Raises:
-            RuntimeError: nothing was built yet.
-        """
-        if self.arm is None:
-            raise RuntimeError("expected rebuild() before step()")
-        self.arm.step()
-
-
-@torch.no_grad()
-def next_open(gates: Gates) -> Tensor:
-    """Return 1 for every gate that the next draw opens, else 0: it depends on seed and step."""
-    ahead = copy.deepcopy(gates)
-    ahead.draw()
-    return (ahead.current_draw().z[: gates.count] != 0).to(gates.log_alpha.dtype)
-
-
-# The table.
 
 
 def measure(setting: Setting) -> Report:
@@ -627,8 +417,3 @@ def as_csv(report: Report) -> str:
 
 def columns_of(name: str) -> list[str]:
     return [name, f"{name}_low", f"{name}_high"]
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(int(sys.argv[3]))
-    print(json.dumps(convert_here(sys.argv[1], zoo.SIZES[sys.argv[2]])))

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import l0kernels as l0
-from l0kernels.bench import networks, oracle, zoo
+from l0kernels.bench import convert_cost, networks, oracle, zoo, zoo_arms
 from l0kernels.bench.timing import Spread, spread
 from l0kernels.cli import main
 from l0kernels.training import gates_of
@@ -101,7 +101,7 @@ def test_a_failing_network_is_told_and_the_others_go_on(
     chosen = (bad, absent, zoo.entry("reused"))
     monkeypatch.setattr(zoo, "entries", lambda: chosen)
     # Another process would not know these networks.
-    monkeypatch.setattr(networks, "convert_elsewhere", networks.convert_here)
+    monkeypatch.setattr(networks, "convert_elsewhere", convert_cost.convert_here)
     assert main([*QUICK, "--out", str(tmp_path)]) == 1
     captured = capsys.readouterr()
     assert "failed: silent" in captured.err
@@ -132,26 +132,26 @@ def test_bad_input(options: list[str], told: str, capsys: pytest.CaptureFixture[
 
 def test_convert_in_its_own_process_tells_its_error():
     with pytest.raises(RuntimeError, match="expected one of mlp, .*got 'alexnet'"):
-        networks.convert_elsewhere("alexnet", "small")
+        convert_cost.convert_elsewhere("alexnet", "small")
 
 
 def test_resident_memory_sees_a_peak():
-    if networks.resident("VmHWM") is None:
+    if convert_cost.resident("VmHWM") is None:
         pytest.skip("the system has no /proc/self/status")
-    networks.reset_peak()
-    before = networks.resident("VmRSS")
+    convert_cost.reset_peak()
+    before = convert_cost.resident("VmRSS")
     peak = torch.ones(64 << 18)
     del peak
-    after = networks.resident("VmHWM")
+    after = convert_cost.resident("VmHWM")
     assert before is not None and after is not None
     assert 60 << 20 <= after - before <= 96 << 20
 
 
 def test_bytes_of_state_and_activations():
     net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4), nn.Tanh())
-    assert networks.bytes_of_state(net) == 4 * (8 * 16 + 16 + 16 * 4 + 4)
+    assert convert_cost.bytes_of_state(net) == 4 * (8 * 16 + 16 + 16 * 4 + 4)
     # Saved: the input, the output of ReLU (once, though two layers need it), the output of tanh.
-    assert networks.bytes_of_activations(net, (torch.randn(5, 8),)) == 4 * 5 * (8 + 16 + 4)
+    assert convert_cost.bytes_of_activations(net, (torch.randn(5, 8),)) == 4 * 5 * (8 + 16 + 4)
 
 
 @pytest.fixture
@@ -167,8 +167,8 @@ def test_the_masked_arm_computes_what_ours_does(
     exact = twins.to(torch.float64)
     gates = gates_of(exact.packed)
     z = oracle.gate_values(gates.sizes, 5)
-    monkeypatch.setattr(networks, "hard_concrete", lambda *_: z)
-    masked = networks.MaskedTraining(exact.plain, exact).double()
+    monkeypatch.setattr(zoo_arms, "hard_concrete", lambda *_: z)
+    masked = zoo_arms.MaskedTraining(exact.plain, exact).double()
     with torch.no_grad():
         masked.log_alpha.copy_(gates.log_alpha)
     with gates.using(z):
@@ -181,11 +181,11 @@ def test_the_masked_arm_computes_what_ours_does(
 
 def test_the_oracle_has_the_widths_that_ours_draws_next(twins: oracle.Twins):
     entry = zoo.entry("densenet40")
-    ours = networks.our_arm(entry, twins.packed, twins.inputs)
-    rebuilt = networks.Oracle(entry, ours, twins.inputs)
+    ours = zoo_arms.our_arm(entry, twins.packed, twins.inputs)
+    rebuilt = zoo_arms.Oracle(entry, ours, twins.inputs)
     gates = gates_of(twins.packed)
     for _ in range(3):
-        ahead = networks.next_open(gates)
+        ahead = zoo_arms.next_open(gates)
         rebuilt.rebuild()
         ours.step()
         assert torch.equal(ahead, (gates.current_draw().z[: gates.count] != 0).to(ahead))
