@@ -17,11 +17,12 @@ override L0K_DATA := $(abspath $(L0K_DATA))
 export L0K_DATA
 endif
 
-.PHONY: help demo test bench lint gpu clean
+.PHONY: help demo test fuzz bench lint gpu clean
 
 help:
 	@echo 'make demo   train LeNet-5 on digits, ours beside the masked reference; writes runs/demo'
 	@echo 'make test   all tests'
+	@echo 'make fuzz   CASES=20000 random networks against an oracle; failing ones go to runs/fuzz'
 	@echo 'make bench  time training steps (writes runs/bench) and operators'
 	@echo 'make lint   ruff and pyright'
 	@echo 'make gpu    the tests and the step bench that need a CUDA device'
@@ -32,6 +33,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(RUN)/python -m pytest -q -rs --durations=10
+
+CASES ?= 20000
+fuzz: $(STAMP)
+	PYTHONPATH=tests $(RUN)/python -m fuzz --cases $(CASES) --out runs/fuzz
 
 bench: $(STAMP)
 	$(RUN)/l0kernels bench step --model lenet5 --out runs/bench

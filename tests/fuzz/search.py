@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -16,8 +15,8 @@ from fuzz.cases import Case, Tally, cases
 from fuzz.networks import FAMILIES
 
 CHUNK = 250
-# A failing case is made smaller for this long.
-SHRINK_SECONDS = 30.0
+# A failing case is made smaller in at most this many runs.
+SHRINK_RUNS = 400
 
 
 @dataclass
@@ -50,7 +49,7 @@ class Search:
         self._tick = tick
         self._seen: set[str] = set()
         self._shrinking: Failure | None = None
-        self._shrink_until = 0.0
+        self._shrink_runs = 0
         self._goal = 0
 
     @property
@@ -86,7 +85,7 @@ class Search:
         def draw_cases(case: Case) -> None:
             self._one(case)
 
-        self._shrinking = None
+        self._shrinking, self._shrink_runs = None, 0
         try:
             draw_cases()
         except Exception:
@@ -101,16 +100,16 @@ class Search:
             if source in self._seen or self.count >= self._goal:
                 return
             self._seen.add(source)
-        elif time.monotonic() > self._shrink_until:
-            return
+        else:
+            self._shrink_runs += 1
+            if self._shrink_runs > SHRINK_RUNS:
+                return
         try:
             with warnings.catch_warnings():
                 # InstanceNorm without parameters takes any width, and says so.
                 warnings.filterwarnings("ignore", "input's size at dim=1 does not match")
                 outcome = case.run()
         except Exception:
-            if self._shrinking is None:
-                self._shrink_until = time.monotonic() + SHRINK_SECONDS
             # The last to fail is the smallest.
             self._shrinking = Failure(source, traceback.format_exc(limit=-3))
             raise
