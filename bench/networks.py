@@ -175,6 +175,10 @@ class Subject:
         self.twins = oracle.twins(packed, self.plain, self.inputs)
         gates = gates_of(packed)
         row.groups, row.units = len(gates.names), gates.count
+        found, wanted = oracle.groups_of(packed), self.entry.expected(self.plain).gated
+        if sorted(found) != sorted(wanted):
+            other = sorted(set(found) ^ set(wanted))
+            raise RuntimeError(f"expected other groups than convert found; in one only: {other}")
 
     def compare_packed(self) -> None:
         exact = self.converted().to(torch.float64)

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from l0kernels.gates.ref import GateRef
 from l0kernels.nn import GatedLayer
 from l0kernels.training import gates_of
 
-from .zoo import is_in_out
+from .zoo import Gated, is_in_out, makes_units
 
 # Maps the values of all gates, shape [gates], to a scale per feature of one axis of a layer.
 Scale = Callable[[Tensor], Tensor]
@@ -128,6 +129,26 @@ def twins(packed: nn.Module, plain: nn.Module, inputs: tuple[Any, ...]) -> Twins
             if layer.out_gate is not None:
                 made.makes[name] = partial(_product, layer.out_gate.maps)
     return made
+
+
+def groups_of(packed: nn.Module) -> list[Gated]:
+    """Return the groups of a converted network as its layers have them, in the order of gates."""
+    layers = {
+        name: layer
+        for name, layer in packed.named_modules()
+        if isinstance(layer, GatedLayer) and makes_units(layer)
+    }
+    groups = []
+    for _, where in gates_of(packed).slices():
+        made = [n for n, layer in layers.items() if _has(layer.out_gate, where)]
+        read = [n for n, layer in layers.items() if _has(layer.in_gate, where)]
+        groups.append(Gated(tuple(sorted(made)), tuple(sorted(read))))
+    return groups
+
+
+def _has(ref: GateRef | None, where: slice) -> bool:
+    maps = () if ref is None else ref.maps
+    return any(bool(((m >= where.start) & (m < where.stop)).any()) for m in maps)
 
 
 def _product(maps: tuple[Tensor, ...], z: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,9 +40,8 @@ STREAM_OR_MIXED = rf"{STREAM}|{MIXED}"
 ATTENTION = rf"{STREAM_OR_MIXED}|{JOINED}"
 
 
-@dataclass(frozen=True)
-class Gated:
-    """One group, by module names.
+class Gated(NamedTuple):
+    """One group, by module names, each side sorted.
 
     Args:
         producers: layers that make its units; several if their outputs are multiplied.
@@ -112,7 +111,7 @@ class Entry:
             ValueError: a layer is neither in a group nor among the refused, or a group names a
                 module that the network does not have.
         """
-        gated = tuple(self.gated(net))
+        gated = tuple(Gated(*map(_sorted, group)) for group in self.gated(net))
         names = dict(net.named_modules())
         used = [n for group in gated for n in (*group.producers, *group.consumers)]
         unknown = [name for name in used if name not in names]
@@ -141,6 +140,10 @@ class Entry:
         """Return the largest class at every output position, flat."""
         found = [logits.argmax(self.class_dim).flatten() for logits in floating(outputs)]
         return torch.cat(found)
+
+
+def _sorted(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(sorted(names))
 
 
 def floating(outputs: Any) -> list[Tensor]:

@@ -112,6 +112,22 @@ def test_a_failing_network_is_told_and_the_others_go_on(
     assert rows[0]["parameters"] == 39
 
 
+def test_a_network_with_other_groups_than_expected_fails(monkeypatch: pytest.MonkeyPatch):
+    other = replace(zoo.entry("reused"), gated=lambda _: [zoo.Gated(("first",), ("last",))])
+    other = replace(other, refused={"*": "."})
+    monkeypatch.setattr(networks, "convert_elsewhere", convert_cost.convert_here)
+    row = networks.Row(other.name, other.batch)
+    with pytest.raises(RuntimeError, match="in one only: .*first.*last.*classifier"):
+        networks.Subject(other, networks.QUICK, row).convert()
+
+
+@pytest.mark.parametrize("error", [2e-9, float("nan")])
+def test_figures_of_another_computation_fail(error: float):
+    networks.require("packed and masked", 1e-9, 1e-9)
+    with pytest.raises(RuntimeError, match="by at most 1e-09, got (2.0e-09|nan)"):
+        networks.require("packed and masked", error, 1e-9)
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
