@@ -4,6 +4,9 @@
 import copy
 import io
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -141,6 +144,31 @@ def test_a_saved_model_compiles(kind: str):
         step(twin, twin, x, y)
         assert_equal(gradients(net), gradients(twin), tolerance=1e-6)
     assert_graphs(1)
+
+
+LOAD = """
+import sys, torch
+from interop.nets import batch, gradients
+import l0kernels as l0
+found = []
+for backend in (None, "aot_eager"):
+    net = torch.load(sys.argv[1], weights_only=False)
+    run = net if backend is None else torch.compile(net, backend=backend)
+    for _ in range(3):
+        (run(batch(4)[0]).square().mean() + l0.penalty(net)).backward()
+    assert int(net.l0.step) == 3, int(net.l0.step)
+    found.append(gradients(net))
+for name, expected in found[0].items():
+    torch.testing.assert_close(found[1][name], expected, msg=name)
+"""
+
+
+def test_a_model_loaded_by_a_new_process_compiles_without_a_scope(tmp_path: Path):
+    torch.save(make("mlp"), tmp_path / "net.pt")
+    command = [sys.executable, "-c", LOAD, str(tmp_path / "net.pt")]
+    folder = Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
 
 
 def test_without_a_scope_gates_are_drawn_between_graphs():

@@ -25,14 +25,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[Recor
     outs = [folder / f"{rank}.pt" for rank in range(WORLD)]
     processes = [
         subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "interop.ddp_worker",
-                str(rank),
-                str(folder / "store"),
-                str(out),
-            ],
+            [*worker, str(rank), str(folder / "store"), str(out)],
             cwd=Path(__file__).parents[1],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,

@@ -123,6 +123,29 @@ def test_attention_that_drops_weights_passes_the_self_check(builtin: bool):
             torch.testing.assert_close(net(x), packed)
 
 
+class Heads(nn.Module):
+    """Attention whose heads can be gated, whatever their number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(8, 16) for _ in range(3))
+        self.out = nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (-1, 4)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        p = 0.4 if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=p)
+        return x + self.out(y.transpose(1, 2).flatten(2))
+
+
+def test_attention_of_gated_heads_may_drop_weights():
+    # The noise of packed heads has another shape: only without it are both runs the same.
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, 8)
+    net = l0.convert(Heads(), "hard_concrete", example_inputs=(x,), select=l0.select.heads)
+    assert net.l0.names == ["out.heads"] and net.l0.sizes == [4]
+
+
 def test_gradient_clipping_sees_the_masked_norm():
     found = []
     for impl in ("auto", "reference"):

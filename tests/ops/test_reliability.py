@@ -129,13 +129,27 @@ def run_plain(net: nn.Sequential, z: Tensor, x: Tensor, dy: Tensor | None = None
     return collect(plain, h, start, leaf, net, z)
 
 
-def run_packed(net: nn.Sequential, z: Tensor, x: Tensor, dy: Tensor | None = None) -> Found:
-    net = copy.deepcopy(net)
+def run_packed(before: nn.Sequential, z: Tensor, x: Tensor, dy: Tensor | None = None) -> Found:
+    net = copy.deepcopy(before)
     leaf, start = z.clone().requires_grad_(), view_of(x)
     with net.l0.using(leaf):
         out = net(start)
         out.backward(upstream(out) if dy is None else dy)
+    assert_closed_statistics_stay(before, net, z)
     return collect(net, out, start, leaf, net, z)
+
+
+def assert_closed_statistics_stay(before: nn.Sequential, after: nn.Sequential, z: Tensor) -> None:
+    for old, new in zip(before, after, strict=True):
+        if isinstance(new, nn.modules.batchnorm._BatchNorm):
+            closed = z[new.out_gate.maps[0]] == 0
+            for name in ("running_mean", "running_var"):
+                torch.testing.assert_close(
+                    *(getattr(norm, name)[closed] for norm in (new, old)),
+                    atol=0.0,
+                    rtol=0.0,
+                    equal_nan=True,
+                )
 
 
 def view_of(x: Tensor) -> Tensor:
