@@ -948,7 +948,7 @@ def vit(size: Size) -> nn.Module:
     """ViT-S at 64x64 pixels in patches of 8x8."""
     from transformers import ViTConfig, ViTForImageClassification
 
-    hidden, layers, heads = (16, 2, 2) if size == "small" else (384, 12, 6)
+    hidden, layers, heads = (16, 2, 4) if size == "small" else (384, 12, 6)
     config = ViTConfig(
         hidden_size=hidden,
         num_hidden_layers=layers,
@@ -966,7 +966,7 @@ def vit(size: Size) -> nn.Module:
 def bert(size: Size) -> nn.Module:
     from transformers import BertConfig, BertForSequenceClassification
 
-    hidden, layers, heads = (16, 2, 2) if size == "small" else (512, 4, 8)
+    hidden, layers, heads = (16, 2, 4) if size == "small" else (512, 4, 8)
     config = BertConfig(
         vocab_size=40 if size == "small" else 30522,
         hidden_size=hidden,
@@ -984,7 +984,7 @@ def bert(size: Size) -> nn.Module:
 def gpt2(size: Size) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    hidden, layers, heads = (16, 2, 2) if size == "small" else (768, 12, 12)
+    hidden, layers, heads = (16, 2, 4) if size == "small" else (768, 12, 12)
     words = 40 if size == "small" else 50257
     config = GPT2Config(
         vocab_size=words,
@@ -1006,7 +1006,7 @@ def gpt2(size: Size) -> nn.Module:
 def llama(size: Size) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    hidden, layers, heads, kv = (16, 2, 4, 2) if size == "small" else (512, 8, 8, 2)
+    hidden, layers, heads, kv = (16, 2, 8, 4) if size == "small" else (512, 8, 8, 2)
     config = LlamaConfig(
         vocab_size=40 if size == "small" else 8192,
         hidden_size=hidden,

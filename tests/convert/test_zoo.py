@@ -3,6 +3,7 @@
 
 import copy
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,17 @@ DRAWS = 50
 EVAL_DRAWS = 5
 TOLERANCE = 1e-9
 BATCH = 4
+# Module names of a layer's attention, its makers and its reader, and the gates of one layer.
+HEADS = {
+    "vit": ("vit.layers.*.attention.", ("q_proj", "k_proj", "v_proj"), "o_proj", 4),
+    "bert": (
+        "bert.encoder.layer.*.attention.",
+        ("self.query", "self.key", "self.value"),
+        "output.dense",
+        4,
+    ),
+    "llama": ("model.layers.*.self_attn.", ("q_proj", "k_proj", "v_proj"), "o_proj", 4),
+}
 IN_FP32 = ("mobilenetv3", "unet", "densenet40", "signal", "convnext", "gpt2", "llama")
 
 
@@ -27,11 +39,11 @@ def entry(name: str) -> zoo.Entry:
     return found
 
 
-def converted(name: str) -> oracle.Twins:
+def converted(name: str, **options: Any) -> oracle.Twins:
     found = entry(name)
     plain = oracle.perturb(found.build("small"))
     inputs = found.example("small", BATCH)
-    packed = l0.convert(copy.deepcopy(plain), "hard_concrete", example_inputs=inputs)
+    packed = l0.convert(copy.deepcopy(plain), "hard_concrete", example_inputs=inputs, **options)
     return oracle.twins(packed, plain, inputs)
 
 
@@ -96,6 +108,34 @@ def test_packed_equals_masked_in_fp64(twins: oracle.Twins):
 def test_packed_fp32_errs_at_most_twice_as_much_as_masked_fp32(chosen: str):
     for kind, (ours, theirs) in oracle.fp32_errors(converted(chosen), range(5, 14)).items():
         assert ours <= 2 * theirs + torch.finfo(torch.float32).eps, kind
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_attention_heads_as_units(name: str):
+    """Query, key and value of a head share its gate, as do query heads that share key and value."""
+    layers, makers, reader, heads = HEADS[name]
+    twins = converted(name, select=l0.select.heads | l0.select.inner)
+    wanted = [
+        zoo.Gated(tuple(sorted(f"{layer}{m}" for m in makers)), (f"{layer}{reader}",))
+        for layer in (layers.replace("*", str(k)) for k in range(2))
+    ]
+    assert sorted(oracle.groups_of(twins.packed)) == sorted(
+        (*wanted, *entry(name).expected(twins.plain).gated)
+    )
+    gates = gates_of(twins.packed)
+    for group in wanted:
+        where = dict(gates.slices())[f"{group.consumers[0]}.heads"]
+        read = twins.packed.get_submodule(group.consumers[0])
+        assert isinstance(read, GatedLayer) and read.in_gate is not None
+        flat = torch.arange(where.start, where.stop)
+        assert len(flat) == heads
+        assert torch.equal(read.in_gate.maps[0], flat.repeat_interleave(16 // heads))
+    exact = twins.to(torch.float64)
+    for seed in range(DRAWS):
+        z = oracle.gate_values(gates.sizes, seed)
+        masked, packed = exact.run_masked(z), exact.run_packed(z)
+        assert max(oracle.relative_errors(masked, packed).values()) <= TOLERANCE, seed
+        assert exact.open_where_closed(z, packed) == [], seed
 
 
 def test_convert_again_gives_the_same(name: str, twins: oracle.Twins):
