@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis.database import InMemoryExampleDatabase
 from torch import Tensor, nn
 
 import l0kernels as l0
@@ -140,23 +141,44 @@ def test_a_refused_network_must_stay_as_it_was(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_failing_case_is_made_small_and_can_be_run(monkeypatch: pytest.MonkeyPatch):
-    """Whatever has a batch normalisation fails: one of them is left."""
+    """The first network with a batch normalisation fails: one of them is left."""
+    search = Search(("2d",))
 
     def run(case: Case) -> Outcome:
-        if "BatchNorm2d" in case.program.source:
+        if "BatchNorm2d" in case.program.source and not search.failures:
             raise Wrong("planted")
         return Outcome()
 
     monkeypatch.setattr(Case, "run", run)
-    search = Search(("2d",))
     search.run(60, start=2)
-    assert search.failures and "Wrong: planted" in search.failures[0].error
+    assert len(search.failures) == 1 and search.count == 60
+    assert "Wrong: planted" in search.failures[0].error
     source = search.failures[0].source
     assert source.count("nn.BatchNorm2d") == 1
     assert source.count("\n        h") <= 5, source
     scope: dict[str, object] = {}
     exec(source, scope)
     assert isinstance(scope["net"], nn.Module)
+
+
+def test_the_database_keeps_failing_cases(monkeypatch: pytest.MonkeyPatch):
+    database = InMemoryExampleDatabase()
+    first = Search(("2d",), database)
+    planted = "BatchNorm2d"
+
+    def run(case: Case) -> Outcome:
+        if planted in case.program.source:
+            raise Wrong("planted")
+        return Outcome()
+
+    monkeypatch.setattr(Case, "run", run)
+    monkeypatch.setattr("fuzz.search.SHRINK_RUNS", 5)
+    while not first.failures:
+        first.run(first.count + 1, start=first.count)
+    second = Search(("2d",), database)
+    second.run(1, start=999)
+    # The simplest case, which comes first otherwise, does not fail.
+    assert second.failures and second.count == 1
 
 
 def test_tallies_add_up():
