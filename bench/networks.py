@@ -52,15 +52,15 @@ Convert: seconds and peak growth of resident memory in a process of its own, in 
 the model (parameters and buffers) plus its activations (what autograd saves in one fp32 training
 forward of the same inputs); libraries are warmed up by converting a tiny network before. Packed
 error: largest relative difference in outputs, gradients and buffers from a plain copy with hooks,
-in fp64, over all draws in training mode and a tenth as many in eval mode. Compact error: outputs
-of `l0.compact` against that copy in eval mode with about half of the gates closed, in fp64. Argmax
+in fp64, over all draws in training mode and a tenth as many in eval mode. Compact error: outputs of
+`l0.compact` against that copy in eval mode with about half of the gates closed, in fp64. Argmax
 equal: largest class, compact against masked, in fp32, over so many output positions. ONNX: largest
 difference of onnxruntime from the compact network. Step: gate draw + penalty + forward + backward +
 optimizer at half open, gates redrawn every step. S = masked / ours, masked being the faster of
-default and channels_last format, with one flat draw and one multiplication per reading layer.
-R = ours / oracle, the oracle being the plain network rebuilt before every round, outside the
-clock, at the units that ours draws in that round. Medians of ratios paired round by round,
-quartiles in brackets."""
+default and channels_last format, with one flat draw and one multiplication per reading layer; ours
+and the oracle run in channels_last. R = ours / oracle, the oracle being the plain network rebuilt
+before every round, outside the clock, at the units that ours draws in that round. Medians of ratios
+paired round by round, quartiles in brackets."""
 
 
 @dataclass(frozen=True)
