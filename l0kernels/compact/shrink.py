@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from l0kernels._config import use_impl
 from l0kernels.compact.inputs import Inputs, call, check_inputs
 from l0kernels.convert.check import worst_difference
-from l0kernels.convert.probe import NoDropout, to_double
+from l0kernels.convert.probe import NoDropout
 from l0kernels.convert.swap import uninstall
+from l0kernels.convert.tensors import to_double
 from l0kernels.functional import GateLayout, open_lists
 from l0kernels.gates.base import Gates
 from l0kernels.gates.draw import Draw

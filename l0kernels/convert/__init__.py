@@ -26,7 +26,7 @@ from l0kernels.convert.groups import (
 )
 from l0kernels.convert.probe import ForwardFails, Probe
 from l0kernels.convert.swap import install, uninstall
-from l0kernels.convert.tensors import Inputs, to_double
+from l0kernels.convert.tensors import Inputs, to_double, to_dtype
 from l0kernels.convert.units import Survey, survey
 from l0kernels.gates import METHODS, Gates
 from l0kernels.nn import gated_class
@@ -174,16 +174,21 @@ def _interactive() -> bool:
 
 
 def _copy(model: nn.Module) -> nn.Module:
+    """A copy to probe, in fp32 (or fp64 if the model is)."""
+    double = any(p.dtype == torch.float64 for p in model.parameters())
     try:
-        return copy.deepcopy(model).double()
+        copied = copy.deepcopy(model)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"convert: the model cannot be copied: {error}") from error
+    copied.zero_grad(set_to_none=True)
+    return copied.double() if double else copied.float()
 
 
 def _survey(model: nn.Module, work: nn.Module, example_inputs: Inputs, heads: bool) -> Survey:
     modules = dict(model.named_modules())
+    dtype = next(p.dtype for p in work.parameters() if p.is_floating_point())
     try:
-        with Probe(work, example_inputs) as probe:
+        with Probe(work, to_dtype(example_inputs, dtype)) as probe:
 
             def usable(name: str) -> bool:
                 return why_unusable(name, modules, probe.calls, probe.used_outside) is None
@@ -198,7 +203,7 @@ class _Checker:
 
     Args:
         method: class of the gates.
-        work: the fp64 copy, perturbed; plain between checks.
+        work: the copy, perturbed; it becomes fp64, and is plain between checks.
         example_inputs: arguments of its forward.
         found: what the probe found.
     """
@@ -208,7 +213,7 @@ class _Checker:
     ) -> None:
         self.method, self.work, self.found = method, work, found
         self.inputs = to_double(example_inputs)
-        work.zero_grad(set_to_none=True)
+        work.double()
 
     def exact(self, plan: Plan) -> Plan:
         """The plan without the groups that are not exact, alone or beside the others."""

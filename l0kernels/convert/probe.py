@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from l0kernels.convert.tensors import Inputs, call, kept_tensors, named_tensors, to_double
+from l0kernels.convert.tensors import Inputs, call, kept_tensors, named_tensors
 from l0kernels.nn import gated_class
 
 # Dead activations (ReLU, clipping, pooling) hide changes of one sign or size. So several are tried,
@@ -27,9 +27,12 @@ from l0kernels.nn import gated_class
 # a bias that follows; lone elements pass filters that cancel or invert what is common to all. Half
 # of them start from one point, half from its mirror image, where what was dead is alive.
 SIZES = {
-    1.0: ((3.0, 1.0), (0.3, 1.0), (100.0, 0.0), (30.0, 0.1)),
-    -1.0: ((3.0, 0.0), (100.0, 1.0), (30.0, 0.9)),
+    1.0: ((3.0, 1.0), (30.0, 0.1), (0.3, 1.0), (100.0, 0.0)),
+    -1.0: ((3.0, 0.0), (30.0, 0.9), (100.0, 1.0)),
 }
+
+# How many of each suffice where all units of a layer change together.
+FEW = 2
 
 Change = Callable[[Tensor], Tensor]
 
@@ -179,8 +182,8 @@ class Probe:
     Use it as a context manager: the layers get their own forwards back at the end.
 
     Args:
-        model: an fp64 copy; its buffers and training flags are put back at the end.
-        inputs: positional (tuple) or keyword (mapping) arguments of its forward.
+        model: a copy in fp32 or fp64; its buffers and training flags are put back at the end.
+        inputs: positional (tuple) or keyword (mapping) arguments of its forward, in its dtype.
 
     Raises:
         ForwardFails: on entry.
@@ -188,7 +191,7 @@ class Probe:
 
     def __init__(self, model: nn.Module, inputs: Inputs) -> None:
         self.model = model
-        self.inputs = to_double(inputs)
+        self.inputs = inputs
         self.modules: dict[str, nn.Module] = {
             name: module
             for name, module in model.named_modules()
@@ -377,16 +380,17 @@ class Probe:
                 self._touched.output = self._touched.output or name
 
     @torch.no_grad()
-    def touched(self, chosen: Mapping[str, Tensor], seed: int) -> Touched:
+    def touched(self, chosen: Mapping[str, Tensor], seed: int, most: int | None = None) -> Touched:
         """Change some units of some layers; see what changes, over all sizes and points.
 
         Args:
             chosen: by layer, bool of shape [units].
             seed: of the change.
+            most: number of sizes to try at each point; None for all.
         """
         self._touched, self._kept = Touched(), {}
         for point in self._points:
-            for size, share in point.sizes:
+            for size, share in point.sizes[:most]:
                 generator = torch.Generator().manual_seed(seed)
                 changes = {
                     name: _shift(units, feature_dim(self.modules[name]), size, share, generator)
@@ -453,8 +457,8 @@ def spell(
 
     Args:
         probe: the model.
-        numbers: by layer, int64 of shape [units], at least 1; units with equal numbers, also of
-            different layers, count as one.
+        numbers: by layer, int64 of shape [units], at least 1; units with equal numbers count as
+            one, so layers that share numbers must not meet in a feature.
         tick: called after each of ``2 * bits(numbers)`` replays.
 
     Returns:

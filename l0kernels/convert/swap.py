@@ -26,8 +26,21 @@ def install(model: nn.Module, gates: Gates, plan: Plan, survey: Survey) -> None:
             in_gate, out_gate = None, in_gate
         if in_gate is not None or out_gate is not None:
             _connect(modules[name], in_gate, out_gate)
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and _has_gated(module):
+            module.register_forward_pre_hook(keep_to_submodules)
     gates.refused = plan.refused
     gates.attach(model, survey.positions)
+
+
+def keep_to_submodules(module: nn.Module, args: object) -> None:
+    """A hook that changes nothing: its presence makes ``nn.TransformerEncoderLayer`` call its
+    layers in eval mode too, where it would otherwise hand their weights to a fused function.
+    """
+
+
+def _has_gated(module: nn.Module) -> bool:
+    return any(isinstance(m, GatedLayer) for m in module.modules())
 
 
 def _connect(module: nn.Module, in_gate: GateRef | None, out_gate: GateRef | None) -> None:
@@ -63,7 +76,8 @@ def uninstall(root: nn.Module, gates: Gates) -> None:
         module.__class__ = module.plain_class  # pyright: ignore
         for name in ("in_gate", "out_gate", "in_port", "out_port"):
             module.__dict__.pop(name, None)
-    for handle, hook in list(root._forward_pre_hooks.items()):
-        if hook is draw_before_forward:
-            del root._forward_pre_hooks[handle]
+    for module in root.modules():
+        for handle, hook in list(module._forward_pre_hooks.items()):
+            if hook in (draw_before_forward, keep_to_submodules):
+                del module._forward_pre_hooks[handle]
     del root._modules["l0"]

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
@@ -18,11 +19,16 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
     return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
 
 
-def to_double(value: Any) -> Any:
-    """Floating tensors of a nested structure in fp64, detached."""
+def to_dtype(value: Any, dtype: torch.dtype) -> Any:
+    """Floating tensors of a nested structure in another dtype, all tensors detached."""
     return tree_map_only(
-        Tensor, lambda t: t.detach().double() if t.is_floating_point() else t.detach(), value
+        Tensor, lambda t: t.detach().to(dtype) if t.is_floating_point() else t.detach(), value
     )
+
+
+def to_double(value: Any) -> Any:
+    """Floating tensors of a nested structure in fp64, all tensors detached."""
+    return to_dtype(value, torch.float64)
 
 
 def named_tensors(value: Any, name: str = "output") -> Iterator[tuple[str, Tensor]]:

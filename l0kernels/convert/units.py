@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from l0kernels.convert.probe import Change, Probe, bits, feature_dim, spell
+from l0kernels.convert.probe import FEW, Change, Probe, bits, feature_dim, spell
 
 # Layers whose outputs meet in one product; a residual stream joins more, or adds.
-MOST_FACTORS = 4
+MOST_FACTORS = 3
 
 Tick = Callable[[], Any]
 
@@ -45,7 +45,6 @@ class Survey:
     Args:
         units: every layer makes one of them, in the order of first calls; heads come last.
         outputs: by layer, the result of the model that its units reach.
-        others: by layer, further modules with parameters that its units reach.
         sums: sets of layers whose units meet in one feature, other than as factors.
         read_by: by layer, the layers and passages that its units reach.
         readers: layers and passages in the order of their first call.
@@ -58,7 +57,6 @@ class Survey:
 
     units: list[Units]
     outputs: dict[str, str]
-    others: dict[str, set[str]]
     sums: list[set[str]]
     read_by: dict[str, list[str]]
     readers: list[str]
@@ -105,24 +103,22 @@ class _Surveyor:
         return self.progress(steps) if self.progress is not None and steps else lambda: None
 
     def run(self, heads: bool) -> Survey:
-        first, numbers = self._number_all()
-        tick = self._ticks(len(self.probe.layers) + 2 * bits(numbers))
+        tick = self._ticks(len(self.probe.layers))
         for seed, name in enumerate(self.probe.layers):
             self._reach(name, seed)
             tick()
-        self.number = spell(self.probe, numbers, tick)
         self.joined = self._joined()
-        single = {name: self._alone(name, first[name]) for name in self.probe.layers}
-        products = self._products()
-        units = self._merge(single, products)
+        factors = self._annihilating(self._candidates())
+        spelled = self._spell(factors)
+        products = [p for s in factors if (p := self._product(s, spelled)) is not None]
+        units = self._in_order(products, spelled)
         if heads:
             units += self._heads({maker for product in products for maker in product.makers})
-        factors = [set(p.makers) for p in products]
+        known = [set(p.makers) for p in products]
         return Survey(
             units=units,
             outputs=self.outputs,
-            others=self.others,
-            sums=[set(j) for j in self.joined if set(j) not in factors],
+            sums=[set(j) for j in self.joined if set(j) not in known],
             read_by={name: self._read_by(name) for name in self.probe.layers},
             readers=self.probe.readers,
             layers=self.probe.layers,
@@ -132,19 +128,9 @@ class _Surveyor:
             used_outside=self.probe.used_outside,
         )
 
-    def _number_all(self) -> tuple[dict[str, int], dict[str, Tensor]]:
-        """Number the units of all layers from 1: a layer's first number, and all of them."""
-        first, numbers, total = {}, {}, 1
-        for name in self.probe.layers:
-            width = self.probe.width[name]
-            first[name] = total
-            numbers[name] = torch.arange(total, total + width)
-            total += width
-        return first, numbers
-
     def _reach(self, name: str, seed: int) -> None:
         everything = torch.ones(self.probe.width[name], dtype=torch.bool)
-        found = self.probe.touched({name: everything}, seed)
+        found = self.probe.touched({name: everything}, seed, FEW)
         if found.output is not None:
             self.outputs[name] = found.output
         self.others[name] = found.others
@@ -168,49 +154,6 @@ class _Surveyor:
                         found[met] = None
         return list(found)
 
-    # One layer.
-
-    def _alone(self, name: str, first: int) -> Units:
-        width = self.probe.width[name]
-        units = Units(name, width, {name: torch.arange(width)})
-        for reader in self._read_by(name):
-            number = self.number[reader]
-            own = (number >= first) & (number < first + width)
-            units.readers[reader] = torch.where(own, number - first, -1)
-            problem = self._why_not_alone(name, reader, units.readers[reader])
-            units.problem = units.problem or problem
-        return units
-
-    def _why_not_alone(self, name: str, reader: str, unit: Tensor) -> str | None:
-        touches = self.touches[reader]
-        unclear = touches[name] & (unit < 0)
-        met = [n for n, there in touches.items() if n != name and bool((there & unclear).any())]
-        if met:
-            shown = ", ".join(met[:3]) + (", ..." if len(met) > 3 else "")
-            stream = "" if self._meet_only_in(reader) else " (residual stream)"
-            return f"its units are joined with those of {shown} before {reader}{stream}"
-        if bool(unclear.any()):
-            return f"its units are mixed with one another before {reader}{self._through(name)}"
-        if len(set(unit[unit >= 0].tolist())) < self.probe.width[name]:
-            return f"only some of its units reach {reader}"
-        return None
-
-    def _through(self, name: str) -> str:
-        """Modules with parameters on the way, which often explain the mixing."""
-        kinds = [f"{type(self.probe.modules[n]).__name__} {n}" for n in sorted(self.others[name])]
-        return f" (they pass through {', '.join(kinds[:2])})" if kinds else ""
-
-    # Products of several layers.
-
-    def _products(self) -> list[Units]:
-        sets = [s for s in self._components() if self._may_be_product(s)]
-        if not sets:
-            return []
-        units = self._spell_members(sets)
-        sets = [s for s in sets if all(self._unmixed(name, units[name]) for name in s)]
-        products = self._annihilating(sets)
-        return [found for s in products if (found := self._align(s, units)) is not None]
-
     def _components(self) -> list[tuple[str, ...]]:
         """Layers that meet, directly or through others, in the order of their calls."""
         parent = {name: name for name in self.probe.layers}
@@ -228,23 +171,21 @@ class _Surveyor:
             members.setdefault(root(name), []).append(name)
         return [tuple(m) for m in members.values() if len(m) > 1]
 
-    def _may_be_product(self, names: tuple[str, ...]) -> bool:
-        return len(names) <= MOST_FACTORS and all(
-            self.usable(name) and name not in self.outputs for name in names
+    # What each unit becomes.
+
+    def _spell(self, factors: list[tuple[str, ...]]) -> dict[str, dict[str, Tensor]]:
+        """Units of the layers that meet no other, and of the factors of products."""
+        meeting = {name for met in self.joined for name in met}
+        alone = [n for n in self.probe.layers if n not in meeting and self._may_be_gated(n)]
+        # Layers of one round do not meet; factors of a product do.
+        rounds = [alone, *([s[i] for s in factors if len(s) > i] for i in range(MOST_FACTORS))]
+        rounds[0] += rounds.pop(1)
+        return self._spell_rounds(
+            [{n: torch.arange(self.probe.width[n]) + 1 for n in names} for names in rounds if names]
         )
 
-    def _spell_members(self, sets: list[tuple[str, ...]]) -> dict[str, dict[str, Tensor]]:
-        """By layer and reader, the layer's unit of every feature, -1 for none, -2 for several.
-
-        Members of one set meet, so each is spelled by itself; sets do not meet one another.
-        """
-        rounds = [
-            {s[i]: torch.arange(1, self.probe.width[s[i]] + 1) for s in sets if len(s) > i}
-            for i in range(max(len(s) for s in sets))
-        ]
-        return self._spell_rounds(rounds)
-
     def _spell_rounds(self, rounds: list[dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+        """By layer and reader, the number less 1 of every feature, -1 for none, -2 for several."""
         tick = self._ticks(sum(2 * bits(numbers) for numbers in rounds))
         found: dict[str, dict[str, Tensor]] = {}
         for numbers in rounds:
@@ -256,6 +197,87 @@ class _Surveyor:
                     unit = torch.where(number > 0, number - 1, number)
                     found[name][reader] = torch.where(mine, unit, -1)
         return found
+
+    def _may_be_gated(self, name: str) -> bool:
+        return self.usable(name) and name not in self.outputs
+
+    def _in_order(
+        self, products: list[Units], spelled: Mapping[str, Mapping[str, Tensor]]
+    ) -> list[Units]:
+        """Units in the order of their first maker; factors are no units by themselves."""
+        by_maker = {maker: product for product in products for maker in product.makers}
+        ordered: list[Units] = []
+        for name in self.probe.layers:
+            product = by_maker.get(name)
+            if product is None:
+                ordered.append(self._single(name, spelled.get(name)))
+            elif product.name == name:
+                ordered.append(product)
+        return ordered
+
+    def _single(self, name: str, spelled: Mapping[str, Tensor] | None) -> Units:
+        width = self.probe.width[name]
+        units = Units(name, width, {name: torch.arange(width)})
+        for reader in self._read_by(name):
+            none = torch.full((self.probe.features(reader),), -1)
+            unit = none if spelled is None else spelled[reader]
+            units.readers[reader] = unit.clamp_min(-1)
+            units.problem = units.problem or self._why_not_alone(name, reader, unit)
+        return units
+
+    def _why_not_alone(self, name: str, reader: str, unit: Tensor) -> str | None:
+        touches = self.touches[reader]
+        mine = touches[name]
+        met = [n for n, there in touches.items() if n != name and bool((there & mine).any())]
+        if met:
+            shown = ", ".join(met[:3]) + (", ..." if len(met) > 3 else "")
+            stream = "" if self._meet_only_in(reader) else " (residual stream)"
+            return f"its units are joined with those of {shown} before {reader}{stream}"
+        if bool((unit == -2).any()):
+            return f"its units are mixed with one another before {reader}{self._through(name)}"
+        if len(set(unit[unit >= 0].tolist())) < self.probe.width[name]:
+            return f"only some of its units reach {reader}"
+        return None
+
+    def _through(self, name: str) -> str:
+        """Modules with parameters on the way, which often explain the mixing."""
+        kinds = [f"{type(self.probe.modules[n]).__name__} {n}" for n in sorted(self.others[name])]
+        return f" (they pass through {', '.join(kinds[:2])})" if kinds else ""
+
+    # Products of several layers.
+
+    def _candidates(self) -> list[tuple[str, ...]]:
+        """Sets of layers that could be factors: few, each to be gated, with unmixed units."""
+        sets = [
+            s
+            for s in self._components()
+            if len(s) <= MOST_FACTORS and all(self._may_be_gated(name) for name in s)
+        ]
+        for i in range(MOST_FACTORS):
+            names = [s[i] for s in sets if len(s) > i]
+            first, second = (self._touched_by_unit(names, unit) for unit in (0, 1))
+            mixed = {reader: first[reader] & second[reader] for reader in self.touches}
+            sets = [s for s in sets if len(s) <= i or not self._meets_any(s[i], mixed)]
+        return sets
+
+    def _meets_any(self, name: str, features: Mapping[str, Tensor]) -> bool:
+        return any(
+            bool((touches[name] & features[reader]).any())
+            for reader, touches in self.touches.items()
+            if name in touches
+        )
+
+    def _touched_by_unit(self, names: list[str], unit: int) -> dict[str, Tensor]:
+        """Features that change with one unit of each of some layers that do not meet."""
+        chosen = {name: torch.arange(self.probe.width[name]) == unit for name in names}
+        return self.probe.touched(chosen, 2000 + unit, FEW).features
+
+    def _product(
+        self, names: tuple[str, ...], spelled: Mapping[str, Mapping[str, Tensor]]
+    ) -> Units | None:
+        if all(self._unmixed(name, spelled[name]) for name in names):
+            return self._align(names, spelled)
+        return None
 
     def _unmixed(self, name: str, units: Mapping[str, Tensor]) -> bool:
         """Whether every reader gets all units of a layer one to one."""
@@ -307,7 +329,7 @@ class _Surveyor:
             fixed = {a: _constant(constant) for a, _ in pairs}
             base = self.probe.inputs_with(fixed, readers)
             same = [bool(features) for features in meeting]
-            for shift in (1.0, -1.0, 1e3, -1e3, 1e9, -1e9):
+            for shift in (1.0, 1e9, -1e9):
                 moved = fixed | {b: _moved(shift) for _, b in pairs}
                 found = self.probe.inputs_with(moved, readers)
                 for k, features in enumerate(meeting):
@@ -347,18 +369,6 @@ class _Surveyor:
                 known = units.readers.get(reader, torch.full_like(mine, -1))
                 units.readers[reader] = torch.where(known >= 0, known, mine)
         return units
-
-    def _merge(self, single: dict[str, Units], products: list[Units]) -> list[Units]:
-        """Units in the order of their first maker; factors are no units by themselves."""
-        by_maker = {maker: product for product in products for maker in product.makers}
-        merged: list[Units] = []
-        for name, units in single.items():
-            product = by_maker.get(name)
-            if product is None:
-                merged.append(units)
-            elif product.name == name:
-                merged.append(product)
-        return merged
 
     # Attention heads.
 

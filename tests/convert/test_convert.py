@@ -381,3 +381,21 @@ def test_report_counts_groups_and_weights():
     ]
     assert rows[0]["test_open"] == 2
     assert "| a | a | b | 8 |" in str(result)
+
+
+def test_the_fused_path_of_transformer_encoders_does_not_skip_the_gates():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 4, 24, dropout=0.0, batch_first=True)
+    net = nn.Sequential(nn.TransformerEncoder(layer, 2), nn.Linear(16, 3)).eval()
+    x = torch.randn(2, 5, 16)
+    hooks = [len(m._forward_pre_hooks) for m in net.modules()]
+    l0.convert(net, "hard_concrete", example_inputs=(x,))
+    assert net.l0.names == ["0.layers.0.linear1", "0.layers.1.linear1"]
+    with torch.no_grad():
+        net.l0.log_alpha[::2] = -5.0
+        packed = net(x)
+        with l0.use_impl("reference"), torch.enable_grad():
+            masked = net(x)
+    torch.testing.assert_close(packed, masked)
+    l0.revert(net)
+    assert [len(m._forward_pre_hooks) for m in net.modules()] == hooks
