@@ -104,11 +104,12 @@ def add_layer(w: Writer, out: int, plain: bool = False) -> str:
 @piece(*ALL, weight=14)
 def one_layer(w: Writer) -> None:
     add_layer(w, w.number(2, 9))
+    if w.flag():
+        inner(w)
 
 
 @piece(*SPATIAL, weight=3)
 def depthwise(w: Writer) -> None:
-    operation = "depthwise"
     if w.width < 2:
         return
     bias = w.of(True, False)
@@ -118,7 +119,7 @@ def depthwise(w: Writer) -> None:
         f"nn.Conv{len(w.space)}d({w.width}, {w.width}, {kernel}, padding={padding}, "
         f"groups={w.width}, bias={bias})",
     )
-    w.let(f"self.{name}({{h}})", operation, fresh=True)
+    w.let(f"self.{name}({{h}})", "depthwise", fresh=True)
 
 
 @piece(*SPATIAL, fits=lambda w: w.width in (4, 6, 8))
@@ -147,10 +148,11 @@ def transposed_1d(w: Writer) -> None:
 
 @piece("2d", weight=2)
 def channels_last_linear(w: Writer) -> None:
+    width = w.width
     w.let("{h}.permute(0, 2, 3, 1)", "permute")
     if w.flag():
         w.let(w.of("F.gelu({h})", "F.relu({h})"))
-    name = w.member("lay", f"nn.Linear({w.width_at(3)}, {w.number(2, 9)})")
+    name = w.member("lay", f"nn.Linear({width}, {w.number(2, 9)})")
     w.apply(name, "linear, channels last")
     w.let("{h}.permute(0, 3, 1, 2)", "permute")
 
@@ -190,8 +192,7 @@ def called_twice(w: Writer) -> None:
     name = w.member("lay", layer(w, w.width, plain=True))
     w.apply(name, "called twice")
     activation(w)
-    if w.width == w.values[w.now].shape[w.dim]:
-        w.apply(name, "called twice")
+    w.apply(name, "called twice")
 
 
 @piece(*ALL)
@@ -241,7 +242,7 @@ def functional_weight(w: Writer) -> None:
     w.let(f"{function}({source}, self.{name}.weight) + {{h}}", "functional layer")
 
 
-@piece("2d", "1d", weight=3)
+@piece("2d", "1d", weight=6)
 def sequential(w: Writer) -> None:
     """Convolution, normalisation and activation in a container."""
     dims, out = len(w.space), w.number(2, 9)
@@ -607,7 +608,7 @@ def attention(w: Writer) -> None:
 
 
 @piece(*ALL, weight=2)
-def recurrent_sum(w: Writer) -> None:
+def sum_of_two_readers(w: Writer) -> None:
     """A value is read by two layers whose results are added: two consumers of one producer."""
     start, out = w.now, w.number(2, 9)
     add_layer(w, out, plain=True)

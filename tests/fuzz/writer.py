@@ -195,10 +195,6 @@ class Writer:
         """Arguments of ``view`` that align a vector of channels with the value."""
         return {"2d": "-1, 1, 1", "1d": "-1, 1", "tokens": "-1", "flat": "-1"}[self.layout]
 
-    def width_at(self, dim: int) -> int:
-        """Its size in another dimension."""
-        return self.shape[dim]
-
     def space_of(self, name: str) -> tuple[int, ...]:
         """Dimensions of a value of channels first, without batch and channels."""
         return self._shape(name)[2:]
