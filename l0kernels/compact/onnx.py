@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from torch.export import Dim
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from l0kernels._files import write_whole
-from l0kernels.compact.inputs import Inputs, call, check_inputs, check_plain
+from l0kernels.compact.inputs import check_inputs, check_plain, outputs_of
+from l0kernels.convert.tensors import Inputs
 
 # Rounding in fp32 gives 1e-7 to 1e-5 in networks of a hundred layers, more with other convolution
 # algorithms; a wrong operator gives far more than 1e-3.
@@ -31,7 +32,7 @@ def export_onnx(small: nn.Module, example_inputs: Inputs, path: str | Path) -> f
 
     Args:
         small: a model from :func:`compact` in fp32; left as it is.
-        example_inputs: arguments of the forward, a tuple (positional) or a dict (keywords).
+        example_inputs: arguments of the forward, a tuple (positional) or a mapping (keywords).
         path: the file, written whole or not at all.
 
     Returns:
@@ -40,7 +41,7 @@ def export_onnx(small: nn.Module, example_inputs: Inputs, path: str | Path) -> f
 
     Raises:
         TypeError: ``small`` is not a module, has floating tensors of another dtype than fp32, or
-            ``example_inputs`` is neither tuple nor dict.
+            ``example_inputs`` is neither tuple nor mapping.
         ValueError: the model still has gates, or its forward fails with ``example_inputs``.
         ImportError: onnx, onnxscript or onnxruntime is missing.
         RuntimeError: the outputs differ by more, or in number or shape.
@@ -86,7 +87,7 @@ def _runtime() -> Any:
 @torch.no_grad()
 def _run_torch(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     try:
-        return call(model, tree_map_only(Tensor, torch.clone, inputs))
+        return outputs_of(model, tree_map_only(Tensor, torch.clone, inputs))
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         raise ValueError(f"example_inputs: the model's forward fails with them: {error}") from error
 
@@ -113,11 +114,10 @@ def _map_batch(inputs: Inputs, of_batch: Callable[[Tensor], Any], of_rest: Any) 
 
 
 def _export(model: nn.Module, inputs: Inputs, dynamic: bool) -> bytes:
-    named = isinstance(inputs, dict)
     program = torch.onnx.export(
         model,
-        () if named else inputs,
-        kwargs=inputs if named else None,
+        () if isinstance(inputs, Mapping) else inputs,
+        kwargs=dict(inputs) if isinstance(inputs, Mapping) else None,
         dynamic_shapes=_map_batch(inputs, lambda t: {0: Dim.AUTO}, lambda leaf: None)
         if dynamic
         else None,

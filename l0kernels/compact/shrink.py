@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from l0kernels._config import use_impl
-from l0kernels.compact.inputs import Inputs, call, check_inputs
+from l0kernels.compact.inputs import check_inputs, outputs_of
 from l0kernels.convert.check import worst_difference
 from l0kernels.convert.probe import NoDropout
 from l0kernels.convert.swap import uninstall
-from l0kernels.convert.tensors import to_double
+from l0kernels.convert.tensors import Inputs, to_double
 from l0kernels.functional import GateLayout, open_lists
 from l0kernels.gates.base import Gates
 from l0kernels.gates.draw import Draw
@@ -40,14 +40,14 @@ def compact(net: nn.Module, example_inputs: Inputs) -> nn.Module:
 
     Args:
         net: a model with gates, or a wrapper around one (DDP, compiled, averaged); left as it is.
-        example_inputs: arguments of the forward, a tuple (positional) or a dict (keywords).
+        example_inputs: arguments of the forward, a tuple (positional) or a mapping (keywords).
 
     Returns:
         A copy of the model inside the wrappers, without gates: same module names, dtypes, device,
         memory formats, modes, hooks and ``requires_grad``. It shares no memory with ``net``.
 
     Raises:
-        TypeError: ``net`` is not a module, or ``example_inputs`` neither tuple nor dict.
+        TypeError: ``net`` is not a module, or ``example_inputs`` neither tuple nor mapping.
         ValueError: the model has no gates, cannot be copied, has gated layers of a class that is
             not the package's own or of other gates, NaN gates, or a forward that fails with
             ``example_inputs``.
@@ -220,7 +220,7 @@ def _outputs(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
     devices = sorted({p.get_device() for p in model.parameters() if p.is_cuda})
     with torch.random.fork_rng(devices=devices), NoDropout():
         torch.manual_seed(0)  # other randomness is the same in both runs
-        found = call(model, to_double(inputs))
+        found = outputs_of(model, to_double(inputs))
     return {f"output {i}": _comparable(t) for i, t in enumerate(found)}
 
 

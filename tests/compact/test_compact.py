@@ -598,7 +598,7 @@ def test_errors():
     net, (x,) = NETWORKS["lenet5"]()
     with pytest.raises(TypeError, match="expected a torch.nn.Module, got int"):
         l0.compact(3, (x,))  # pyright: ignore[reportArgumentType]
-    with pytest.raises(TypeError, match="as a tuple .* or a dict .*, got Tensor"):
+    with pytest.raises(TypeError, match="as a tuple .* or a mapping .*, got Tensor"):
         l0.compact(net, x)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="expected a model with gates"):
         l0.compact(nn.Linear(2, 2), (x,))

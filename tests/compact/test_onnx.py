@@ -120,7 +120,7 @@ def test_errors(tmp_path, monkeypatch):
     net = nn.Linear(4, 3)
     with pytest.raises(TypeError, match="export_onnx: expected a torch.nn.Module"):
         l0.export_onnx(len, (x,), path)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(TypeError, match="as a tuple .* or a dict .*, got Tensor"):
+    with pytest.raises(TypeError, match="as a tuple .* or a mapping .*, got Tensor"):
         l0.export_onnx(net, x, path)  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match=r"floating tensors in torch.float32, got \['torch.float64"):
         l0.export_onnx(nn.Linear(4, 3).double(), (x,), path)
