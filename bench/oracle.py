@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
+from l0kernels.convert.tensors import named_tensors
 from l0kernels.gates.ref import GateRef
 from l0kernels.nn import GatedLayer
 from l0kernels.training import gates_of
@@ -226,7 +227,7 @@ def collect(
 
 
 def _floating(value: Any) -> list[Tensor]:
-    return [t for t in tree_leaves(value) if isinstance(t, Tensor) and t.is_floating_point()]
+    return [t for _, t in named_tensors(value) if t.is_floating_point()]
 
 
 def weigh(outputs: Any) -> Tensor:

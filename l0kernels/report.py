@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
@@ -198,23 +199,30 @@ def _count_weights(root: nn.Module, gates: Gates) -> dict[str, float]:
     z = torch.cat((gates.deterministic().cpu() != 0, torch.ones(1, dtype=torch.bool))).double()
     total = expected = test = 0.0
     for module in root.modules():
-        weight = getattr(module, "weight", None) if _makes_units(module) else None
-        if weight is None or weight.dim() < 2:
-            continue
-        total += weight.numel()
-        expected += _open_weights(module, weight, p)
-        test += _open_weights(module, weight, z)
+        weights = _weights(module)
+        total += weights
+        if isinstance(module, GatedLayer) and weights:
+            expected += _open_weights(module, p)
+            test += _open_weights(module, z)
+        else:
+            expected += weights
+            test += weights
     return {"expected": expected, "test": test, "total": total}
 
 
-def _makes_units(module: nn.Module) -> bool:
-    known = (nn.modules.conv._ConvNd, nn.Linear, GatedLayer)
-    return isinstance(module, known) or gated_class(type(module)) is not None
+def _weights(module: nn.Module) -> int:
+    """Size of a layer's weight; it is not read, which would run a parametrization."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        pairs = module.in_channels * module.out_channels // module.groups
+        return pairs * math.prod(module.kernel_size)
+    if isinstance(module, nn.Linear):
+        return module.in_features * module.out_features
+    ours = isinstance(module, GatedLayer) or gated_class(type(module)) is not None
+    weight = module._parameters.get("weight") if ours else None
+    return 0 if weight is None or weight.dim() < 2 else weight.numel()
 
 
-def _open_weights(module: nn.Module, weight: Tensor, openness: Tensor) -> float:
-    if not isinstance(module, GatedLayer):
-        return float(weight.numel())
+def _open_weights(module: GatedLayer, openness: Tensor) -> float:
     rows, columns, elements = module.shape_out_in()
     if module.out_gate is not None:
         rows = _open_features(module.out_gate.maps, openness)

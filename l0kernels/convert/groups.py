@@ -163,9 +163,11 @@ def _why_not(units: Units, modules: dict[str, nn.Module], survey: Survey) -> str
             return f"its units reach an output of the model ({survey.outputs[maker]})"
     if not any(is_layer(modules[reader]) for reader in units.readers):
         return "no convolution or linear layer reads it"
-    if units.problem is not None:
+    # A reader that is called again may itself be what its units meet.
+    again = [reader for reader in units.readers if survey.calls[reader] != 1]
+    if units.problem is not None and not again:
         return units.problem
-    for reader in units.readers:
+    for reader in again or units.readers:
         reason = _why_unsupported(reader, modules, survey.calls, survey.used_outside)
         if reason is not None:
             return f"read by {reader}: {reason}"

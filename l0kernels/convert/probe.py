@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
@@ -84,6 +85,8 @@ class NoDropout(TorchFunctionMode):
             return args[0] if args else kwargs["input"]
         if "dropout_p" in kwargs:
             kwargs["dropout_p"] = 0.0
+        if func is scaled_dot_product_attention and len(args) > 4:
+            args = (*args[:4], 0.0, *args[5:])
         return func(*args, **kwargs)
 
 

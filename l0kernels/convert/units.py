@@ -222,17 +222,23 @@ class _Surveyor:
             none = torch.full((self.probe.features(reader),), -1)
             unit = none if spelled is None else spelled[reader]
             units.readers[reader] = unit.clamp_min(-1)
-            units.problem = units.problem or self._why_not_alone(name, reader, unit)
+            problem = self._who_is_met(name, reader)
+            if problem is None and spelled is not None:
+                problem = self._why_unclear(name, reader, unit)
+            units.problem = units.problem or problem
         return units
 
-    def _why_not_alone(self, name: str, reader: str, unit: Tensor) -> str | None:
+    def _who_is_met(self, name: str, reader: str) -> str | None:
         touches = self.touches[reader]
         mine = touches[name]
         met = [n for n, there in touches.items() if n != name and bool((there & mine).any())]
-        if met:
-            shown = ", ".join(met[:3]) + (", ..." if len(met) > 3 else "")
-            stream = "" if self._meet_only_in(reader) else " (residual stream)"
-            return f"its units are joined with those of {shown} before {reader}{stream}"
+        if not met:
+            return None
+        shown = ", ".join(met[:3]) + (", ..." if len(met) > 3 else "")
+        stream = "" if self._meet_only_in(reader) else " (residual stream)"
+        return f"its units are joined with those of {shown} before {reader}{stream}"
+
+    def _why_unclear(self, name: str, reader: str, unit: Tensor) -> str | None:
         if bool((unit == -2).any()):
             return f"its units are mixed with one another before {reader}{self._through(name)}"
         if len(set(unit[unit >= 0].tolist())) < self.probe.width[name]:

@@ -170,7 +170,18 @@ class GatedLayer(nn.Module):
             raise ValueError(
                 f"{type(self).__name__}: expected {width} input features, got {x.shape[dim]}"
             )
-        return x if position is None else x.index_select(dim, position)
+        if position is None:
+            return x
+        x = x.index_select(dim, position)
+        if position.numel() > LEAST:
+            return x
+        # So few may be there to fill up: 0 * NaN would spread what a closed feature holds.
+        is_open = self.scale(draw)[draw.index[self.in_port]] != 0
+        return torch.where(is_open.view(-1, *[1] * (-dim - 1)), x, 0)
+
+
+LEAST = 2
+"""Fewer features than this are never packed: closed ones fill up."""
 
 
 def _scale(gates: Gates | None, port: int, draw: Draw) -> Tensor:

@@ -64,6 +64,9 @@ class _GatedBatchNorm(GatedLayer, nn.modules.batchnorm._BatchNorm):
             None if t is None else t.index_select(0, index)
             for t in (self.running_mean, self.running_var)
         )
+        if not self.training and mean is not None and var is not None:
+            # Statistics of closed units may be Inf or NaN; some are packed to keep the width.
+            mean, var = torch.where(is_open, mean, 0.0), torch.where(is_open, var, 1.0)
         out = F.batch_norm(
             input,
             mean,

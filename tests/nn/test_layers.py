@@ -267,3 +267,21 @@ def test_wrong_input_width_says_expected_and_got():
     z = torch.tensor([0.5, 0, 1, 0, 0.2, 0.9])
     with net.l0.using(z), pytest.raises(ValueError, match="expected 4 input features, got 6"):
         net[3](torch.randn(1, 6, 9, 9))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("open_features", [0, 1, 3])
+def test_closed_input_features_may_hold_anything(value: float, open_features: int):
+    """With fewer than two open, closed ones fill up: what they hold must not spread."""
+    net = nn.Module()
+    net.l0 = l0.gates.HardConcrete({"x": 6})
+    net.fc = l0.nn.GatedLinear(6, 4, in_gate=net.l0["x"])
+    net.conv = l0.nn.GatedConv2d(6, 4, 3, in_gate=net.l0["x"])
+    net.l0.attach(net)
+    z = (torch.arange(6) < open_features).float()
+    x, image = torch.randn(5, 6), torch.randn(2, 6, 5, 5)
+    with net.l0.using(z):
+        expected = net.fc(x), net.conv(image)
+        x[:, open_features:], image[:, open_features:] = value, value
+        got = net.fc(x), net.conv(image)
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
