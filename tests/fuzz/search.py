@@ -61,15 +61,15 @@ class Search:
         """Number of cases that have run."""
         return self.tally.cases + len(self.failures)
 
-    def run(self, count: int, start: int) -> None:
-        """Run until ``count`` cases have run.
+    def run(self, count: int, start: int, most_failures: int | None = None) -> None:
+        """Run until ``count`` cases have run, or that many have failed.
 
         Chunks take ``start`` and the numbers after it as seeds. Every chunk begins with the
         simplest case, which counts once, and ends with the first case that fails.
         """
         self._goal = count
         phases = [Phase.reuse, Phase.generate, Phase.shrink]
-        while self.count < count:
+        while self.count < count and len(self.failures) != most_failures:
             self._chunk(start, phases)
             start += 1
             # Failing cases of earlier searches have had their turn.

@@ -27,8 +27,9 @@ PASSED = {
 def test_random_networks_equal_the_oracle_or_are_refused(family: str):
     torch.set_num_threads(1)
     search = Search((family,))
-    search.run(CASES[family], start=0)
-    assert not search.failures, "\n".join(f"{f.source}\n{f.error}" for f in search.failures)
+    search.run(CASES[family], start=0, most_failures=1)
+    if search.failures:
+        pytest.fail(f"{search.failures[0].source}\n{search.failures[0].error}", pytrace=False)
     tally = search.tally
     assert tally.cases == CASES[family]
     assert tally.converted >= 0.4 * tally.cases, tally.line(0)
