@@ -226,7 +226,8 @@ class _Checker:
         kept = plan.only(names)
         for name, reason in refused.items():
             units = plan.units.get(name)
-            layers = [name] if units is None or name.endswith(HEADS) else units.makers
+            named = units is None or name.endswith(HEADS)
+            layers = [*([name] if named else []), *(units.makers if units else [])]
             kept.refused.update(dict.fromkeys(layers, reason))
         return kept
 

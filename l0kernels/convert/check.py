@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from l0kernels._config import use_impl
-from l0kernels.convert.probe import NoDropout, is_passage
+from l0kernels.convert.probe import NoDropout, is_layer, is_passage
 from l0kernels.convert.tensors import Inputs, call, named_tensors, to_double
 from l0kernels.gates.base import Gates
 from l0kernels.nn import GatedLayer
@@ -205,18 +205,19 @@ def forced_draws(gates: Gates) -> list[Tensor]:
 
 @torch.no_grad()
 def perturb(model: nn.Module) -> None:
-    """Move parameters and running statistics away from special values (0, 1, symmetric).
+    """Give a copy other parameters and statistics: lively ones, away from special values.
 
-    Layers that only pass channels on become lively: a negative filter or bias between two ReLUs
-    would hide what depends on what, and structure does not depend on values.
+    Structure does not depend on values, but dead units, zero weights and strong negative biases
+    would hide it. Weights of layers are drawn anew with their own spread, layers that only pass
+    channels on let everything through, all else moves a little.
     """
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
-        if is_passage(module):
+        if is_passage(module) or is_layer(module):
             _enliven(module, generator)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-        spread = float(parameter.std()) if parameter.numel() > 1 else float(parameter.abs().mean())
+        spread = _spread(parameter)
         parameter.add_(noise.to(parameter.device), alpha=0.1 * spread if spread > 0 else 1e-3)
     for buffer in model.buffers():
         if buffer.is_floating_point():
@@ -224,15 +225,30 @@ def perturb(model: nn.Module) -> None:
             buffer.add_(noise.to(buffer.device) * 1e-3)
 
 
+def _spread(t: Tensor) -> float:
+    return float(t.std()) if t.numel() > 1 else float(t.abs().mean())
+
+
 def _enliven(module: nn.Module, generator: torch.Generator) -> None:
     weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
     mean = module._buffers.get("running_mean")
-    if weight is not None:
+    if weight is not None and is_layer(module):
+        size = _spread(weight) or weight[0].numel() ** -0.5
+        weight.normal_(0, size, generator=_on(weight.device, generator))
+    elif weight is not None:
         taps = weight[0].numel() if weight.dim() > 1 else 1
         weight.copy_(torch.rand(weight.shape, generator=generator).add_(0.5) / taps)
     for offset in (bias, mean):
         if offset is not None:
             offset.zero_()
+
+
+def _on(device: torch.device, generator: torch.Generator) -> torch.Generator:
+    """The generator, or one on another device that continues it."""
+    if device.type == "cpu":
+        return generator
+    seed = int(torch.randint(1 << 62, (), generator=generator))
+    return torch.Generator(device).manual_seed(seed)
 
 
 @contextmanager

@@ -141,23 +141,39 @@ class _Point:
 
     Args:
         training: the mode.
+        sign: of the arguments and outputs; two points share their tensors.
         sizes: changes to make from here, see ``SIZES``.
-        arguments: of the model.
-        outputs_of: what layers return, one entry per call of a layer in a forward.
-        inputs_of: what all watched modules read then.
+        arguments: of the model, but for the sign.
+        outputs_of: what layers return, one entry per call of a layer in a forward, but for the
+            sign.
+        inputs_of: what layers and passages read then.
+        sums_of: two sums over what other modules with parameters read then.
         results: what the model returns and keeps then.
     """
 
     training: bool
+    sign: float
     sizes: tuple[tuple[float, float], ...]
     arguments: Inputs
     outputs_of: dict[str, list[Tensor]]
     inputs_of: dict[str, list[Tensor]] = field(default_factory=dict)
+    sums_of: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     results: dict[str, Tensor] = field(default_factory=dict)
 
     def is_finite(self) -> bool:
         inputs = (t for calls in self.inputs_of.values() for t in calls)
         return all(bool(t.isfinite().all()) for t in (*inputs, *self.results.values()))
+
+    def output(self, name: str, index: int) -> Tensor:
+        """A new tensor: an in-place operation may follow."""
+        out = self.outputs_of[name][index]
+        return out.clone() if self.sign > 0 else -out
+
+    def signed_arguments(self) -> Inputs:
+        turn = self.sign < 0
+        return tree_map_only(
+            Tensor, lambda t: -t if turn and t.is_floating_point() else t, self.arguments
+        )
 
 
 class Touched:
@@ -200,8 +216,10 @@ class Probe:
             for name, module in model.named_modules()
             if is_layer(module) or is_passage(module) or _has_own_parameters(module)
         }
+        self._modules_read = {n for n, m in self.modules.items() if is_layer(m) or is_passage(m)}
         self.used_outside: set[str] = set()
         self._settling = False
+        self._last: tuple[Any, Tensor, Tensor] | None = None
         self._forwards: list[tuple[nn.Module, Any]] = []
 
     @torch.no_grad()
@@ -240,9 +258,7 @@ class Probe:
         # In the order of the mode that calls more.
         modes.sort(key=lambda mode: -len(mode.calls))
         readers = dict.fromkeys(name for mode in modes for name in mode.calls)
-        self.readers = [
-            n for n in readers if is_layer(self.modules[n]) or is_passage(self.modules[n])
-        ]
+        self.readers = [name for name in readers if name in self._modules_read]
         self.layers = [name for name in self.readers if is_layer(self.modules[name])]
         self.width = {name: self._size(name, "outputs_of") for name in self.layers}
         self._features = {name: self._size(name, "inputs_of") for name in self.readers}
@@ -291,25 +307,20 @@ class Probe:
 
         arguments = tree_map_only(Tensor, lively, self.inputs)
         outputs = {name: [lively(t) for t in calls] for name, calls in mode.outputs_of.items()}
-        points = []
-        for sign, sizes in SIZES.items():
-            turned = {name: [t * sign for t in calls] for name, calls in outputs.items()}
-            flipped = tree_map_only(
-                Tensor, lambda t, sign=sign: t * sign if t.is_floating_point() else t, arguments
-            )
-            points.append(_Point(mode.training, sizes, flipped, turned))
-            if not self._settle(points[-1]):
-                every = tuple(size for sizes in SIZES.values() for size in sizes)
-                real = _Point(mode.training, every, self.inputs, mode.outputs_of)
-                self._settle(real)
-                return [real]
-        return points
+        points = [_Point(mode.training, *at, arguments, outputs) for at in SIZES.items()]
+        if all(self._settle(point) for point in points):
+            return points
+        every = tuple(size for sizes in SIZES.values() for size in sizes)
+        real = _Point(mode.training, 1.0, every, self.inputs, mode.outputs_of)
+        self._settle(real)
+        return [real]
 
     def _settle(self, point: _Point) -> bool:
         """Note what modules read at a point; whether the model can be there."""
         self._now, self._changes, self._calls, self._settling = point, {}, {}, True
+        self._last = None
         try:
-            results = self._run(point.training, point.arguments, NoDropout())
+            results = self._run(point.training, point.signed_arguments(), NoDropout())
         except Exception:  # values of another sign need not be legal inputs
             return False
         finally:
@@ -340,28 +351,46 @@ class Probe:
         index = self._calls.get(name, 0)
         self._calls[name] = index + 1
         if isinstance(x, Tensor):
-            if self._settling:
-                self._now.inputs_of.setdefault(name, []).append(x.clone())
+            if name in self._modules_read:
+                self._note(name, x, index)
             else:
-                self._compare(name, x, self._now.inputs_of[name][index])
-        outputs = self._now.outputs_of.get(name)
-        if outputs is None:
+                self._note_sums(name, x, index)
+        if name not in self._now.outputs_of:
             return forward(*args, **kwargs)
+        out = self._now.output(name, index)
         change = self._changes.get(name)
-        return outputs[index].clone() if change is None else change(outputs[index])
+        return out if change is None else change(out)
 
-    def _compare(self, name: str, x: Tensor, recorded: Tensor) -> None:
+    def _note(self, name: str, x: Tensor, index: int) -> None:
+        """Record or compare what a layer or passage reads."""
+        dim = feature_dim(self.modules[name])
+        key = (id(x), x._version, dim, x.shape)
+        # Layers called one after another often read the same tensor (query, key and value).
+        if self._last is None or self._last[0] != key:
+            if self._settling:
+                # Cloned: the next forward may write there.
+                found = x.clone()
+            else:
+                new = (x != self._now.inputs_of[name][index]).movedim(dim, 0)
+                found = new.reshape(len(new), -1).any(1).cpu()
+            self._last = (key, x, found)
+        found = self._last[2]
+        if self._settling:
+            self._now.inputs_of.setdefault(name, []).append(found)
+            return
         if name in self._kept:
             self._kept[name].append(x.clone())
-        new = x != recorded
-        if name not in self._features:
-            if bool(new.any()):
-                self._touched.others.add(name)
-            return
-        features = new.movedim(feature_dim(self.modules[name]), 0).reshape(self._features[name], -1)
-        found = features.any(1).cpu()
         before = self._touched.features.get(name)
         self._touched.features[name] = found if before is None else before | found
+
+    def _note_sums(self, name: str, x: Tensor, index: int) -> None:
+        """Record or compare what another module reads."""
+        if self._settling or name not in self._touched.others:
+            sums = float(x.sum()), float(x.abs().sum())
+            if self._settling:
+                self._now.sums_of.setdefault(name, []).append(sums)
+            elif sums != self._now.sums_of[name][index]:
+                self._touched.others.add(name)
 
     def _run(
         self, training: bool, arguments: Inputs, function_mode: TorchFunctionMode
@@ -376,8 +405,8 @@ class Probe:
         return [*named_tensors(returned), *kept_tensors(self.model)]
 
     def _replay(self, point: _Point, changes: Mapping[str, Change]) -> None:
-        self._now, self._changes, self._calls = point, changes, {}
-        for name, tensor in self._run(point.training, point.arguments, NoDropout()):
+        self._now, self._changes, self._calls, self._last = point, changes, {}, None
+        for name, tensor in self._run(point.training, point.signed_arguments(), NoDropout()):
             recorded = point.results.get(name)
             if recorded is None or not torch.equal(tensor, recorded):
                 self._touched.output = self._touched.output or name
