@@ -188,19 +188,19 @@ def _size(t: Tensor) -> float:
 
 
 def forced_draws(gates: Gates) -> list[Tensor]:
-    """Gate values in fp64: half of every group, the other half, a tenth, and none open.
+    """Gate values in fp64: a third of every group, the other two thirds, a tenth, and none open.
 
     Of the first two, one closes any given unit: a wrong map cannot hide behind an open one. Every
-    group is partly open in both, so that its readers read something, and less than everything.
+    group is partly open in both, and with different widths.
     """
     generator = torch.Generator().manual_seed(0)
     values = 0.1 + 0.9 * torch.rand(gates.count, generator=generator, dtype=torch.float64)
     orders = [torch.randperm(size, generator=generator) for size in gates.sizes]
-    half = torch.cat([order < max(1, len(order) // 2) for order in orders])
+    third = torch.cat([order < max(1, (len(order) + 1) // 3) for order in orders])
     tenth = torch.cat([order < max(1, len(order) // 10) for order in orders])
-    none = torch.zeros_like(half)
+    none = torch.zeros_like(third)
     device = gates.log_alpha.device
-    return [torch.where(chosen, values, 0.0).to(device) for chosen in (half, ~half, tenth, none)]
+    return [torch.where(chosen, values, 0.0).to(device) for chosen in (third, ~third, tenth, none)]
 
 
 @torch.no_grad()

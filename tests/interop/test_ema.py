@@ -2,7 +2,6 @@
 """Averaged models, and other copies of a model."""
 
 import copy
-import io
 import pickle
 
 import pytest
@@ -97,14 +96,11 @@ def test_copies_leave_the_draw_behind_and_draw_the_same():
 
 
 @pytest.mark.parametrize("kind", ["mlp", "lenet", "residual"])
-def test_whole_models_can_be_saved_by_torch(kind: str):
+def test_whole_models_can_be_pickled(kind: str):
     net = make(kind)
     x, y = batch()
     objective(net, x, y).backward()
-    buffer = io.BytesIO()
-    torch.save(net, buffer)
-    buffer.seek(0)
-    twin = torch.load(buffer, weights_only=False)
+    twin = pickle.loads(pickle.dumps(net))
     for each in (net, twin):
         each.zero_grad()
         objective(each, x, y).backward()
