@@ -30,8 +30,42 @@ def test_convert_and_train(code, names, capsys):
     assert "expected open" in capsys.readouterr().out
 
 
+def test_hugging_face_models(code, names):
+    names["transformers"] = pytest.importorskip(
+        "transformers", reason="transformers is not installed"
+    )
+    names["config"] = names["transformers"].LlamaConfig(
+        vocab_size=24,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    names["ids"] = torch.randint(24, (2, 5))
+    exec("import l0kernels as l0\n" + code[1], names)
+    assert names["net"].l0.names == [
+        "model.layers.0.mlp.gate_proj",
+        "model.layers.0.self_attn.o_proj.heads",
+    ]
+
+
+def test_compact_save_load_and_export(code, names, tmp_path, monkeypatch):
+    for module in ("safetensors", "onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(module, reason=f"{module} is not installed")
+    monkeypatch.chdir(tmp_path)
+    names["Net"] = lambda: nn.Sequential(
+        nn.Conv2d(1, 8, 5), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 576, 10)
+    )
+    exec(code[0] + code[2], names)
+    net, x = names["net"].eval(), names["x"]
+    assert names["small"][0].weight.shape[0] == net.l0.open_now()["0"]
+    torch.testing.assert_close(names["small"].eval()(x), net(x))
+    assert (tmp_path / "small.onnx").exists()
+
+
 def test_layers_wired_by_hand(code, names):
-    exec(code[0] + code[1], names)
+    exec(code[0] + code[3], names)
     net, x = names["net"], names["x"]
     loss = names["l0"].expected_loss(net, lambda: net(x).square().mean())
     loss.backward()
