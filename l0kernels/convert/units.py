@@ -383,8 +383,9 @@ class _Surveyor:
         candidates = {r: n for r, n in meeting.items() if n and not factors & set(n)}
         sizes = {r: self._head_count(r, names) for r, names in candidates.items()}
         candidates = {r: names for r, names in candidates.items() if sizes[r] > 1}
+        fused = [u for r in self.probe.layers if (u := self._fused_heads(r)) is not None]
         if not candidates:
-            return []
+            return fused
         rounds = [
             {
                 names[i]: self._blocks(names[i], sizes[r]) + 1
@@ -394,7 +395,8 @@ class _Surveyor:
             for i in range(max(len(names) for names in candidates.values()))
         ]
         spelled = self._spell_rounds(rounds)
-        return [self._head_units(r, names, sizes[r], spelled) for r, names in candidates.items()]
+        heads = [self._head_units(r, n, sizes[r], spelled) for r, n in candidates.items()]
+        return heads + fused
 
     def _meet_only_in(self, reader: str) -> list[str]:
         """Layers that meet in all features of one reader and reach no other."""
@@ -415,6 +417,22 @@ class _Surveyor:
         widths = (features, *(self.probe.width[name] for name in names))
         fits = widest > 1 and all(width % count == 0 for width in widths)
         return count if fits else 1
+
+    def _fused_heads(self, reader: str) -> Units | None:
+        """Heads whose query, key and value one layer makes together, such as GPT-2's.
+
+        They have gates where they are read; the layer computes all of them.
+        """
+        touches = self.touches[reader]
+        features = self.probe.features(reader)
+        names = list(touches)
+        if len(names) != 1 or self.probe.width[names[0]] <= features:
+            return None
+        count = self._head_count(reader, names)
+        if count == 1:
+            return None
+        head = torch.arange(features) // (features // count)
+        return Units(f"{reader}.heads", count, {}, {reader: head})
 
     def _blocks(self, name: str, count: int) -> Tensor:
         width = self.probe.width[name]
