@@ -8,6 +8,7 @@ multiplied by the gates, and norms keep the statistics of closed units.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -282,7 +283,9 @@ def relative_errors(exact: dict[str, Tensor], got: dict[str, Tensor]) -> dict[st
     errors = {}
     for name, t in exact.items():
         size = max(float(t.abs().max()), _floor(name, exact, largest))
-        errors[name] = float((got[name].double() - t).abs().max()) / size
+        error = float((got[name].double() - t).abs().max()) / size
+        # No order is defined for NaN: the largest of several would hide it.
+        errors[name] = error if math.isfinite(error) else math.inf
     return errors
 
 

@@ -170,8 +170,8 @@ def worst_difference(
         if expected.shape != got.shape:
             return float("inf"), f"{name}: {tuple(got.shape)} for {tuple(expected.shape)}"
         floor = 1e-3 * largest if name.startswith("gradient") else 1e-12
-        error = _size(got.double() - expected.double()) / max(_size(expected), floor, 1e-300)
-        if not error <= worst:
+        error = _distance(got, expected) / max(_size(expected), floor, 1e-300)
+        if error > worst:
             worst, where = error, name
     return worst, where
 
@@ -182,9 +182,19 @@ def largest_gradient(found: dict[str, Tensor]) -> float:
 
 
 def _size(t: Tensor) -> float:
-    if t.numel() == 0:
+    """Largest finite magnitude."""
+    t = t.detach().double().abs()
+    return float(torch.where(t.isfinite(), t, 0.0).max()) if t.numel() else 0.0
+
+
+def _distance(got: Tensor, expected: Tensor) -> float:
+    """Largest difference; infinite where one of the two alone is not finite."""
+    if got.numel() == 0:
         return 0.0
-    return float(t.detach().abs().max())
+    got, expected = got.detach().double(), expected.detach().double()
+    same = (got == expected) | (got.isnan() & expected.isnan())
+    apart = torch.where(same, 0.0, (got - expected).abs())
+    return float(torch.where(apart.isnan(), torch.inf, apart).max())
 
 
 def forced_draws(gates: Gates) -> list[Tensor]:
@@ -318,9 +328,9 @@ def check(
             for values in some:
                 with _training(model, training):
                     error, place = _compare(model, inputs, values, gradients, largest)
-                if not error <= worst:
+                if error > worst:
                     worst, where = error, place
-                if not worst <= TOLERANCE:
+                if worst > TOLERANCE:
                     return worst, where
                 tick()
     return worst, where

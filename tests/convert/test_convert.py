@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import l0kernels as l0
 from l0kernels.bench import models
+from l0kernels.convert.check import worst_difference
 
 X = torch.randn(3, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 
@@ -399,3 +400,29 @@ def test_the_fused_path_of_transformer_encoders_does_not_skip_the_gates():
     torch.testing.assert_close(packed, masked)
     l0.revert(net)
     assert [len(m._forward_pre_hooks) for m in net.modules()] == hooks
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("expected", "got", "difference"),
+    [
+        ([1.0, 2.0], [1.0, 2.0], 0.0),
+        ([1.0, 2.0], [1.0, NAN], INF),
+        ([1.0, NAN], [1.0, 2.0], INF),
+        ([1.0, INF], [1.0, 2.0], INF),
+        ([-INF, 2.0, NAN], [-INF, 2.0, NAN], 0.0),
+        ([-INF, 2.0, NAN], [-INF, 2.2, NAN], 0.1),
+        ([True, False], [True, False], 0.0),
+        ([True, False], [True, True], 1.0),
+    ],
+)
+def test_what_is_not_finite_counts_as_a_difference(expected, got, difference: float):
+    """Whichever tensor comes after it."""
+    same = torch.ones(3)
+    masked = {"a": same, "b": torch.tensor(expected), "c": same}
+    packed = {"a": same, "b": torch.tensor(got), "c": same}
+    worst, where = worst_difference(masked, packed)
+    assert worst == pytest.approx(difference)
+    assert where == ("b" if difference else "")

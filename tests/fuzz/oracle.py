@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -178,7 +179,9 @@ def difference(exact: dict[str, Tensor], got: dict[str, Tensor]) -> tuple[float,
             return float("inf"), f"{name}: {tuple(got[name].shape)} for {tuple(expected.shape)}"
         floor = 1e-3 * max(largest, 1.0) if name.startswith("grad") else 1e-6
         error = _size(got[name].double() - expected) / max(_size(expected), floor)
-        if not error <= worst:
+        if not math.isfinite(error):
+            return float("inf"), name
+        if error > worst:
             worst, where = error, name
     return worst, where
 
