@@ -97,7 +97,7 @@ def frozen(model: nn.Module) -> AbstractContextManager[None]:
     Raises:
         RuntimeError: the model is in training mode, or inside ``hold``.
     """
-    return gates_of(model).freezing()
+    return gates_of(model).caching_eval()
 
 
 def param_groups(

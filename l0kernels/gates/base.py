@@ -139,8 +139,11 @@ class Gates(nn.Module):
         ``log_alpha`` gets gradients of exactly zero, of the data loss and of the penalty, instead
         of none: DDP waits for them. As momentum and weight decay move a parameter at zero
         gradient, the gates depend on a copy made here, and ``log_alpha`` is put back to it before
-        the next draw. The copy is part of the ``state_dict``. ``step`` stands still. Frozen twice
-        is frozen once.
+        the next draw. ``step`` stands still. Frozen twice is frozen once.
+
+        A ``state_dict`` has the frozen values as ``log_alpha``, and whether gates are frozen as
+        extra state. Gates are frozen at the ``log_alpha`` that they load, if the state says so or
+        if they are frozen and it says nothing (tensors only).
 
         Call it between training steps, under DDP on every rank. An averaged (EMA) model has gates
         of its own: freeze them too, or they go on following ``log_alpha``.
@@ -160,8 +163,7 @@ class Gates(nn.Module):
         """
         self._check_free("unfreeze")
         if self._frozen_at is not None:
-            with torch.no_grad():
-                self.log_alpha.copy_(self._frozen_at)
+            self._settle()
             self._freeze_at(None)
 
     def _check_free(self, what: str) -> None:
@@ -171,7 +173,6 @@ class Gates(nn.Module):
     def _freeze_at(self, values: Tensor | None) -> None:
         self._frozen_at = values
         self._draw = None
-        self._projected = -1
 
     # Structure.
 
@@ -316,7 +317,7 @@ class Gates(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # A draw belongs to one graph: it is never copied or pickled.
         state = self.__dict__.copy()
-        state.update(_draw=None, _awaiting=None, _held=0)
+        state.update(_draw=None, _awaiting=None, _held=0, _projected=-1)
         del state["_graphs"]
         return state
 
@@ -326,29 +327,54 @@ class Gates(nn.Module):
         _keep_draws_out_of_graphs()
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Group names and sizes, so that a checkpoint of other gates is noticed, and ``alpha`` of
-        frozen gates.
+        """Group names and sizes, so that a checkpoint of other gates is noticed, and whether the
+        gates are frozen.
         """
-        return {"groups": dict(zip(self.names, self.sizes, strict=True)), "frozen": self._frozen_at}
+        return {"groups": dict(zip(self.names, self.sizes, strict=True)), "frozen": self.frozen}
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Freeze or unfreeze; ``load_state_dict`` compares the groups before it loads anything."""
-        values = state["frozen"]
-        if values is not None:
-            values = values.detach().to(self.log_alpha, copy=True)
-        if values is not None or self.frozen:
-            self._freeze_at(values)
+    def set_extra_state(self, state: Any) -> None:
+        """Nothing: it has to be read before the parameters are loaded."""
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._frozen_at is not None:
+            # Not the parameter, which an optimizer may have moved.
+            destination[f"{prefix}log_alpha"] = self._frozen_at.clone()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if prefix and not any(key.startswith(prefix) for key in state_dict):
             return  # A checkpoint from before conversion has no gates: keep the present ones.
-        own = self.get_extra_state()
-        saved = state_dict.get(f"{prefix}_extra_state", own)
-        if saved["groups"] != own["groups"]:
-            raise ValueError(
-                f"load_state_dict: expected gates {own['groups']}, got {saved['groups']}"
-            )
+        self._check_free("load_state_dict")
+        freeze = self._frozen_in(state_dict.get(f"{prefix}_extra_state"))
+        self.unfreeze()  # A log_alpha that the state does not have is the frozen one.
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._draw, self._projected = None, -1
+        if freeze:
+            self.freeze()
+
+    def _frozen_in(self, state: Any) -> bool:
+        """Whether gates that load this extra state are frozen.
+
+        States without ``"frozen"`` leave it as it is: None where there are tensors only, and the
+        bare groups that gates had before they could be frozen.
+
+        Raises:
+            ValueError: the state is of other gates, or none of gates.
+        """
+        if state is None:
+            return self.frozen
+        expected = dict(zip(self.names, self.sizes, strict=True))
+        new = isinstance(state, Mapping) and isinstance(state.get("groups"), Mapping)
+        groups = state["groups"] if new else state
+        # The order counts: groups stand one after another in log_alpha.
+        if not isinstance(groups, Mapping) or [*groups.items()] != [*expected.items()]:
+            raise ValueError(f"load_state_dict: expected gates {expected}, got {groups}")
+        frozen = state.get("frozen") if new else None
+        if frozen is not None and not isinstance(frozen, bool):
+            raise ValueError(f"load_state_dict: expected frozen True or False, got {frozen!r}")
+        return self.frozen if frozen is None else frozen
 
     def forward(self, x: Any) -> Any:
         return x
@@ -475,14 +501,16 @@ class Gates(nn.Module):
 
     @torch.no_grad()
     def _settle(self) -> None:
-        """Bring log_alpha to where the method, or having been frozen, wants it."""
-        if self.log_alpha._version == self._projected:
-            return  # A graph of the same parameters may still wait for backward.
-        if self._frozen_at is None:
+        """Bring log_alpha to where the method, or having been frozen, wants it.
+
+        It is written only if it has moved: a graph of the same values may wait for backward.
+        """
+        if self._frozen_at is not None:
+            if not self.log_alpha.equal(self._frozen_at):
+                self.log_alpha.copy_(self._frozen_at)
+        elif self.log_alpha._version != self._projected:
             self.project()
-        else:
-            self.log_alpha.copy_(self._frozen_at)
-        self._projected = self.log_alpha._version
+            self._projected = self.log_alpha._version
 
     @contextmanager
     def holding(self) -> Iterator[None]:
@@ -506,8 +534,8 @@ class Gates(nn.Module):
             self._held -= 1
 
     @contextmanager
-    def freezing(self) -> Iterator[None]:
-        """Keep the deterministic gates and the weights packed with them (eval mode)."""
+    def caching_eval(self) -> Iterator[None]:
+        """Keep the deterministic gates and what layers pack with them (eval mode)."""
         if self.training:
             raise RuntimeError("frozen: expected a model in eval mode, got training mode")
         self._check_free("frozen")

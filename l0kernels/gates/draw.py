@@ -59,6 +59,7 @@ class Draw:
             lists.position.narrow(0, start, count) if drops else None
             for start, count, drops in spans
         ]
+        # What layers packed, to be used again; None where every forward packs anew.
         self.packed: dict[Any, tuple[Tensor, Tensor | None]] | None = None
         # Ran without gradients, as reentrant checkpointing does, and not yet again in backward.
         self.awaits_backward = False

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drop-in layers that compute open features only."""
 
+from l0kernels.nn import hf
 from l0kernels.nn.activation import GatedPReLU
 from l0kernels.nn.base import GatedLayer
 from l0kernels.nn.conv import GatedConv1d, GatedConv2d, GatedConvTranspose2d
@@ -18,4 +19,5 @@ __all__ = [
     "GatedLinear",
     "GatedPReLU",
     "gated_class",
+    "hf",
 ]

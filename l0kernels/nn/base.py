@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -126,12 +127,18 @@ class GatedLayer(nn.Module):
 
         The weight has the layer's own layout.
         """
+        return self._once(draw, _compute_dtype(self.weight), self._pack)
+
+    def _once(
+        self, draw: Draw, what: Any, pack: Callable[[Draw], tuple[Tensor, Tensor | None]]
+    ) -> tuple[Tensor, Tensor | None]:
+        """``pack(draw)``, kept under ``what`` where the draw keeps what is packed with it."""
         if draw.packed is None:
-            return self._pack(draw)
-        key = (self, _compute_dtype(self.weight))
+            return pack(draw)
+        key = (self, what)
         if key not in draw.packed:
             with torch.inference_mode(False), torch.no_grad():
-                draw.packed[key] = self._pack(draw)
+                draw.packed[key] = pack(draw)
         return draw.packed[key]
 
     def _pack(self, draw: Draw) -> tuple[Tensor, Tensor | None]:
@@ -158,30 +165,35 @@ class GatedLayer(nn.Module):
         Raises:
             ValueError: ``x`` has another width than the draw packs.
         """
-        gates = self.gates
-        assert gates is not None
         position = None if self.in_port < 0 else draw.position[self.in_port]
-        width = (
-            self._out_in(weight).shape[1]
-            if position is None
-            else gates.arriving(self.in_port, draw)
-        )
-        if width is not None and not self.depthwise and x.shape[dim] != width:
-            raise ValueError(
-                f"{type(self).__name__}: expected {width} input features, got {x.shape[dim]}"
-            )
+        # A graph that depends on a width would serve one draw only.
+        compiling = torch.compiler.is_compiling()
+        if not compiling and not self.depthwise:
+            self._check_width(x.shape[dim], draw, weight)
         if position is None:
             return x
         x = x.index_select(dim, position)
-        if position.numel() > LEAST:
+        if not compiling and position.numel() > LEAST:
             return x
         # So few may be there to fill up: 0 * NaN would spread what a closed feature holds.
         is_open = self.scale(draw)[draw.index[self.in_port]] != 0
         return torch.where(is_open.view(-1, *[1] * (-dim - 1)), x, 0)
 
+    def _check_width(self, width: int, draw: Draw, weight: Tensor) -> None:
+        gates = self.gates
+        assert gates is not None
+        if self.in_port < 0 or draw.position[self.in_port] is None:
+            expected = self._out_in(weight).shape[1]
+        else:
+            expected = gates.arriving(self.in_port, draw)
+        if expected is not None and width != expected:
+            raise ValueError(
+                f"{type(self).__name__}: expected {expected} input features, got {width}"
+            )
+
 
 LEAST = 2
-"""Fewer features than this are never packed: closed ones fill up."""
+"""Closed features fill up to this width. Only where a layer has one feature is it 1."""
 
 
 def _scale(gates: Gates | None, port: int, draw: Draw) -> Tensor:

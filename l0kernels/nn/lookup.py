@@ -7,6 +7,7 @@ import sys
 
 from torch import nn
 
+from l0kernels.nn import hf
 from l0kernels.nn.activation import GatedPReLU
 from l0kernels.nn.base import GatedLayer
 from l0kernels.nn.conv import GatedConv1d, GatedConv2d, GatedConvTranspose2d
@@ -38,7 +39,5 @@ def gated_class(cls: type[nn.Module]) -> type[GatedLayer] | None:
     """
     utils = sys.modules.get("transformers.pytorch_utils")
     if utils is not None and cls is getattr(utils, "Conv1D", None):
-        from l0kernels.nn import hf
-
         return hf.GatedConv1D
     return _GATED.get(cls)

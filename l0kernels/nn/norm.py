@@ -52,39 +52,44 @@ class _GatedBatchNorm(GatedLayer, nn.modules.batchnorm._BatchNorm):
             return super().forward(input)
         self._check_input_dim(input)
         draw = self.current_draw()
+        masked = current_impl() == "reference"
         weight, bias = self.weight, self.bias
-        if current_impl() == "reference":
-            index = torch.arange(self.num_features, device=input.device)
-            is_open = self._all_open(draw)
-        else:
-            index, is_open = draw.index[self.out_port], self.open_rows(draw)
-            if weight is not None:
-                weight, bias = self.packed_parameters(draw)
-        mean, var = (
-            None if t is None else t.index_select(0, index)
-            for t in (self.running_mean, self.running_var)
-        )
-        if not self.training and mean is not None and var is not None:
-            # Statistics of closed units may be Inf or NaN; some are packed to keep the width.
-            mean, var = torch.where(is_open, mean, 0.0), torch.where(is_open, var, 1.0)
-        out = F.batch_norm(
-            input,
-            mean,
-            var,
-            weight,
-            bias,
-            self.training or self.running_mean is None,
-            self._count_batch(),
-            self.eps,
-        )
-        if self.training and mean is not None and var is not None:
-            self._keep_statistics(index, is_open, mean, var)
+        if weight is not None and not masked:
+            weight, bias = self.packed_parameters(draw)
+        if self.running_mean is None or self.running_var is None:
+            factor = self._count_batch()
+            return F.batch_norm(input, None, None, weight, bias, True, factor, self.eps)
+        if not self.training:
+            mean, var = (
+                self._known_statistics(draw)
+                if masked
+                else self._once(draw, "statistics", self._known_statistics)
+            )
+            return F.batch_norm(input, mean, var, weight, bias, False, 0.0, self.eps)
+        index, is_open = self._features(draw)
+        mean = self.running_mean.index_select(0, index)
+        var = self.running_var.index_select(0, index)
+        factor = self._count_batch()
+        out = F.batch_norm(input, mean, var, weight, bias, True, factor, self.eps)
+        self._keep_statistics(index, is_open, mean, var)
         return out
 
-    def _all_open(self, draw: Draw) -> Tensor:
+    def _features(self, draw: Draw) -> tuple[Tensor, Tensor]:
+        """The features of this run, packed or all, and which of them are open."""
+        if current_impl() != "reference":
+            return draw.index[self.out_port], self.open_rows(draw)
         gates = self.gates
         assert gates is not None
-        return draw.z[gates.port_maps[self.out_port][0]] != 0
+        made = gates.port_maps[self.out_port][0]
+        return torch.arange(self.num_features, device=made.device), draw.z[made] != 0
+
+    def _known_statistics(self, draw: Draw) -> tuple[Tensor, Tensor]:
+        """Running mean and variance as eval mode takes them."""
+        index, is_open = self._features(draw)
+        assert self.running_mean is not None and self.running_var is not None
+        mean, var = (t.index_select(0, index) for t in (self.running_mean, self.running_var))
+        # Statistics of closed units may be Inf or NaN; some are packed to keep the width.
+        return torch.where(is_open, mean, 0.0), torch.where(is_open, var, 1.0)
 
     def _pack(self, draw: Draw) -> tuple[Tensor, Tensor | None]:
         # Normalisation stays in the dtype of its parameters under autocast.
