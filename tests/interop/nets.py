@@ -31,12 +31,11 @@ class LeNet(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 8, 3, padding=1)
         self.conv2 = nn.Conv2d(8, 10, 3, padding=1)
-        self.fc1 = nn.Linear(10, 16)
+        self.fc1 = nn.Linear(10 * 4, 16)
         self.fc2 = nn.Linear(16, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.max_pool2d(F.relu(self.conv1(x)), 2)
-        y = F.max_pool2d(F.relu(self.conv2(y)), 2)
+        y = F.relu(self.conv2(F.max_pool2d(F.relu(self.conv1(x)), 2)))
         return self.fc2(F.relu(self.fc1(y.flatten(1))))
 
 
@@ -91,15 +90,15 @@ NETS: dict[str, type[nn.Module]] = {
 
 
 @cache
-def _converted(kind: str) -> nn.Module:
+def _converted(kind: str, granularity: str) -> nn.Module:
     torch.manual_seed(0)
-    x = torch.randn(2, *IMAGE)
-    return l0.convert(NETS[kind](), "hard_concrete", example_inputs=(x,), lam=1e-3)
+    options = {"example_inputs": (torch.randn(2, *IMAGE),), "granularity": granularity}
+    return l0.convert(NETS[kind](), "hard_concrete", lam=1e-3, **options)
 
 
-def make(kind: str = "norm", seed: int = 0) -> nn.Module:
+def make(kind: str = "norm", seed: int = 0, granularity: str = "unit") -> nn.Module:
     """A converted network with fixed weights; ``seed`` keys its gates."""
-    net = copy.deepcopy(_converted(kind))
+    net = copy.deepcopy(_converted(kind, granularity))
     net.l0.seed.fill_(seed)
     return net
 

@@ -41,9 +41,13 @@ def assert_graphs(number: int) -> None:
     assert counters["stats"]["unique_graphs"] == number
 
 
-@pytest.mark.parametrize("kind", NETS)
-def test_one_graph_for_200_draws(kind: str):
-    net = make(kind)
+@pytest.mark.parametrize(
+    ("kind", "granularity"),
+    [*((kind, "unit") for kind in NETS), ("mlp", "input"), ("lenet", "input")],
+)
+def test_one_graph_for_200_draws(kind: str, granularity: str):
+    net = make(kind, granularity=granularity)
+    assert (granularity == "input") == any(net.l0.port_selects)
     twin = copy.deepcopy(net)
     x, y = batch(4)
     compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
@@ -52,7 +56,7 @@ def test_one_graph_for_200_draws(kind: str):
         if draw % 40 == 0:  # from nearly all closed to nearly all open
             for each in (net, twin):
                 with torch.no_grad():
-                    each.l0.log_alpha.fill_(draw / 40 - 2.0)
+                    each.l0.log_alpha.fill_(draw / 20 - 4.5)
         step(net, compiled, x, y)
         seen.add(widths(net))
         if draw % 10 == 0:
@@ -60,7 +64,27 @@ def test_one_graph_for_200_draws(kind: str):
             step(twin, twin, x, y)
             assert_equal(gradients(net), gradients(twin), tolerance=1e-6)
     assert len(seen) > 40
+    assert {2, net.l0.sizes[0]} <= {first for first, *_ in seen}
     assert_graphs(1)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("opened", [0, 1, 3])
+def test_closed_inputs_may_hold_nan(opened: int, compiled: bool):
+    net = make("mlp", granularity="input")
+    inputs = dict(net.l0.slices())["fc1.in"]
+    z = torch.full((net.l0.count,), 0.5)
+    z[inputs] = torch.where(torch.arange(48) < opened, 0.5, 0.0)
+    x, y = batch(4)
+    with torch.no_grad(), net.l0.using(z), l0.use_impl("reference"):
+        expected = net(x)
+    x.flatten(1)[:, z[inputs] == 0] = torch.nan
+    run = torch.compile(net, backend="aot_eager", fullgraph=True) if compiled else net
+    with net.l0.using(z):
+        out = run(x)
+        F.cross_entropy(out, y).backward()
+    torch.testing.assert_close(out, expected)
+    assert all(bool(g.isfinite().all()) for g in gradients(net).values())
 
 
 @pytest.mark.parametrize("kind", NETS)
