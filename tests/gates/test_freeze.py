@@ -231,6 +231,111 @@ def test_state_dict_freezes_and_unfreezes():
     assert not fresh.l0._draw.z[:-1].equal(fresh.l0.deterministic())
 
 
+def test_a_state_dict_has_the_frozen_values_and_shares_nothing():
+    net = drifted()
+    values = net.l0.alpha.clone()
+    found = net.state_dict()
+    assert found["l0.log_alpha"].equal(values) and found["l0._extra_state"]["frozen"] is True
+    for value in found.values():
+        if isinstance(value, Tensor):
+            value.requires_grad_(False).fill_(-9)
+    assert net.l0.alpha.equal(values)
+
+
+def tensors(net: nn.Module) -> dict[str, Tensor]:
+    return {name: value for name, value in saved(net).items() if isinstance(value, Tensor)}
+
+
+def test_tensors_alone_carry_the_values_of_frozen_gates():
+    net, fresh = drifted(), make(seed=4)
+    fresh.load_state_dict(tensors(net), strict=False)
+    assert not fresh.l0.frozen and fresh.l0.log_alpha.equal(net.l0.alpha)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_frozen_gates_take_loaded_tensors(assign: bool):
+    net, other = drifted(), make(seed=4)
+    with torch.no_grad():
+        other.l0.log_alpha.add_(0.25)
+    net.load_state_dict(tensors(other), strict=False, assign=assign)
+    assert net.l0.frozen and net.l0.alpha.equal(other.l0.log_alpha)
+    net(X)
+    assert net.l0.log_alpha.equal(other.l0.log_alpha)
+    assert net.l0._draw.z[:-1].equal(other.l0.deterministic())
+
+
+def test_what_a_state_dict_lacks_stays_frozen():
+    net = drifted()
+    values = net.l0.alpha.clone()
+    net.load_state_dict({"l0.step": torch.tensor(7)}, strict=False)
+    assert net.l0.frozen and net.l0.alpha.equal(values) and int(net.l0.step) == 7
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("extra", [{"a": 12, "b": 9}, {"groups": {"a": 12, "b": 9}}])
+def test_older_extra_states_say_nothing_about_freezing(extra: dict, frozen: bool):
+    net, old = make(), saved(make(seed=4))
+    with torch.no_grad():
+        net.l0.log_alpha.zero_()
+    if frozen:
+        net.l0.freeze()
+    net.load_state_dict({**old, "l0._extra_state": extra})
+    assert net.l0.frozen == frozen
+    assert net.l0.alpha.equal(old["l0.log_alpha"]) and net.l0.seed == 4
+
+
+BAD = {
+    "other size": ({"a": 12, "b": 10}, r"expected gates .*, got \{'a': 12, 'b': 10\}"),
+    "other order": ({"groups": {"b": 9, "a": 12}}, r"got \{'b': 9, 'a': 12\}"),
+    "no groups": ([12, 9], r"expected gates .*, got \[12, 9\]"),
+    "frozen": (
+        {"groups": {"a": 12, "b": 9}, "frozen": "yes"},
+        "load_state_dict: expected frozen True or False, got 'yes'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_an_extra_state_of_other_gates_is_refused_before_gates_change(case: str):
+    extra, message = BAD[case]
+    net = drifted()
+    before = saved(net)
+    with pytest.raises(ValueError, match=message):
+        net.l0.load_state_dict({**make(seed=4).l0.state_dict(), "_extra_state": extra})
+    for name, value in saved(net).items():
+        assert value.equal(before[name]) if isinstance(value, Tensor) else value == before[name]
+
+
+@pytest.mark.parametrize("scope", [l0.hold, l0.frozen])
+@pytest.mark.parametrize("freeze", [False, True])
+def test_nothing_is_loaded_in_a_scope(scope: Callable, freeze: bool):
+    net = make().eval()
+    state = drifted().state_dict() if freeze else make(seed=4).state_dict()
+    with (
+        pytest.raises(RuntimeError, match="load_state_dict: expected to be outside hold"),
+        scope(net),
+    ):
+        net.load_state_dict(state)
+    assert not net.l0.frozen and net.l0.seed == 0
+    net.load_state_dict(state)
+    assert net.l0.frozen == freeze
+
+
+@pytest.mark.parametrize("thaw", [False, True])
+def test_a_loss_from_before_freezing_can_still_run_backward(thaw: bool):
+    net, twin = make(), make()
+    losses = [objective(each) for each in (net, twin)]
+    net.l0.freeze()
+    net(X)
+    if thaw:
+        net.l0.unfreeze()
+        net(X)
+    for loss in losses:
+        loss.backward()
+    for ours, other in zip(net.parameters(), twin.parameters(), strict=True):
+        assert ours.grad.equal(other.grad)
+
+
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_copies_are_frozen_too(how: str):
     net = drifted()

@@ -111,6 +111,20 @@ def test_a_converted_checkpoint_loads_into_a_plain_model_but_for_the_gates():
     assert all(key.startswith("l0.") for key in result.unexpected_keys)
 
 
+def test_gates_of_before_they_could_be_frozen_are_resumed():
+    first, resumed = (Training("mlp", "sgd", seed) for seed in (0, 3))
+    first.run(0, 3)
+    content = torch.load(first.save(), weights_only=True)
+    for name, prefix in (("net", "l0."), ("ema", "module.l0.")):
+        old = content[name][f"{prefix}_extra_state"]
+        content[name][f"{prefix}_extra_state"] = old["groups"]
+    for name, part in resumed.parts().items():
+        part.load_state_dict(content[name])
+    for each in (first, resumed):
+        each.run(3, 6)
+    assert_equal(state(first.net), state(resumed.net))
+
+
 def other() -> nn.Module:
     torch.manual_seed(0)
     x = batch(2)[0]

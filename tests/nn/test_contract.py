@@ -180,6 +180,11 @@ def test_nothing_imports_transformers():
     assert run_python(code) == "None False\n"
 
 
+def test_the_module_of_transformers_layers_is_there_after_one_import():
+    code = "import sys, l0kernels as l0; print(l0.nn.hf.__name__, 'transformers' in sys.modules)"
+    assert run_python(code) == "l0kernels.nn.hf False\n"
+
+
 def test_the_module_has_no_other_names():
     from l0kernels.nn import hf
 

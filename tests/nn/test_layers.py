@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gated layers one by one: arguments, edge widths and batches, Inf and NaN."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import l0kernels as l0
 
@@ -159,6 +162,63 @@ def test_norm_options(affine: bool, options: dict):
             assert bool((net[1].running_mean[~opened] == 0).all()), step
             assert net[1].num_batches_tracked == plain.num_batches_tracked
     assert_same(*both(net, z, x))
+
+
+class Recorder(TorchDispatchMode):
+    """Names of the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_frozen_scope_gathers_nothing_twice(affine: bool):
+    net = conv_pair(9).eval()
+    if not affine:
+        net[1].weight = net[1].bias = None
+    x = torch.randn(2, 2, 7, 7)
+    with torch.no_grad(), l0.frozen(net):
+        first = net(x)
+        assert net(x).equal(first)
+        with Recorder() as frozen:
+            net(x)
+    kinds = ["convolution", "native_batch_norm", "relu", "convolution"]
+    found = [name for name in frozen.names if "aten.empty" not in name]
+    assert len(found) == 4, found
+    assert all(kind in name for kind, name in zip(kinds, found, strict=True)), found
+
+
+def test_a_norm_in_training_mode_updates_its_statistics_in_a_frozen_scope():
+    net = conv_pair(9).eval()
+    net[1].train()
+    x = torch.randn(4, 2, 7, 7)
+    found = []
+    for impl in ("reference", "auto"):
+        twin = copy.deepcopy(net)
+        with torch.no_grad(), l0.use_impl(impl), l0.frozen(twin):
+            for _ in range(2):
+                twin(x)
+        found.append(twin[1].state_dict())
+    assert int(found[0]["num_batches_tracked"]) == 2
+    torch.testing.assert_close(*found)
+
+
+def test_masked_and_packed_statistics_do_not_mix_in_a_frozen_scope():
+    net = conv_pair(9).eval()
+    with torch.no_grad():
+        net.l0.log_alpha.copy_(torch.linspace(-4.0, 4.0, 9))
+        net[1].running_mean.normal_()
+    x = torch.randn(2, 2, 7, 7)
+    with torch.no_grad(), l0.frozen(net):
+        packed = net(x)
+        with l0.use_impl("reference"):
+            torch.testing.assert_close(net(x), packed)
+        assert net(x).equal(packed)
 
 
 def test_ungated_layers_are_plain():
