@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
@@ -26,10 +27,10 @@ from l0kernels.convert.groups import (
 )
 from l0kernels.convert.probe import ForwardFails, Probe
 from l0kernels.convert.swap import install, uninstall
-from l0kernels.convert.tensors import Inputs, to_double, to_dtype
+from l0kernels.convert.tensors import Inputs, KeptBuffers, own_copy, to_double, to_dtype
 from l0kernels.convert.units import Survey, survey
 from l0kernels.gates import METHODS, Gates
-from l0kernels.nn import gated_class
+from l0kernels.nn import GatedLayer, gated_class
 from l0kernels.training import gates_of, root_of
 
 GRANULARITIES = ("unit", "input")
@@ -56,7 +57,9 @@ def convert(
     must agree to 1e-9 in outputs, gradients and buffers, or the group is left ungated with the
     reason (see ``report``). The model itself changes only after all checks have passed: classes
     of layers are swapped, parameters, keys and references stay, and ``model.l0`` holds the gates.
-    Forward hooks between a gated layer and its readers see packed shapes.
+    Forward hooks between a gated layer and its readers see packed shapes; hooks of the model also
+    run on the copy. What a model does only for other inputs, or once plain attributes change, is
+    not seen.
 
     Args:
         model: any module; converted in place.
@@ -86,24 +89,45 @@ def convert(
         TypeError: ``model`` is not a module, or ``example_inputs`` neither a tuple nor a mapping.
     """
     _check_arguments(model, method, example_inputs, select, granularity)
+    options.update(lam=lam, n_train=n_train, seed=seed)
+    device, dtype = _place_of(model)
+    buffers = KeptBuffers(model)
+    autocast = torch.autocast(device.type, enabled=False)
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), autocast:
+            inputs = own_copy(example_inputs)
+            plan, found = _find(model, METHODS[method], inputs, select, granularity, options)
+            kept = {name: _for_groups(value, plan) for name, value in options.items()}
+            gates = METHODS[method](plan.groups, **kept)
+            gates.to(device, torch.promote_types(dtype, torch.float32))
+            gates.train(model.training)
+            _prefer_channels_last(model, plan, found)
+            install(model, gates, plan, found)
+    finally:
+        # Closures of a copied model can reach the model itself.
+        buffers.restore()
+    return model
+
+
+def _find(
+    model: nn.Module,
+    method: type[Gates],
+    example_inputs: Inputs,
+    select: Select,
+    granularity: str,
+    options: dict[str, Any],
+) -> tuple[Plan, Survey]:
+    """Groups that are exact, and what the probe found."""
     work = _copy(model)
     perturb(work)
     found = _survey(model, work, example_inputs, wants_heads(select))
-    planned = make_plan(model, found, select, granularity)
-    _refuse_empty(planned)
-    options.update(lam=lam, n_train=n_train, seed=seed)
-    gates = METHODS[method](planned.groups, **options)
-    plan = _Checker(METHODS[method], work, example_inputs, found).exact(planned)
+    plan = make_plan(model, found, select, granularity)
     _refuse_empty(plan)
-    if plan is not planned:
-        kept = {name: _for_groups(value, plan) for name, value in options.items()}
-        gates = METHODS[method](plan.groups, **kept)
-    parameter = next(model.parameters())
-    gates.to(parameter.device, torch.promote_types(parameter.dtype, torch.float32))
-    gates.train(model.training)
-    _prefer_channels_last(model, plan, found)
-    install(model, gates, plan, found)
-    return model
+    # Wrong options show before the self-check, which takes longest.
+    method(plan.groups, **{name: _completed(value, plan) for name, value in options.items()})
+    plan = _Checker(method, work, example_inputs, found).exact(plan)
+    _refuse_empty(plan)
+    return plan, found
 
 
 def revert(model: nn.Module) -> nn.Module:
@@ -138,11 +162,18 @@ def _check_arguments(
             f"of its keyword arguments, got {type(example_inputs).__name__}"
         )
     kinds_of(select)
+    if hasattr(model, "_orig_mod"):
+        raise ValueError("convert: expected a plain model, got a compiled one; compile afterwards")
+    if any(isinstance(m, (Gates, GatedLayer)) for m in model.modules()):
+        raise ValueError("convert: expected a model without gates, got a converted one")
     if hasattr(model, "l0"):
-        raise ValueError("convert: expected a model without an attribute l0, got a converted one")
+        raise ValueError("convert: expected a model without an attribute l0, got one; rename it")
     parameters = dict(model.named_parameters())
-    if not parameters:
+    if not any(p.is_floating_point() for p in parameters.values()):
         raise ValueError("convert: expected a model with parameters, got none")
+    unmade = [n for n, p in parameters.items() if p.device.type == "meta" or is_lazy(p)]
+    if unmade:
+        raise ValueError(f"convert: expected parameters with values, got none in {unmade[:3]}")
     devices = {p.device for p in parameters.values()}
     devices |= {t.device for t in tree_leaves(example_inputs) if isinstance(t, Tensor)}
     if len(devices) > 1:
@@ -289,7 +320,20 @@ def _for_groups(value: Any, kept: Plan) -> Any:
     """Leave out what a per-group option says of groups that the self-check refused."""
     if not isinstance(value, Mapping):
         return value
-    return {name: value[name] for name in kept.groups}
+    return {name: value[name] for name in kept.groups if name in value}
+
+
+def _completed(value: Any, plan: Plan) -> Any:
+    """Fill a per-group option up: a group without a value may still be refused."""
+    if not isinstance(value, Mapping) or not value:
+        return value
+    return dict.fromkeys(plan.groups, next(iter(value.values()))) | dict(value)
+
+
+def _place_of(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of the first floating-point parameter."""
+    parameter = next(p for p in model.parameters() if p.is_floating_point())
+    return parameter.device, parameter.dtype
 
 
 def _prefer_channels_last(model: nn.Module, plan: Plan, found: Survey) -> None:
@@ -298,7 +342,8 @@ def _prefer_channels_last(model: nn.Module, plan: Plan, found: Survey) -> None:
         if not isinstance(module, nn.Conv2d) or not _is_touched(name, plan, found):
             continue
         weight = module.weight
-        if weight.shape[1] >= CHANNELS_LAST_FROM and weight.device.type == "cpu":
+        usable = weight.device.type == "cpu" and not weight.is_shared()
+        if weight.shape[1] >= CHANNELS_LAST_FROM and usable:
             weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
 

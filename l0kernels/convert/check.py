@@ -13,7 +13,15 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from l0kernels._config import use_impl
 from l0kernels.convert.probe import NoDropout, is_layer, is_passage
-from l0kernels.convert.tensors import Inputs, call, named_tensors, to_double
+from l0kernels.convert.randomness import same_randomness
+from l0kernels.convert.tensors import (
+    Inputs,
+    KeptBuffers,
+    call,
+    named_tensors,
+    own_copy,
+    to_double,
+)
 from l0kernels.gates.base import Gates
 from l0kernels.nn import GatedLayer
 
@@ -45,32 +53,35 @@ def run_once(
     Returns:
         Outputs, gradients of inputs, parameters and open gates, and buffers, by name.
     """
-    before = {n: b.clone() for n, b in model.named_buffers()}
+    before = KeptBuffers(model)
     inputs = tree_map_only(
         Tensor,
-        lambda t: t.clone().requires_grad_(gradients and t.is_floating_point()),
-        to_double(inputs),
+        lambda t: t.requires_grad_(gradients and t.is_floating_point()),
+        own_copy(to_double(inputs)),
     )
     z = values.clone().requires_grad_(gradients)
     gates: Gates = model.l0  # pyright: ignore[reportAssignmentType]
     found: dict[str, Tensor] = {}
-    with torch.random.fork_rng(devices=[]), NoDropout(), use_impl(impl), gates.using(z):
-        torch.manual_seed(0)  # other randomness is the same in both runs
-        with torch.set_grad_enabled(gradients):
-            outputs = dict(named_tensors(call(model, inputs)))
-        if gradients:
-            with _collecting(model, found):
-                _weigh(list(outputs.values())).backward()
+    devices = {p.device for p in model.parameters()}
+    try:
+        with same_randomness(devices), NoDropout(), use_impl(impl), gates.using(z):
+            with torch.set_grad_enabled(gradients):
+                # Clones: the forward may change its inputs in place.
+                outputs = dict(
+                    named_tensors(call(model, tree_map_only(Tensor, torch.clone, inputs)))
+                )
+            if gradients:
+                with _collecting(model, found):
+                    _backward(list(outputs.values()), model.training)
+        found |= {f"buffer {name}": buffer.clone() for name, buffer in model.named_buffers()}
+    finally:
+        before.restore()
     found |= {name: t.detach() for name, t in outputs.items()}
     for i, t in enumerate(tree_leaves(inputs)):
         if isinstance(t, Tensor) and t.grad is not None:
             found[f"gradient of input {i}"] = t.grad
     if z.grad is not None:
         found["gradient of gates"] = torch.where(values != 0, z.grad, 0.0)
-    with torch.no_grad():
-        for name, buffer in model.named_buffers():
-            found[f"buffer {name}"] = buffer.clone()
-            buffer.copy_(before[name])
     return found
 
 
@@ -128,18 +139,24 @@ def _digest(t: Tensor) -> Tensor:
     return torch.cat((matrix @ columns, rows @ matrix))
 
 
-def _weigh(outputs: list[Tensor]) -> Tensor:
-    """A scalar that depends on every element of the outputs differently."""
-    generator = torch.Generator().manual_seed(0)
+def _backward(outputs: list[Tensor], training: bool) -> None:
+    """Backward of a scalar that depends on every element of the outputs differently.
+
+    Raises:
+        ValueError: no output depends on a parameter in training mode; in eval mode none need.
+    """
     floating = [t for t in outputs if t.is_floating_point() and t.requires_grad]
     if not floating:
-        raise ValueError("expected an output that depends on the parameters, got none")
-    return torch.stack(
-        [
-            (t * torch.randn(t.shape, generator=generator, dtype=t.dtype).to(t.device)).sum()
-            for t in floating
-        ]
-    ).sum()
+        if training:
+            raise ValueError("expected an output that depends on the parameters, got none")
+        return
+    generator = torch.Generator().manual_seed(0)
+    total = 0.0
+    for t in floating:
+        weights = torch.randn(t.shape, generator=generator, dtype=t.dtype).to(t.device)
+        total = total + (t * weights).sum()
+    assert isinstance(total, Tensor)
+    total.backward()
 
 
 def _run_masked(
@@ -147,7 +164,7 @@ def _run_masked(
 ) -> dict[str, Tensor]:
     try:
         return run_once(model, inputs, values, "reference", gradients)
-    except (RuntimeError, ValueError) as error:
+    except Exception as error:
         what = "forward and backward fail" if gradients else "forward fails"
         mode = "training" if model.training else "eval"
         raise ValueError(f"example_inputs: the model's {mode} {what} with them: {error}") from error
@@ -254,13 +271,18 @@ def perturb(model: nn.Module) -> None:
         if is_passage(module) or is_layer(module):
             _enliven(module, generator)
     for parameter in model.parameters():
-        noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-        spread = _spread(parameter)
-        parameter.add_(noise.to(parameter.device), alpha=0.1 * spread if spread > 0 else 1e-3)
-    for buffer in model.buffers():
-        if buffer.is_floating_point():
-            noise = torch.rand(buffer.shape, generator=generator, dtype=buffer.dtype)
-            buffer.add_(noise.to(buffer.device) * 1e-3)
+        if parameter.is_floating_point():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            spread = _spread(parameter)
+            if spread == 0:
+                noise = noise.abs_()  # a scale or variance stays one
+            parameter.add_(noise.to(parameter.device), alpha=0.1 * spread or 1e-3)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            for buffer in (module.running_mean, module.running_var):
+                if buffer is not None:
+                    noise = torch.rand(buffer.shape, generator=generator, dtype=buffer.dtype)
+                    buffer.add_(noise.to(buffer.device) * 1e-3)
 
 
 def _spread(t: Tensor) -> float:
@@ -342,7 +364,7 @@ def _compare(
     masked = _run_masked(model, inputs, values, gradients)
     try:
         packed = run_once(model, inputs, values, "auto", gradients)
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+    except Exception as error:  # whatever a forward raises at another width
         return float("inf"), f"the packed forward fails: {_first_line(error)}"
     return worst_difference(masked, packed, largest)
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from l0kernels.convert.units import Survey, Units
 from l0kernels.nn import gated_class
 from l0kernels.select import Kinds, inner
 
-Select = str | Kinds | Sequence[str] | Callable[[str, nn.Module], bool]
+Select = str | Kinds | Collection[str] | Callable[[str, nn.Module], bool]
 
 HEADS = ".heads"
 
@@ -73,7 +73,7 @@ def wants_heads(select: Select) -> bool:
     kinds = kinds_of(select)
     if kinds is not None:
         return "heads" in kinds.names
-    return isinstance(select, Sequence) and any(name.endswith(HEADS) for name in select)
+    return isinstance(select, Collection) and any(name.endswith(HEADS) for name in select)
 
 
 def make_plan(model: nn.Module, survey: Survey, select: Select, granularity: str) -> Plan:
@@ -128,7 +128,7 @@ def _selector(
         return lambda units: _why_not_of_kind(units, kinds, survey)
     if callable(select):
         return lambda units: _NOT_SELECTED if not _any(select, units, modules) else None
-    names = set(select) if isinstance(select, Sequence) else set()
+    names = set(select) if isinstance(select, Collection) else set()
     known = [*survey.layers, *(u.name for u in survey.units if u.name.endswith(HEADS))]
     unknown = sorted(names - set(known))
     if unknown:

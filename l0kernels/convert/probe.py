@@ -20,7 +20,15 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from l0kernels.convert.tensors import Inputs, call, kept_tensors, named_tensors
+from l0kernels.convert.randomness import same_randomness
+from l0kernels.convert.tensors import (
+    Inputs,
+    KeptBuffers,
+    call,
+    kept_tensors,
+    named_tensors,
+    own_copy,
+)
 from l0kernels.nn import gated_class
 
 # Dead activations (ReLU, clipping, pooling) hide changes of one sign or size. So several are tried,
@@ -74,6 +82,21 @@ def feature_dim(module: nn.Module) -> int:
     return -1 if is_layer(module) else 1
 
 
+_DROPOUTS = {
+    f"{kind}{suffix}"
+    for kind in (
+        "dropout",
+        "dropout1d",
+        "dropout2d",
+        "dropout3d",
+        "alpha_dropout",
+        "feature_dropout",
+        "feature_alpha_dropout",
+    )
+    for suffix in ("", "_")
+}
+
+
 class NoDropout(TorchFunctionMode):
     """Leaves dropout out: every run would draw other noise."""
 
@@ -81,13 +104,22 @@ class NoDropout(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if "dropout" in getattr(func, "__name__", ""):
+        name = getattr(func, "__name__", "")
+        if name in _DROPOUTS:
             return args[0] if args else kwargs["input"]
+        if name == "native_dropout":
+            x = args[0] if args else kwargs["input"]
+            return x, torch.ones_like(x, dtype=torch.bool)
         if "dropout_p" in kwargs:
             kwargs["dropout_p"] = 0.0
         if func is scaled_dot_product_attention and len(args) > 4:
             args = (*args[:4], 0.0, *args[5:])
         return func(*args, **kwargs)
+
+
+# Functions that look at a tensor's dtype, device or shape only.
+_LOOKS = {"to", "type_as", "new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"}
+_LOOKS |= {f"{kind}_like" for kind in ("zeros", "ones", "full", "empty", "rand", "randn")}
 
 
 class _Recorder(NoDropout):
@@ -107,7 +139,8 @@ class _Recorder(NoDropout):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = super().__torch_function__(func, types, args, kwargs)
-        if isinstance(out, Tensor):
+        made = out[0] if isinstance(out, (tuple, list)) and out else out
+        if isinstance(made, Tensor) and getattr(func, "__name__", "") not in _LOOKS:
             for arg in (*args, *(kwargs or {}).values()):
                 owners = self.owners.get(id(arg), []) if isinstance(arg, nn.Parameter) else []
                 if owners and not set(owners) & set(self.active):
@@ -225,10 +258,8 @@ class Probe:
     @torch.no_grad()
     def __enter__(self) -> Probe:
         self._flags = [(m, m.training) for m in self.model.modules()]
-        self._buffers = [(b, b.clone()) for b in self.model.buffers()]
-        cuda = {p.device for p in self.model.parameters() if p.device.type == "cuda"}
-        self._rng = torch.random.fork_rng(devices=list(cuda))
-        self._rng.__enter__()
+        self._buffers = KeptBuffers(self.model)
+        self._devices = {p.device for p in self.model.parameters()}
         try:
             self._record_all()
         except BaseException:
@@ -237,7 +268,6 @@ class Probe:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._rng.__exit__(None, None, None)
         for module, forward in self._forwards:
             if forward is None:
                 del module.__dict__["forward"]
@@ -290,7 +320,10 @@ class Probe:
             mode.results = dict(self._run(training, self.inputs, self._recorder))
         except Exception as error:
             what = "training" if training else "eval"
-            raise ForwardFails(f"the model's {what} forward fails with them: {error}") from error
+            kind = str(next(self.model.parameters()).dtype).removeprefix("torch.")
+            raise ForwardFails(
+                f"the model's {what} forward fails with them (on a copy in {kind}): {error}"
+            ) from error
         self.used_outside |= self._recorder.used_outside
         self._recorder = None
         return mode
@@ -312,7 +345,8 @@ class Probe:
             return points
         every = tuple(size for sizes in SIZES.values() for size in sizes)
         real = _Point(mode.training, 1.0, every, self.inputs, mode.outputs_of)
-        self._settle(real)
+        if not self._settle(real):
+            raise ForwardFails("the model's forward gives NaN or Inf, or fails when it is repeated")
         return [real]
 
     def _settle(self, point: _Point) -> bool:
@@ -386,6 +420,7 @@ class Probe:
     def _note_sums(self, name: str, x: Tensor, index: int) -> None:
         """Record or compare what another module reads."""
         if self._settling or name not in self._touched.others:
+            x = (torch.view_as_real(x) if x.is_complex() else x).double()
             sums = float(x.sum()), float(x.abs().sum())
             if self._settling:
                 self._now.sums_of.setdefault(name, []).append(sums)
@@ -396,17 +431,23 @@ class Probe:
         self, training: bool, arguments: Inputs, function_mode: TorchFunctionMode
     ) -> list[tuple[str, Tensor]]:
         self.model.train(training)
-        torch.manual_seed(0)  # other randomness is the same in every run
-        with function_mode:
-            returned = call(self.model, arguments)
-        # Statistics that this run has moved would show as changes in the next.
-        for buffer, value in self._buffers:
-            buffer.copy_(value)
-        return [*named_tensors(returned), *kept_tensors(self.model)]
+        try:
+            with same_randomness(self._devices), function_mode:
+                returned = call(self.model, own_copy(arguments))
+            return [*named_tensors(returned), *kept_tensors(self.model)]
+        finally:
+            # Statistics that this run has moved would show as changes in the next.
+            self._buffers.restore()
 
     def _replay(self, point: _Point, changes: Mapping[str, Change]) -> None:
         self._now, self._changes, self._calls, self._last = point, changes, {}, None
-        for name, tensor in self._run(point.training, point.signed_arguments(), NoDropout()):
+        try:
+            results = self._run(point.training, point.signed_arguments(), NoDropout())
+        except Exception:
+            # Values steer the forward itself, as in routing to experts.
+            self._touched.output = self._touched.output or "the forward fails when they change"
+            return
+        for name, tensor in results:
             recorded = point.results.get(name)
             if recorded is None or not torch.equal(tensor, recorded):
                 self._touched.output = self._touched.output or name

@@ -29,6 +29,10 @@ def install(model: nn.Module, gates: Gates, plan: Plan, survey: Survey) -> None:
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and _has_gated(module):
             module.register_forward_pre_hook(keep_to_submodules)
+        if isinstance(module, nn.TransformerEncoder) and _has_gated(module):
+            # Nested tensors are for the fused function only.
+            module.__dict__[_USED_NESTED] = module.use_nested_tensor
+            module.use_nested_tensor = False
     gates.refused = plan.refused
     gates.attach(model, survey.positions)
 
@@ -37,6 +41,9 @@ def keep_to_submodules(module: nn.Module, args: object) -> None:
     """A hook that changes nothing: its presence makes ``nn.TransformerEncoderLayer`` call its
     layers in eval mode too, where it would otherwise hand their weights to a fused function.
     """
+
+
+_USED_NESTED = "_l0_used_nested_tensor"
 
 
 def _has_gated(module: nn.Module) -> bool:
@@ -77,6 +84,8 @@ def uninstall(root: nn.Module, gates: Gates) -> None:
         for name in ("in_gate", "out_gate", "in_port", "out_port"):
             module.__dict__.pop(name, None)
     for module in root.modules():
+        if _USED_NESTED in module.__dict__:
+            module.use_nested_tensor = module.__dict__.pop(_USED_NESTED)
         for handle, hook in list(module._forward_pre_hooks.items()):
             if hook in (draw_before_forward, keep_to_submodules):
                 del module._forward_pre_hooks[handle]

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Iterator, Mapping, ValuesView
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
@@ -31,35 +32,47 @@ def to_double(value: Any) -> Any:
     return to_dtype(value, torch.float64)
 
 
+def own_copy(value: Any) -> Any:
+    """A copy that a forward may change, of the containers too."""
+    return copy.deepcopy(tree_map_only(Tensor, Tensor.detach, value))
+
+
 def named_tensors(value: Any, name: str = "output") -> Iterator[tuple[str, Tensor]]:
     """Every tensor in a value with the way to it: ``("output.logits", ...)``.
 
-    Looks into mappings, sequences, sets, dataclasses and plain objects (caches, named results),
-    so that no tensor leaves a model unseen.
+    Looks into mappings, iterables, dataclasses and plain objects (caches, named results), so that
+    nothing leaves a model unseen; arrays and numbers count as tensors.
     """
-    yield from _walk(value, name, set())
+    yield from _walk(value, name, set(), numbers=True)
 
 
-def _walk(value: Any, name: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
+def _walk(value: Any, name: str, seen: set[int], numbers: bool) -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, Tensor):
         yield name, value
+        return
+    if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "biufc":
+        yield name, torch.as_tensor(np.asarray(value))
+        return
+    if isinstance(value, (bool, int, float, complex)):
+        if numbers:
+            yield name, torch.tensor(value)
         return
     if id(value) in seen or isinstance(value, (nn.Module, type, str, bytes)):
         return
     seen.add(id(value))
     for key, item in _items(value):
-        yield from _walk(item, f"{name}{key}", seen)
+        yield from _walk(item, f"{name}{key}", seen, numbers)
 
 
 def _items(value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, Mapping):
         yield from ((f".{key}", item) for key, item in value.items())
-    elif isinstance(value, (list, tuple, set, frozenset)):
+    elif isinstance(value, (list, tuple, set, frozenset, ValuesView, Iterator)):
         yield from ((f"[{i}]", item) for i, item in enumerate(value))
-    elif dataclasses.is_dataclass(value):
-        yield from ((f".{f.name}", getattr(value, f.name)) for f in dataclasses.fields(value))
-    elif hasattr(value, "__dict__") and not callable(value):
-        yield from ((f".{key}", item) for key, item in vars(value).items())
+    elif not callable(value):
+        names = [slot for cls in type(value).__mro__ for slot in getattr(cls, "__slots__", ())]
+        yield from ((f".{n}", getattr(value, n)) for n in names if hasattr(value, n))
+        yield from ((f".{key}", item) for key, item in getattr(value, "__dict__", {}).items())
 
 
 def kept_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -68,7 +81,27 @@ def kept_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for path, module in model.named_modules():
         for key, item in vars(module).items():
             if key not in _OF_MODULES:
-                yield from _walk(item, f"attribute {path}.{key}".replace(" .", " "), seen)
+                name = f"attribute {path}.{key}".replace(" .", " ")
+                yield from _walk(item, name, seen, numbers=False)
 
 
 _OF_MODULES = frozenset(vars(nn.Module()))
+
+
+class KeptBuffers:
+    """The buffers of a model, to be put back: what they held, and which tensors they were."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._kept = [
+            (module, name, buffer, buffer.clone())
+            for module in model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Undo every change since."""
+        for module, name, buffer, value in self._kept:
+            module._buffers[name] = buffer
+            buffer.copy_(value)

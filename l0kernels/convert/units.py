@@ -45,7 +45,7 @@ class Survey:
     Args:
         units: every layer makes one of them, in the order of first calls; heads come last.
         outputs: by layer, the result of the model that its units reach.
-        sums: sets of layers whose units meet in one feature, other than as factors.
+        sums: sets of layers whose units meet in one feature, but not as factors or mixed.
         read_by: by layer, the layers and passages that its units reach.
         readers: layers and passages in the order of their first call.
         layers: those among them that make units.
@@ -96,6 +96,8 @@ class _Surveyor:
         self.progress = progress
         self.outputs: dict[str, str] = {}
         self.others: dict[str, set[str]] = {}
+        # Sets of layers that meet where units mix, as query, key and value do.
+        self.mixing: list[tuple[str, ...]] = []
         # By reader: which layers touch which of its features.
         self.touches: dict[str, dict[str, Tensor]] = {name: {} for name in probe.readers}
 
@@ -114,7 +116,7 @@ class _Surveyor:
         units = self._in_order(products, spelled)
         if heads:
             units += self._heads({maker for product in products for maker in product.makers})
-        known = [set(p.makers) for p in products]
+        known = [set(names) for names in (*(p.makers for p in products), *self.mixing)]
         return Survey(
             units=units,
             outputs=self.outputs,
@@ -263,7 +265,8 @@ class _Surveyor:
             names = [s[i] for s in sets if len(s) > i]
             first, second = (self._touched_by_unit(names, unit) for unit in (0, 1))
             mixed = {reader: first[reader] & second[reader] for reader in self.touches}
-            sets = [s for s in sets if len(s) <= i or not self._meets_any(s[i], mixed)]
+            self.mixing += [s for s in sets if len(s) > i and self._meets_any(s[i], mixed)]
+            sets = [s for s in sets if s not in self.mixing]
         return sets
 
     def _meets_any(self, name: str, features: Mapping[str, Tensor]) -> bool:
@@ -429,7 +432,10 @@ class _Surveyor:
         if len(names) != 1 or self.probe.width[names[0]] <= features:
             return None
         count = self._head_count(reader, names)
-        if count == 1:
+        last = torch.arange(self.probe.width[names[0]]) == self.probe.width[names[0]] - 1
+        values = int(self.probe.touched({names[0]: last}, 0).features[reader].sum())
+        # A query reaches all features of its head, a value its own.
+        if count == 1 or not 0 < values < features // count:
             return None
         head = torch.arange(features) // (features // count)
         return Units(f"{reader}.heads", count, {}, {reader: head})
