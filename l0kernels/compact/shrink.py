@@ -7,6 +7,8 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils._pytree import tree_map_only
 
 from l0kernels._config import use_impl
 from l0kernels.compact.inputs import check_inputs, outputs_of
@@ -36,33 +38,47 @@ def compact(net: nn.Module, example_inputs: Inputs) -> nn.Module:
     min(2, width), as in packed runs: where fewer units are open, zeroed ones fill up.
 
     The new model is checked before it is returned: fp64 copies of the masked network and of the
-    compact one agree in every output to 1e-9 of its largest element, in eval mode.
+    compact one agree in every output to 1e-9 of its largest element, in eval mode; places that
+    are not finite (masked logits) are the same.
 
     Args:
-        net: a model with gates, or a wrapper around one (DDP, compiled, averaged); left as it is.
+        net: a model with gates anywhere inside; left as it is.
         example_inputs: arguments of the forward, a tuple (positional) or a mapping (keywords).
 
     Returns:
-        A copy of the model inside the wrappers, without gates: same module names, dtypes, device,
-        memory formats, modes, hooks and ``requires_grad``. It shares no memory with ``net``.
+        A copy of the whole model, without gates: same module names, dtypes, device, memory
+        formats, modes, hooks and ``requires_grad``. It shares no memory with ``net``. Only DDP,
+        ``DataParallel``, ``torch.compile`` and ``AveragedModel`` around it are taken off.
 
     Raises:
         TypeError: ``net`` is not a module, or ``example_inputs`` neither tuple nor mapping.
-        ValueError: the model has no gates, cannot be copied, has gated layers of a class that is
-            not the package's own or of other gates, NaN gates, or a forward that fails with
+        ValueError: the model has no gates or several sets, cannot be copied, has gated layers of
+            a class that is not the package's own, NaN gates, or a forward that fails with
             ``example_inputs``.
         RuntimeError: the compact model fails or differs.
     """
     check_inputs("compact", net, example_inputs)
     gates = gates_of(net)
-    root = root_of(net, gates)
+    whole = _inside_wrappers(net)
     autocast = torch.autocast(gates.log_alpha.device.type, enabled=False)
     with torch.inference_mode(False), torch.no_grad(), autocast:
         values = _eval_gates(gates)
-        _verify(_copy(root).double(), values.double(), example_inputs)
-        small = _copy(root)
+        _verify(_copy(whole).double(), values.double(), example_inputs)
+        small = _copy(whole)
         shrink(small, values)
     return small
+
+
+def _inside_wrappers(net: nn.Module) -> nn.Module:
+    """The model without what training puts around it and inference does not need."""
+    parallel = nn.parallel.DistributedDataParallel, nn.DataParallel
+    while True:
+        if isinstance(net, (*parallel, AveragedModel)):
+            net = net.module
+        elif isinstance(inner := net._modules.get("_orig_mod"), nn.Module):  # torch.compile
+            net = inner
+        else:
+            return net
 
 
 def _eval_gates(gates: Gates) -> Tensor:
@@ -74,34 +90,34 @@ def _eval_gates(gates: Gates) -> Tensor:
     return values
 
 
-def _copy(root: nn.Module) -> nn.Module:
+def _copy(whole: nn.Module) -> nn.Module:
     try:
-        return copy.deepcopy(root)
+        return copy.deepcopy(whole)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"compact: the model cannot be copied: {error}") from error
 
 
-def shrink(root: nn.Module, values: Tensor) -> None:
+def shrink(whole: nn.Module, values: Tensor) -> None:
     """Cut a model with gates to given gate values and make it plain, in place.
 
     Args:
-        root: the module that the gates are attached to.
+        whole: the module that the gates are attached to, or one around it.
         values: gate values, shape [gates].
 
     Raises:
         ValueError: a layer has other gates, or is of a class that cannot be made plain.
     """
-    gates = gates_of(root)
-    layers = _gated_layers(root, gates)
+    gates = gates_of(whole)
+    layers = _gated_layers(whole, gates)
     draw = _draw_of_kept(gates, layers, values)
     for layer in layers:
         _cut(layer, draw)
-    uninstall(root, gates)
-    _forget(root, gates)
+    uninstall(root_of(whole, gates), gates)
+    _forget(whole, gates)
 
 
-def _gated_layers(root: nn.Module, gates: Gates) -> list[GatedLayer]:
-    layers = [m for m in root.modules() if isinstance(m, GatedLayer)]
+def _gated_layers(whole: nn.Module, gates: Gates) -> list[GatedLayer]:
+    layers = [m for m in whole.modules() if isinstance(m, GatedLayer)]
     strange = sorted(
         {type(m).__name__ for m in layers if gated_class(m.plain_class) is not type(m)}
     )
@@ -171,9 +187,9 @@ def _cut_statistics(norm: GatedLayer, draw: Draw) -> None:
             norm._buffers[name] = torch.where(is_open, full.index_select(0, index), neutral)
 
 
-def _forget(root: nn.Module, gates: Gates) -> None:
+def _forget(whole: nn.Module, gates: Gates) -> None:
     """Make layers plain that never had gates, and replace gates that have a second place."""
-    for module in root.modules():
+    for module in whole.modules():
         if isinstance(module, GatedLayer):
             module.__class__ = module.plain_class  # pyright: ignore[reportAttributeAccessIssue]
             for name in ("in_gate", "out_gate"):
@@ -183,20 +199,20 @@ def _forget(root: nn.Module, gates: Gates) -> None:
                 module._modules[name] = nn.Identity()
 
 
-def _verify(root: nn.Module, values: Tensor, example_inputs: Inputs) -> None:
+def _verify(whole: nn.Module, values: Tensor, example_inputs: Inputs) -> None:
     """Compare masked and compact outputs on a copy in fp64, which is used up."""
     inputs = to_double(example_inputs)
-    root.eval()
-    gates = gates_of(root)
-    _make_finite(root)
+    whole.eval()
+    gates = gates_of(whole)
+    _make_finite(whole)
     try:
         with use_impl("reference"), gates.using(values):
-            masked = _outputs(root, inputs)
+            masked = _outputs(whole, inputs)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         raise ValueError(f"example_inputs: the model's forward fails with them: {error}") from error
-    shrink(root, values)
+    shrink(whole, values)
     try:
-        small = _outputs(root, inputs)
+        small = _outputs(whole, inputs)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         raise RuntimeError(f"compact: the compact model's forward fails: {error}") from error
     error, where = worst_difference(masked, small)
@@ -207,9 +223,9 @@ def _verify(root: nn.Module, values: Tensor, example_inputs: Inputs) -> None:
         )
 
 
-def _make_finite(root: nn.Module) -> None:
+def _make_finite(whole: nn.Module) -> None:
     """Replace NaN and Inf in gated layers: a mask would spread those of closed units."""
-    for layer in root.modules():
+    for layer in whole.modules():
         if isinstance(layer, GatedLayer):
             for tensor in (*layer._parameters.values(), *layer._buffers.values()):
                 if tensor is not None:
@@ -220,10 +236,11 @@ def _outputs(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
     devices = sorted({p.get_device() for p in model.parameters() if p.is_cuda})
     with torch.random.fork_rng(devices=devices), NoDropout():
         torch.manual_seed(0)  # other randomness is the same in both runs
-        found = outputs_of(model, to_double(inputs))
+        # Clones: the forward may change its inputs in place.
+        found = outputs_of(model, tree_map_only(Tensor, torch.clone, inputs))
     return {f"output {i}": _comparable(t) for i, t in enumerate(found)}
 
 
 def _comparable(t: Tensor) -> Tensor:
-    # Integers and bools have no difference that is always defined.
-    return t.clone() if t.is_floating_point() or t.is_complex() else t.double()
+    # Complex numbers as pairs: both parts count. A clone, for the model may keep what it returns.
+    return torch.view_as_real(t.resolve_conj()).clone() if t.is_complex() else t.clone()

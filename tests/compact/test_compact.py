@@ -449,8 +449,13 @@ def process_group() -> Iterator[None]:
     destroy_process_group()
 
 
+def compiled_twice(net: nn.Module) -> nn.Module:
+    return torch.compile(nn.parallel.DataParallel(torch.compile(net)))
+
+
 @pytest.mark.parametrize(
-    "wrap", [AveragedModel, torch.compile, nn.parallel.DistributedDataParallel, nn.Sequential]
+    "wrap",
+    [AveragedModel, torch.compile, nn.parallel.DistributedDataParallel, compiled_twice],
 )
 @pytest.mark.usefixtures("process_group")
 def test_wrappers(wrap):
@@ -459,6 +464,57 @@ def test_wrappers(wrap):
     small = l0.compact(wrap(net), inputs)
     assert type(small) is type(net)
     assert_close(outputs(l0.compact(net, inputs), inputs), outputs(small, inputs), 0.0)
+
+
+class Around(nn.Module):
+    """A model with gates among other layers, and a layer that was never gated beside it."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.before = nn.Conv2d(1, 1, 1)
+        self.net = net
+        self.head = nn.Sequential(nn.ReLU(), nn.Linear(10, 3), l0.nn.GatedLinear(3, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.net(self.before(x)))
+
+
+@pytest.mark.parametrize("wrap", [lambda net: net, AveragedModel, torch.compile])
+def test_a_model_around_comes_back_whole(wrap):
+    net, inputs = NETWORKS["lenet5"]()
+    set_gates(net, "half")
+    model = Around(net).double().eval()
+    inputs = double(inputs)
+    with l0.use_impl("reference"):
+        masked = outputs(model, inputs)
+    before = snapshot(model)
+    small = l0.compact(wrap(model), inputs)
+    assert type(small) is Around and small.net.conv2.out_channels < 50
+    assert_plain(small)
+    assert_close(masked, outputs(small, inputs), 1e-9)
+    after = snapshot(model)
+    assert all(torch.equal(after[name], t) for name, t in before.items())
+    assert not {id(p) for p in small.parameters()} & {id(p) for p in model.parameters()}
+
+
+class Watched(Around):
+    """Reads the width of what the model inside makes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.net.conv2.weight.shape[0]
+
+
+def test_the_whole_model_is_compared():
+    net, inputs = NETWORKS["lenet5"]()
+    set_gates(net, "half")
+    l0.compact(net, inputs)
+    with pytest.raises(RuntimeError, match=r"agree to 1e-09, got .* in output 0"):
+        l0.compact(Watched(net), inputs)
+
+
+def test_two_models_with_gates_side_by_side_are_refused():
+    with pytest.raises(ValueError, match="expected one set of gates, got 2; pass the part"):
+        l0.compact(nn.ModuleList((Summed(), Summed())), (torch.randn(3, 4),))
 
 
 def test_under_inference_mode_it_can_still_train():
@@ -576,6 +632,97 @@ def test_a_difference_is_found_and_named():
     set_gates(net, "half")
     with pytest.raises(RuntimeError, match=r"agree to 1e-09, got .* in output 0"):
         l0.compact(net, (torch.randn(3, 4),))
+
+
+class Last(nn.Module):
+    """Two outputs from a gated layer each; what ``after`` makes of them is the test's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = F.relu(self.a(x))
+        return self.after(self.b(y)), self.c(y)
+
+    def after(self, y: Tensor) -> Tensor:
+        return y
+
+    @property
+    def is_small(self) -> bool:
+        return type(self.a) is nn.Linear
+
+
+def last(after: Callable[[Last, Tensor], Tensor]) -> tuple[nn.Module, Tensor]:
+    x = torch.randn(3, 4)
+    net = converted(Last(), (x,))
+    set_gates(net, "half")
+    net.__class__ = type("After", (Last,), {"after": after})
+    return net, x
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        lambda net, y: y * NAN if net.is_small else y,
+        lambda net, y: y if net.is_small else y * NAN,
+        lambda net, y: y.index_fill(1, torch.tensor([2]), NAN if net.is_small else -INF),
+        lambda net, y: y.index_fill(1, torch.tensor([2]), INF if net.is_small else -INF),
+        lambda net, y: y.index_fill(1, torch.tensor([2 + net.is_small]), -INF),
+    ],
+    ids=["NaN in compact", "NaN in masked", "NaN for -inf", "inf for -inf", "-inf elsewhere"],
+)
+def test_what_is_not_finite_on_one_side_only_is_a_difference(after):
+    net, x = last(after)
+    with pytest.raises(RuntimeError, match="agree to 1e-09, got inf in output 0"):
+        l0.compact(net, (x,))
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_what_is_not_finite_on_both_sides_is_equal(value):
+    net, x = last(lambda net, y: y.index_fill(1, torch.tensor([1, 4]), value))
+    small = l0.compact(net, (x,))
+    assert_places(small(x)[0], [1, 4], value)
+
+
+def assert_places(y: Tensor, places: list[int], value: float) -> None:
+    rest = [i for i in range(y.shape[1]) if i not in places]
+    assert y[:, rest].isfinite().all()
+    filled = y[:, places]
+    assert torch.equal(filled.nan_to_num(7.0), torch.full_like(filled, value).nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("value", [NAN, -INF])
+def test_finite_places_beside_others_are_compared(value):
+    net, x = last(lambda net, y: y.index_fill(1, torch.tensor([1]), value) + 1e-6 * net.is_small)
+    with pytest.raises(RuntimeError, match="agree to 1e-09, got .*e-0. in output 0"):
+        l0.compact(net, (x,))
+
+
+def test_both_parts_of_complex_outputs_are_compared():
+    net, x = last(lambda net, y: torch.complex(y, y + 1e-3 * net.is_small).conj())
+    with pytest.raises(RuntimeError, match="agree to 1e-09, got .*e-0. in output 0"):
+        l0.compact(net, (x,))
+    net, x = last(lambda net, y: torch.complex(y, y + 1).conj())
+    assert l0.compact(net, (x,))(x)[0].is_complex()
+
+
+class Inplace(Last):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(x.mul_(2))
+
+
+def test_a_forward_that_changes_its_inputs():
+    x = torch.randn(3, 4, dtype=torch.float64)
+    net = converted(Last(), (x.float(),)).double()
+    net.__class__ = Inplace
+    set_gates(net, "half")
+    before = x.clone()
+    l0.compact(net, (x,))
+    assert torch.equal(x, before)
 
 
 class Viewed(Summed):
