@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """When gates are drawn, and how long a draw lives."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -297,3 +299,35 @@ def test_a_step_that_does_not_fit_the_counter_is_an_error(step: int):
     net.l0.step.fill_(step - 1)
     with pytest.raises(ValueError, match=f"got {step}"):
         net(X)
+
+
+def loaded(net: nn.Module, assign: bool) -> nn.Module:
+    state = {name: copy.deepcopy(value) for name, value in make(seed=4).state_dict().items()}
+    net.load_state_dict(state, assign=assign)
+    return net
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_draw_of_before_loading_is_not_used(assign: bool):
+    net = make()
+    net(X)
+    loaded(net, assign)
+    with pytest.raises(RuntimeError, match="no gates are drawn"):
+        net[0](X)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "assign"])
+def test_new_parameters_are_clamped_though_their_version_is_the_old_ones(how: str):
+    net = make()
+    with torch.no_grad():
+        for _ in range(9):
+            net.l0.log_alpha.add_(0.1)
+    net(X)
+    version = net.l0.log_alpha._version
+    new = copy.deepcopy(net) if how == "deepcopy" else loaded(net, assign=True)
+    assert new.l0.log_alpha._version < version
+    with torch.no_grad():
+        while new.l0.log_alpha._version < version:
+            new.l0.log_alpha.fill_(-50.0)
+    new(X)
+    assert float(new.l0.log_alpha.detach().min()) > -5
