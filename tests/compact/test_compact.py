@@ -684,6 +684,7 @@ def test_what_is_not_finite_on_one_side_only_is_a_difference(after):
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 def test_what_is_not_finite_on_both_sides_is_equal(value):
     net, x = last(lambda net, y: y.index_fill(1, torch.tensor([1, 4]), value))
+    net.register_forward_hook(lambda module, args, out: (*out, out[0]))  # first and last
     small = l0.compact(net, (x,))
     assert_places(small(x)[0], [1, 4], value)
 
