@@ -104,7 +104,7 @@ class Wrong:
         return [self.factor * array for array in self.session.run(names, feed)]
 
 
-@pytest.mark.parametrize("factor", [1.001, float("nan")])
+@pytest.mark.parametrize("factor", [1.001, float("nan"), float("inf")])
 def test_a_difference_is_found_and_nothing_written(factor, tmp_path, monkeypatch):
     real = onnxruntime.InferenceSession
     monkeypatch.setattr(
@@ -112,6 +112,54 @@ def test_a_difference_is_found_and_nothing_written(factor, tmp_path, monkeypatch
     )
     with pytest.raises(RuntimeError, match="expected outputs .* to agree to 1e-04, got"):
         l0.export_onnx(nn.Linear(4, 3), (torch.randn(2, 4),), tmp_path / "m.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+class Masked(nn.Module):
+    """Logits of two classes are masked, in the first and in the last output."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.fc, self.value = nn.Linear(4, 5), value
+        self.register_buffer("closed", torch.tensor([False, True, False, False, True]))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y = self.fc(x)
+        masked = y.masked_fill(self.closed, self.value)
+        return masked, y, masked * 2
+
+
+@pytest.mark.parametrize("value", [float("-inf"), float("inf"), float("nan")])
+def test_masked_logits_are_equal(value, tmp_path):
+    x = torch.randn(2, 4)
+    assert l0.export_onnx(Masked(value), (x,), tmp_path / "m.onnx") < 1e-5
+    found = run(tmp_path / "m.onnx", {"x": x})[0]
+    assert (np.isfinite(found) == [True, False, True, True, False]).all()
+
+
+class Spoiled(Wrong):
+    """A runtime that gives one element of one output another value."""
+
+    def __init__(self, session: object, output: int, value: float) -> None:
+        super().__init__(session, 1.0)
+        self.output, self.value = output, value
+
+    def run(self, names: None, feed: dict) -> list:
+        arrays = [array.copy() for array in super().run(names, feed)]
+        arrays[self.output][0, 1] = self.value
+        return arrays
+
+
+@pytest.mark.parametrize(
+    ("output", "value"), [(0, float("nan")), (0, 0.0), (1, float("nan")), (2, float("inf"))]
+)
+def test_one_element_that_differs_beside_masked_logits(output, value, tmp_path, monkeypatch):
+    real = onnxruntime.InferenceSession
+    monkeypatch.setattr(
+        onnxruntime, "InferenceSession", lambda *a, **k: Spoiled(real(*a, **k), output, value)
+    )
+    with pytest.raises(RuntimeError, match="expected outputs .* to agree to 1e-04, got"):
+        l0.export_onnx(Masked(float("-inf")), (torch.randn(2, 4),), tmp_path / "m.onnx")
     assert list(tmp_path.iterdir()) == []
 
 
