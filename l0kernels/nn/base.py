@@ -163,7 +163,7 @@ class GatedLayer(nn.Module):
         """Drop input features that only a gate without producer closes.
 
         Raises:
-            ValueError: ``x`` has another width than the draw packs.
+            ValueError: ``x`` has another width than the draw packs (not checked in compiled code).
         """
         position = None if self.in_port < 0 else draw.position[self.in_port]
         # A graph that depends on a width would serve one draw only.
