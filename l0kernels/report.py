@@ -129,8 +129,8 @@ class Report:
 
 
 def _row(*cells: str) -> str:
-    """A line of a Markdown table."""
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    """A line of a Markdown table: one line, whatever the cells hold."""
+    return "| " + " | ".join(" ".join(c.split()).replace("|", "\\|") for c in cells) + " |"
 
 
 def report(model: nn.Module) -> Report:

@@ -133,6 +133,14 @@ def test_markdown_tables_are_whole(net: Net):
     assert cells == [8] * 6 + [3] * 3
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n  ", "\u2028"])
+def test_a_reason_of_several_lines_stays_in_its_row(net: Net, end: str):
+    net.l0.refused["stem"] = f"the forward fails:{end}expected | 3{end}"
+    lines = str(l0.report(net)).splitlines()
+    assert lines[-1] == r"| stem | the forward fails: expected \| 3 |"
+    assert l0.report(net).ungated["stem"].endswith(end)
+
+
 def test_a_group_that_nothing_reads_says_so():
     g = l0.gates.HardConcrete({"a": 4})
     net = g.attach(nn.Sequential(GatedLinear(3, 4, out_gate=g["a"])))
