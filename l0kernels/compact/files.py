@@ -7,6 +7,7 @@ import copy
 import hashlib
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,49 +30,45 @@ def save_compact(small: nn.Module, folder: str | Path, format: str = "safetensor
     """Save a compact model, so that :func:`load_compact` can rebuild it without pickle.
 
     ``manifest.json`` names the widths of every layer that can be cut, shape and dtype of every
-    tensor, names that share one tensor, and the hash of the tensor file: a pair of files that do
-    not belong together is refused by :func:`load_compact`. Each file is written whole or not at
-    all.
+    tensor, names that share one tensor, and the tensor file with its hash: a pair of files that do
+    not belong together is refused by :func:`load_compact`. The tensor file is named by its hash,
+    and the manifest is written after it: at any time the folder holds the earlier save or the new
+    one. At last the tensor file of the earlier manifest is removed.
 
     Args:
         small: a model from :func:`compact`, trained on or not.
-        folder: made if missing; files of an earlier save in it are replaced.
-        format: ``"safetensors"`` (``model.safetensors``) or ``"state_dict"`` (``model.pt``, read
-            with ``weights_only=True``).
+        folder: made if missing; an earlier save in it is replaced, other files stay.
+        format: ``"safetensors"`` (``model-<hash>.safetensors``) or ``"state_dict"``
+            (``model-<hash>.pt``, read with ``weights_only=True``).
 
     Raises:
-        TypeError: ``small`` is not a module, or its state_dict holds other things than tensors.
+        TypeError: ``small`` is not a module, or its state_dict holds other things than its
+            parameters and buffers, such as extra state.
         ValueError: another format, or a model that still has gates.
         ImportError: ``"safetensors"`` without that package.
     """
     check_plain("save_compact", small)
     if format not in _FORMATS:
         raise ValueError(f"save_compact: expected format among {list(_FORMATS)}, got {format!r}")
-    file_name, dump, _ = _FORMATS[format]
-    state: dict[str, Any] = small.state_dict(keep_vars=True)
-    strange = [name for name, value in state.items() if not isinstance(value, Tensor)]
-    if strange:
-        raise TypeError(f"save_compact: expected tensors only in the state_dict, got {strange}")
+    suffix, dump, _ = _FORMATS[format]
+    state = _own_state(small)
     tied = _tied(state)
     own = {name: t.detach() for name, t in state.items() if name not in tied}
     # Contiguous copies: a view would bring all of its storage along.
     content = dump(
         {name: t.cpu().clone(memory_format=torch.contiguous_format) for name, t in own.items()}
     )
+    digest = hashlib.sha256(content).hexdigest()
     manifest = {
         "format_version": FORMAT_VERSION,
         "l0kernels": __version__,
-        "file": file_name,
-        "sha256": hashlib.sha256(content).hexdigest(),
+        "file": f"model-{digest[:12]}{suffix}",
+        "sha256": digest,
         "modules": _widths(small),
         "tensors": {name: _describe(t) for name, t in own.items()},
         "tied": tied,
     }
-    text = json.dumps(manifest, indent=1).encode()
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / file_name, lambda file: file.write(content))
-    write_whole(folder / MANIFEST, lambda file: file.write(text))
+    _write(Path(folder), content, manifest)
 
 
 def load_compact(model: nn.Module, folder: str | Path) -> nn.Module:
@@ -101,14 +98,54 @@ def load_compact(model: nn.Module, folder: str | Path) -> nn.Module:
     modules = _check_modules(model, manifest["modules"])
     state: dict[str, Tensor] = model.state_dict(keep_vars=True)
     _check_state(state, tensors, _new_shapes(model, modules))
+    _check_ties(state, manifest["tied"])
+    new = {}
+    with torch.inference_mode(False):  # else they could not train
+        for name, target in state.items():
+            layout = LAYOUTS[_entry(manifest, name)["channels_last"]]
+            new[name] = tensors[name].to(target, copy=True, memory_format=layout)
     for name, (inputs, outputs) in modules.items():
         module = model.get_submodule(name)
         _gated(module).resize(module, inputs, outputs)  # pyright: ignore[reportArgumentType]
-    for name, target in state.items():
-        layout = LAYOUTS[_entry(manifest, name)["channels_last"]]
+    for name, tensor in new.items():
         # .data rather than a new parameter: tied names and an optimizer's references stay.
-        target.data = tensors[name].to(target, copy=True, memory_format=layout)
+        state[name].data = tensor
     return model
+
+
+def _own_state(small: nn.Module) -> dict[str, Tensor]:
+    state: dict[str, Any] = small.state_dict(keep_vars=True)
+    own = {id(t) for t in (*small.parameters(), *small.buffers())}
+    strange = [name for name, value in state.items() if id(value) not in own]
+    if strange:
+        raise TypeError(
+            f"save_compact: expected parameters and buffers only in the state_dict, got {strange}"
+        )
+    return state
+
+
+def _write(folder: Path, content: bytes, manifest: dict[str, Any]) -> None:
+    """Write the tensor file, then the manifest, then remove the tensor file of the old one."""
+    text = json.dumps(manifest, indent=1).encode()
+    folder.mkdir(parents=True, exist_ok=True)
+    new, old = manifest["file"], _earlier_file(folder / MANIFEST)
+    write_whole(folder / new, lambda file: file.write(content))
+    try:
+        write_whole(folder / MANIFEST, lambda file: file.write(text))
+    except BaseException:
+        if new != old:
+            (folder / new).unlink(missing_ok=True)
+        raise
+    if old is not None and old != new:
+        (folder / old).unlink(missing_ok=True)
+
+
+def _earlier_file(manifest: Path) -> str | None:
+    """The tensor file that a manifest names, or None if there is none that can be trusted."""
+    try:
+        return _read_manifest(manifest)["file"]
+    except (OSError, ValueError):
+        return None
 
 
 def _dump_state_dict(tensors: dict[str, Tensor]) -> bytes:
@@ -143,10 +180,11 @@ def _parse_safetensors(content: bytes) -> dict[str, Tensor]:
 _Dump = Callable[[dict[str, Tensor]], bytes]
 _Parse = Callable[[bytes], dict[str, Tensor]]
 _FORMATS: dict[str, tuple[str, _Dump, _Parse]] = {
-    "safetensors": ("model.safetensors", _dump_safetensors, _parse_safetensors),
-    "state_dict": ("model.pt", _dump_state_dict, _parse_state_dict),
+    "safetensors": (".safetensors", _dump_safetensors, _parse_safetensors),
+    "state_dict": (".pt", _dump_state_dict, _parse_state_dict),
 }
-_PARSERS = {file_name: parse for file_name, _, parse in _FORMATS.values()}
+_PARSERS = {suffix: parse for suffix, _, parse in _FORMATS.values()}
+_FILE_NAME = re.compile(r"model-[0-9a-f]{12}\.(safetensors|pt)")
 
 
 def _tied(state: dict[str, Tensor]) -> dict[str, str]:
@@ -218,11 +256,19 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         _check_kinds(f"{path}: module {name!r}", entry, _MODULE_KINDS)
     for name, entry in manifest["tensors"].items():
         _check_kinds(f"{path}: tensor {name!r}", entry, _TENSOR_KINDS)
+        if entry["channels_last"] and len(entry["shape"]) != 4:
+            raise ValueError(
+                f"{path}: tensor {name!r}: expected 4 dimensions for channels_last, "
+                f"got shape {entry['shape']}"
+            )
     for name, first in manifest["tied"].items():
-        if first not in manifest["tensors"]:
+        if not isinstance(first, str) or first not in manifest["tensors"]:
             raise ValueError(f"{path}: expected {name!r} tied to a tensor, got {first!r}")
-    if manifest["file"] not in _PARSERS:
-        raise ValueError(f"{path}: expected file among {list(_PARSERS)}, got {manifest['file']!r}")
+    if not _FILE_NAME.fullmatch(manifest["file"]):
+        raise ValueError(
+            f"{path}: expected file as model-<12 hexadecimal digits> with a suffix among "
+            f"{list(_PARSERS)}, got {manifest['file']!r}"
+        )
     return manifest
 
 
@@ -242,7 +288,7 @@ def _read_tensors(folder: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
             f"{path}: expected the file with sha256 {manifest['sha256']}, got {digest}: it is "
             f"damaged or of another save"
         )
-    tensors = _PARSERS[manifest["file"]](content)
+    tensors = _PARSERS[path.suffix](content)
     stored = {name: _signature(_describe(t)) for name, t in tensors.items()}
     listed = {name: _signature(entry) for name, entry in manifest["tensors"].items()}
     for name in sorted(set(stored) | set(listed)):
@@ -322,4 +368,14 @@ def _check_state(
             raise ValueError(
                 f"load_compact: tensor {name!r}: expected shape {expected} for this model, "
                 f"got {tuple(tensors[name].shape)}"
+            )
+
+
+def _check_ties(state: dict[str, Tensor], saved: dict[str, str]) -> None:
+    """Names that are one tensor in the model must be one in the file: it can hold but one value."""
+    for name, first in _tied(state).items():
+        if saved.get(name, name) != saved.get(first, first):
+            raise ValueError(
+                f"load_compact: expected {name!r} and {first!r}, one tensor in this model, to be "
+                f"one in the file, got two"
             )

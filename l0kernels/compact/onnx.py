@@ -149,5 +149,8 @@ def _difference(expected: list[Tensor], got: list[Tensor]) -> float:
     shapes = [[tuple(t.shape) for t in outputs] for outputs in (expected, got)]
     if shapes[0] != shapes[1]:
         raise RuntimeError(f"export_onnx: expected outputs of shapes {shapes[0]}, got {shapes[1]}")
-    named = [{f"output {i}": t for i, t in enumerate(outputs)} for outputs in (expected, got)]
-    return worst_difference(*named)[0]
+    return worst_difference(_named(expected), _named(got))[0]
+
+
+def _named(outputs: list[Tensor]) -> dict[str, Tensor]:
+    return {f"output {i}": t for i, t in enumerate(outputs)}

@@ -4,9 +4,10 @@
 import copy
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 import l0kernels as l0
 from l0kernels.bench import zoo
+from l0kernels.compact import files
 
 pytest.importorskip("safetensors", reason="needs the extra export")
 FORMATS = ["safetensors", "state_dict"]
@@ -145,8 +147,18 @@ def test_the_manifest_tells_widths_shapes_and_ties(folder, small):
     weight = manifest["tensors"]["b.weight"]
     assert weight["shape"] == list(small.b.weight.shape) and weight["dtype"] == "float32"
     assert manifest["tied"] == {"out.weight": "embed.weight"}
-    files = {path.name for path in folder.iterdir()}
-    assert files == {"manifest.json", manifest["file"]}
+    assert names_in(folder) == {"manifest.json", manifest["file"]}
+    digest = hashlib.sha256(tensor_file(folder).read_bytes()).hexdigest()
+    assert manifest["sha256"] == digest
+    assert manifest["file"].startswith(f"model-{digest[:12]}.")
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def tensor_file(folder: Path) -> Path:
+    return folder / json.loads((folder / "manifest.json").read_text())["file"]
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -164,7 +176,7 @@ def replace_tensors(folder: Path, name: str, tensor: Tensor) -> None:
     """Other tensors under a hash that is right for them."""
     from safetensors.torch import load_file, save_file
 
-    path = folder / "model.safetensors"
+    path = tensor_file(folder)
     save_file(load_file(path) | {name: tensor}, path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     edit(folder, lambda m: m.update(sha256=digest))
@@ -187,15 +199,31 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         "module 'a': expected outputs of type int, got '9'",
     ),
     "other file": (
-        lambda f: edit(f, lambda m: m.update(file="../model.pt")),
-        "expected file among",
+        lambda f: edit(f, lambda m: m.update(file="../model-0123456789ab.pt")),
+        "expected file as model-<12 hexadecimal digits> .* got '../model-0123456789ab.pt'",
+    ),
+    "file of another kind": (
+        lambda f: edit(f, lambda m: m.update(file="model-0123456789ab.pkl")),
+        r"with a suffix among \['.safetensors', '.pt'\], got 'model-0123456789ab.pkl'",
     ),
     "tied to nothing": (
         lambda f: edit(f, lambda m: m["tied"].update({"out.weight": "gone"})),
         "expected 'out.weight' tied to a tensor, got 'gone'",
     ),
+    "tied to a list": (
+        lambda f: edit(f, lambda m: m["tied"].update({"out.weight": ["embed.weight"]})),
+        r"expected 'out.weight' tied to a tensor, got \['embed.weight'\]",
+    ),
+    "channels_last of a vector": (
+        lambda f: edit(f, lambda m: m["tensors"]["fc.bias"].update(channels_last=True)),
+        r"tensor 'fc.bias': expected 4 dimensions for channels_last, got shape \[3\]",
+    ),
+    "channels_last of a matrix": (
+        lambda f: edit(f, lambda m: m["tensors"]["fc.weight"].update(channels_last=True)),
+        r"tensor 'fc.weight': expected 4 dimensions for channels_last, got shape \[3, 6\]",
+    ),
     "truncated tensors": (
-        lambda f: truncate(f / "model.safetensors"),
+        lambda f: truncate(tensor_file(f)),
         "it is damaged or of another save",
     ),
     "shape beside the manifest": (
@@ -256,7 +284,7 @@ def test_damage_is_refused_and_the_model_untouched(name, small, tmp_path):
 
 def test_a_truncated_state_dict_is_refused(small, tmp_path):
     l0.save_compact(small, tmp_path, "state_dict")
-    truncate(tmp_path / "model.pt")
+    truncate(tensor_file(tmp_path))
     assert_refused(fresh(), tmp_path, ValueError, "it is damaged or of another save")
 
 
@@ -265,15 +293,17 @@ def test_files_of_two_saves_are_refused(small, tmp_path):
     with torch.no_grad():
         small.fc.bias.add_(1)
     l0.save_compact(small, tmp_path / "two")
+    tensor_file(tmp_path / "one").replace(tensor_file(tmp_path / "two"))
+    assert_refused(fresh(), tmp_path / "two", ValueError, "of another save")
     (tmp_path / "two" / "manifest.json").replace(tmp_path / "one" / "manifest.json")
-    assert_refused(fresh(), tmp_path / "one", ValueError, "of another save")
+    assert_refused(fresh(), tmp_path / "one", FileNotFoundError, r"model-.*\.safetensors")
 
 
 def test_missing_files(small, tmp_path):
     assert_refused(fresh(), tmp_path, FileNotFoundError, "manifest.json")
     l0.save_compact(small, tmp_path)
-    (tmp_path / "model.safetensors").unlink()
-    assert_refused(fresh(), tmp_path, FileNotFoundError, "model.safetensors")
+    tensor_file(tmp_path).unlink()
+    assert_refused(fresh(), tmp_path, FileNotFoundError, r"model-.*\.safetensors")
 
 
 class Narrow(Net):
@@ -312,6 +342,45 @@ def test_an_untied_model_takes_tied_tensors_as_two(folder, small):
     assert model.out.weight.data_ptr() != model.embed.weight.data_ptr()
 
 
+def test_a_tied_model_takes_no_untied_tensors(small, tmp_path):
+    small.out.weight = nn.Parameter(small.embed.weight + 1)
+    l0.save_compact(small, tmp_path)
+    message = "'out.weight' and 'embed.weight', one tensor in this model, to be one in the file"
+    assert_refused(fresh(), tmp_path, ValueError, message)
+    model = fresh()
+    model.out.weight = nn.Parameter(torch.zeros(5, 3))
+    assert torch.equal(l0.load_compact(model, tmp_path)(X), small(X))
+
+
+class Thrice(nn.Module):
+    """One tensor under three names, the first of which is another one in the saved model."""
+
+    def __init__(self, names: str) -> None:
+        super().__init__()
+        tensors = {name: nn.Parameter(torch.randn(2)) for name in set(names)}
+        for attribute, name in zip("abc", names, strict=True):
+            setattr(self, attribute, tensors[name])
+
+
+@pytest.mark.parametrize("names", ["xxy", "xyx", "yxx"])
+def test_all_names_of_a_tensor_have_to_be_tied(names, tmp_path):
+    l0.save_compact(Thrice(names), tmp_path)
+    assert_refused(Thrice("xxx"), tmp_path, ValueError, "one tensor in this model")
+    saved, loaded = Thrice(names), Thrice(names)
+    l0.save_compact(saved, tmp_path)
+    l0.load_compact(loaded, tmp_path)
+    assert all(torch.equal(getattr(loaded, n), getattr(saved, n)) for n in "abc")
+
+
+def test_loading_in_inference_mode_gives_a_model_that_trains(folder, small):
+    model = fresh()
+    with torch.inference_mode():
+        l0.load_compact(model, folder)
+    assert torch.equal(model(X), small(X))
+    model(X).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 def test_bad_arguments(small, tmp_path):
     with pytest.raises(ValueError, match=r"expected format among \['safetensors', 'state_dict'\]"):
         l0.save_compact(small, tmp_path, "pickle")
@@ -322,21 +391,41 @@ def test_bad_arguments(small, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-class Counter(nn.Linear):
-    def get_extra_state(self) -> int:
-        return 3
+class WithExtraState(nn.Linear):
+    def __init__(self, extra: object) -> None:
+        super().__init__(2, 2)
+        self.extra = extra
 
-    def set_extra_state(self, state: int) -> None:
+    def get_extra_state(self) -> Any:
+        return self.extra
+
+    def set_extra_state(self, state: object) -> None:
         pass
 
 
-def test_other_things_than_tensors_are_refused(tmp_path):
-    with pytest.raises(TypeError, match=r"tensors only in the state_dict, got \['_extra_state'\]"):
-        l0.save_compact(Counter(2, 2), tmp_path)
+@pytest.mark.parametrize("extra", [3, torch.tensor(5.0)], ids=["number", "tensor"])
+def test_extra_state_is_refused_and_nothing_written(extra, tmp_path):
+    message = r"parameters and buffers only in the state_dict, got \['1._extra_state'\]"
+    model = nn.Sequential(nn.Linear(2, 2), WithExtraState(extra))
+    with pytest.raises(TypeError, match=message):
+        l0.save_compact(model, tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensors_that_a_hook_makes_are_refused(tmp_path):
+    model = nn.Linear(2, 2)
+
+    def double(module: nn.Module, state: dict[str, Tensor], *rest: object) -> None:
+        state["weight"] = state["weight"] * 2
+
+    model.register_state_dict_post_hook(double)
+    with pytest.raises(TypeError, match=r"got \['weight'\]"):
+        l0.save_compact(model, tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_safetensors_the_message_names_the_extra(small, folder, tmp_path, monkeypatch):
-    is_state_dict = (folder / "model.pt").exists()
+    is_state_dict = tensor_file(folder).suffix == ".pt"
     monkeypatch.setitem(__import__("sys").modules, "safetensors.torch", None)
     with pytest.raises(ImportError, match=r"pip install 'l0kernels\[export\]'.*state_dict"):
         l0.save_compact(small, tmp_path / "new")
@@ -347,16 +436,93 @@ def test_without_safetensors_the_message_names_the_extra(small, folder, tmp_path
         assert_refused(fresh(), folder, ImportError, r"l0kernels\[export\]")
 
 
-def test_a_failing_write_leaves_the_old_files(small, tmp_path, monkeypatch):
-    l0.save_compact(small, tmp_path)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+def change(small: nn.Module) -> Tensor:
+    """Other weights, and what they give."""
     with torch.no_grad():
         small.fc.bias.add_(1)
+        return small(X)
 
-    def refuse(*args: object) -> None:
-        raise OSError("no space")
 
-    monkeypatch.setattr("os.replace", refuse)
+@pytest.mark.parametrize("first", FORMATS)
+@pytest.mark.parametrize("second", FORMATS)
+def test_a_second_save_replaces_the_first(first, second, small, tmp_path):
+    l0.save_compact(small, tmp_path, first)
+    bystanders = {"model.pt", "model-0123456789ab.pt", "notes.txt"}
+    for name in bystanders:
+        (tmp_path / name).write_text("mine")
+    old, expected = tensor_file(tmp_path), change(small)
+    l0.save_compact(small, tmp_path, second)
+    assert not old.exists()
+    assert names_in(tmp_path) == bystanders | {"manifest.json", tensor_file(tmp_path).name}
+    assert torch.equal(l0.load_compact(fresh(), tmp_path)(X), expected)
+
+
+def test_the_same_model_saved_twice_stays(small, tmp_path):
+    l0.save_compact(small, tmp_path)
+    before = names_in(tmp_path)
+    l0.save_compact(small, tmp_path)
+    assert names_in(tmp_path) == before
+    assert torch.equal(l0.load_compact(fresh(), tmp_path)(X), small(X))
+
+
+@pytest.mark.parametrize(
+    "manifest", ["{", "[]", '{"format_version": 1, "file": "../model-0123456789ab.pt"}']
+)
+def test_a_manifest_that_is_not_ours_removes_nothing(manifest, small, tmp_path):
+    victim = tmp_path / "model-0123456789ab.pt"
+    victim.write_text("mine")
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    (folder / "manifest.json").write_text(manifest)
+    l0.save_compact(small, folder)
+    assert victim.read_text() == "mine"
+    assert torch.equal(l0.load_compact(fresh(), folder)(X), small(X))
+
+
+@pytest.mark.parametrize("step", [0, 1], ids=["tensors", "manifest"])
+@pytest.mark.parametrize("changed", [True, False])
+def test_a_failing_write_leaves_the_old_files(step, changed, small, tmp_path, monkeypatch):
+    l0.save_compact(small, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    if changed:
+        change(small)
+    replace, steps = os.replace, iter(range(2))
+
+    def fail_at_step(*args: Any) -> None:
+        if next(steps) == step:
+            raise OSError("no space")
+        replace(*args)
+
+    monkeypatch.setattr("os.replace", fail_at_step)
     with pytest.raises(OSError, match="no space"):
         l0.save_compact(small, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+class Crash(BaseException):
+    """The process ends: nothing is cleaned up after it."""
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("step", ["tensors", "manifest", "removal"])
+def test_a_crash_leaves_a_whole_save(step, format, small, tmp_path, monkeypatch):
+    l0.save_compact(small, tmp_path)
+    old, new = small(X), change(small)
+    write_whole = files.write_whole
+
+    def crash(*args: object, **kwargs: object) -> None:
+        monkeypatch.setattr(Path, "unlink", lambda *args, **kwargs: None)
+        raise Crash
+
+    def write(path: Path, content: Callable[[BinaryIO], object]) -> None:
+        if step == ("manifest" if path.name == "manifest.json" else "tensors"):
+            crash()
+        write_whole(path, content)
+        if step == "removal" and path.name == "manifest.json":
+            monkeypatch.setattr(Path, "unlink", crash)
+
+    monkeypatch.setattr(files, "write_whole", write)
+    with pytest.raises(Crash):
+        l0.save_compact(small, tmp_path, format)
+    found = l0.load_compact(fresh(), tmp_path)(X)
+    assert torch.equal(found, new if step == "removal" else old)
