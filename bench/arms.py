@@ -166,7 +166,11 @@ def oracle_arm(task: Task, net: nn.Module) -> Arm:
 
 
 class Oracle:
-    """The network rebuilt, outside the clock, at the widths that each step's draw leaves open.
+    """The network rebuilt, outside the clock, at the widths that each round's draw leaves open.
+
+    It stands for a network that is built once and trained for long, so it is warmed up. Rebuild it
+    after ours has taken its step at these widths: oneDNN keeps what it prepares for a shape for the
+    whole process, and the warm-up would prepare everything for ours.
 
     Args:
         task: the network and device.
@@ -183,7 +187,10 @@ class Oracle:
         self.arm: Arm | None = None
 
     def next_widths(self) -> list[int]:
-        """Open units per group in the next draw: draws depend on seed and step only."""
+        """Open units per group in the draw of the next round.
+
+        It depends on seed and step only, so ours need not run.
+        """
         self.drawn += 1
         ends = torch.tensor([0, *self.sizes]).cumsum(0)
         units = torch.arange(len(self.log_alpha))
@@ -195,7 +202,7 @@ class Oracle:
         return drawn[2].counts.tolist()
 
     def rebuild(self) -> None:
-        """Build the network of the next draw and warm it up."""
+        """Build the network of the next round's draw and warm it up."""
         self.arm = None
         gc.collect()
         torch.manual_seed(self.task.seed)

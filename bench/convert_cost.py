@@ -1,24 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time and memory of converting a network of the zoo, in a process of its own."""
+"""Memory of converting a network of the zoo, measured in a process of its own."""
 
 from __future__ import annotations
 
 import copy
+import ctypes
 import gc
 import json
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import zoo
-from .zoo_arms import convert, in_channels_last
+from .oracle import cast
+from .zoo_arms import convert, in_format
 
 CHECK_BATCH = 2
+PROMPT_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 18), "MALLOC_TRIM_THRESHOLD_": str(1 << 18)}
 
 
 def settled(entry: zoo.Entry, size: zoo.Size) -> nn.Module:
@@ -30,41 +32,60 @@ def settled(entry: zoo.Entry, size: zoo.Size) -> nn.Module:
     return net
 
 
-def convert_elsewhere(name: str, size: zoo.Size) -> dict[str, Any]:
-    """Run `convert_here` in a new process, where nothing else has used memory.
+def warm_up() -> None:
+    """Convert a tiny network: what libraries load and prepare once is no cost of another one."""
+    tiny = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(16, 2))
+    convert(tiny, (torch.randn(2, 3, 6, 6),))
+
+
+def growth_elsewhere(name: str, size: zoo.Size) -> int | None:
+    """Run `growth` in a new process whose resident memory follows what is in use.
+
+    Freed blocks of 256 KiB and more go back to the system at once there (glibc keeps larger ones
+    by and by), so that `convert` cannot reuse unseen what building the network has left behind.
+    It costs time; nothing is timed in that process.
 
     Raises:
         RuntimeError: it failed.
     """
     command = [sys.executable, "-m", "l0kernels.bench.convert_cost", name, size]
     threads = str(torch.get_num_threads())
-    done = subprocess.run([*command, threads], capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, threads], capture_output=True, text=True, env={**os.environ, **PROMPT_MALLOC}
+    )
     if done.returncode:
         told = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise RuntimeError(f"convert: {told[-1]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def convert_here(name: str, size: zoo.Size) -> dict[str, Any]:
-    """Return seconds of `convert` and by how many bytes resident memory grew at its peak.
+def growth(name: str, size: zoo.Size) -> int | None:
+    """Return by how many bytes resident memory grows, at its peak, while `convert` runs.
 
-    The bytes are None where the system does not tell (it is read from Linux's /proc: the peak
-    that getrusage gives includes that of the parent process).
+    The heap is trimmed before, where the C library can do it: memory that the forwards of
+    `settled` have freed counts when `convert` takes it.
+
+    None where the system does not tell (it is read from Linux's /proc: the peak that getrusage
+    gives includes that of the parent process).
     """
-    warm = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(16, 2))
-    convert(warm, (torch.randn(2, 3, 6, 6),))
-    entry = zoo.entry(name)
-    net = in_channels_last(settled(entry, size))
-    inputs = entry.example(size, CHECK_BATCH)
+    warm_up()
+    net = in_format(settled(zoo.entry(name), size), "NHWC")
+    inputs = zoo.entry(name).example(size, CHECK_BATCH)
     gc.collect()
+    trim_heap()
     reset_peak()
     before = resident("VmRSS")
-    start = time.perf_counter()
     convert(net, inputs)
-    seconds = time.perf_counter() - start
     peak = resident("VmHWM")
-    grown = None if before is None or peak is None else max(0, peak - before)
-    return {"seconds": seconds, "bytes": grown}
+    return None if before is None or peak is None else max(0, peak - before)
+
+
+def trim_heap() -> None:
+    """Give freed memory back to the system, where the C library can: glibc."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def resident(field_name: str) -> int | None:
@@ -85,13 +106,22 @@ def reset_peak() -> None:
         return  # the peak so far is that of building the network, hardly above the network itself
 
 
+def bytes_needed(net: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype) -> int:
+    """Return the bytes of a network and its activations in one training forward, in a dtype."""
+    net = copy.deepcopy(net).to(dtype)
+    return bytes_of_state(net) + bytes_of_activations(net, cast(inputs, dtype))
+
+
 def bytes_of_state(net: nn.Module) -> int:
     """Return the bytes of parameters and buffers."""
     return sum(t.numel() * t.element_size() for t in (*net.parameters(), *net.buffers()))
 
 
 def bytes_of_activations(net: nn.Module, inputs: tuple[Tensor, ...]) -> int:
-    """Return the bytes that autograd saves in a forward, without parameters and buffers."""
+    """Return the bytes that autograd saves in a forward, without parameters and buffers.
+
+    Running statistics move with the forward.
+    """
     own = {t.untyped_storage().data_ptr() for t in (*net.parameters(), *net.buffers())}
     saved: dict[int, int] = {}
 
@@ -101,14 +131,12 @@ def bytes_of_activations(net: nn.Module, inputs: tuple[Tensor, ...]) -> int:
             saved[storage.data_ptr()] = storage.nbytes()
         return t
 
-    twin = copy.deepcopy(net)
-    own |= {t.untyped_storage().data_ptr() for t in (*twin.parameters(), *twin.buffers())}
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        outputs = twin(*inputs)  # kept: freed memory could be given to another activation
+        outputs = net(*inputs)  # kept: freed memory could be given to another activation
     del outputs
     return sum(saved.values())
 
 
 if __name__ == "__main__":
     torch.set_num_threads(int(sys.argv[3]))
-    print(json.dumps(convert_here(sys.argv[1], zoo.SIZES[sys.argv[2]])))
+    print(json.dumps(growth(sys.argv[1], zoo.SIZES[sys.argv[2]])))

@@ -8,7 +8,9 @@ import csv
 import gc
 import io
 import json
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -25,42 +27,39 @@ from l0kernels.gates import Gates
 from l0kernels.training import gates_of
 
 from . import oracle, zoo
-from .arms import Arm
 from .convert_cost import (
     CHECK_BATCH,
-    bytes_of_activations,
-    bytes_of_state,
-    convert_elsewhere,
+    bytes_needed,
+    growth_elsewhere,
     settled,
+    warm_up,
 )
 from .timing import Spread, environment, interleave, paired, require_passive_wait
-from .zoo_arms import (
-    Oracle,
-    best_masked,
-    convert,
-    in_channels_last,
-    masked_arm,
-    masked_formats,
-    our_arm,
-)
+from .zoo_arms import best_masked, best_oracle, convert, formats_of, in_format, our_arm
 
 TOLERANCE = 1e-9  # of fp64 comparisons
 ROUNDING = 1e-5  # relative difference of two fp32 logits that rounding can put in another order
+AT_ONCE = 256  # output positions of one batch whose largest class is compared
 CLOSED_BELOW = -2.3978952727983707  # log alpha at which the deterministic gate becomes 0: -ln 11
 CONTENT = """\
-Convert: seconds and peak growth of resident memory in a process of its own, in MB and relative to
-the model (parameters and buffers) plus its activations (what autograd saves in one fp32 training
-forward of the same inputs); libraries are warmed up by converting a tiny network before. Packed
-error: largest relative difference in outputs, gradients and buffers from a plain copy with hooks,
-in fp64, over all draws in training mode and a tenth as many in eval mode. Compact error: outputs of
-`l0.compact` against that copy in eval mode with about half of the gates closed, in fp64. Argmax
-equal: largest class, compact against masked, in fp32, over so many output positions. ONNX: largest
-difference of onnxruntime from the compact network. Step: gate draw + penalty + forward + backward +
-optimizer at half open, gates redrawn every step. S = masked / ours, masked being the faster of
-default and channels_last format, with one flat draw and one multiplication per reading layer; ours
-and the oracle run in channels_last. R = ours / oracle, the oracle being the plain network rebuilt
-before every round, outside the clock, at the units that ours draws in that round. Medians of ratios
-paired round by round, quartiles in brackets."""
+Convert: seconds, a tiny network having been converted before to warm up libraries; peak growth of
+resident memory in a process of its own whose heap is trimmed, in MB and relative to the model
+(parameters and buffers) plus its activations (what autograd saves in one training forward of the
+same inputs), once with both in fp32 and once in fp64, which the self-check runs in. Packed error:
+largest difference in outputs, gradients and buffers from a plain copy with hooks, in fp64, over all
+draws in training mode and a tenth as many in eval mode; relative to the largest element of each
+tensor, but of a gradient at least to 1e-3 of the largest gradient of all, and of a running mean to
+the largest standard deviation. Compact error: outputs of `l0.compact` against that copy in eval
+mode with about half of the gates closed, in fp64. Equal predictions: largest class, compact against
+masked, in fp32, at every output position (token, pixel or output) of so many random examples. ONNX:
+largest difference of onnxruntime from the compact network. Step: gate draw + penalty + forward +
+backward + optimizer at half open, gates redrawn every step. S = masked / ours, masked with one flat
+draw and one multiplication per reading layer. R = ours / oracle, the oracle being the plain network
+at the units that ours draws in a round. Ours runs in NHWC (channels_last), masked and oracle in the
+format that was faster in rounds before. Masked and ours take turns in being first; the oracle ends
+the round, rebuilt and warmed up outside the clock after ours has run, so that ours pays for what
+oneDNN prepares at widths it has not met, as in training. Medians of ratios paired round by round,
+quartiles in brackets. Elapsed: everything in the row, untimed parts included."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class Setting:
     Args:
         only: names of networks, empty for all.
         draws: gate draws compared in training mode.
-        inputs: output positions whose largest class is compared.
+        inputs: output positions, at least, whose largest class is compared.
         rounds: timed rounds.
         warmup: untimed rounds before them.
         size: "full", or "small" to see quickly that everything runs.
@@ -91,7 +90,8 @@ QUICK = Setting(draws=3, inputs=64, rounds=2, warmup=0, size="small")
 class Row:
     """The figures of one network; None where a stage did not get that far.
 
-    `times` holds milliseconds per arm and round, `error` what went wrong.
+    `times` holds milliseconds per arm and round, `stages` seconds of everything that was done,
+    `error` what went wrong.
     """
 
     name: str
@@ -102,16 +102,22 @@ class Row:
     convert_seconds: float | None = None
     convert_mb: float | None = None
     convert_memory: float | None = None
+    convert_memory_fp64: float | None = None
     packed_error: float | None = None
     compact_error: float | None = None
-    argmax_equal: int | None = None
-    argmax_of: int | None = None
-    argmax_gap: float | None = None
+    equal_predictions: int | None = None
+    positions: int | None = None
+    examples: int | None = None
+    prediction_gap: float | None = None
     onnx_error: float | None = None
     step_ms: float | None = None
     speedup: Spread | None = None
     oracle_ratio: Spread | None = None
+    masked_format: str | None = None
+    oracle_format: str | None = None
+    elapsed: float = 0.0
     times: dict[str, list[float]] = field(default_factory=dict)
+    stages: dict[str, float] = field(default_factory=dict)
     skipped: str | None = None
     error: str | None = None
 
@@ -146,7 +152,7 @@ class Subject:
     def __init__(self, entry: zoo.Entry, setting: Setting, row: Row):
         self.entry, self.setting, self.row = entry, setting, row
         self.inputs = entry.example(setting.size, CHECK_BATCH)
-        self.plain = in_channels_last(settled(entry, setting.size))
+        self.plain = in_format(settled(entry, setting.size), "NHWC")
         self.twins: oracle.Twins | None = None
         self.small: nn.Module | None = None
         row.parameters = sum(p.numel() for p in self.plain.parameters())
@@ -165,13 +171,12 @@ class Subject:
 
     def convert(self) -> None:
         row = self.row
-        measured = convert_elsewhere(self.entry.name, self.setting.size)
-        row.convert_seconds = measured["seconds"]
-        needs = bytes_of_state(self.plain) + bytes_of_activations(self.plain, self.inputs)
-        if measured["bytes"] is not None:
-            row.convert_mb = measured["bytes"] / 1e6
-            row.convert_memory = measured["bytes"] / needs
-        packed = convert(copy.deepcopy(self.plain), self.inputs)
+        self.measure_memory()
+        warm_up()
+        packed = copy.deepcopy(self.plain)
+        start = time.perf_counter()
+        convert(packed, self.inputs)
+        row.convert_seconds = time.perf_counter() - start
         self.twins = oracle.twins(packed, self.plain, self.inputs)
         gates = gates_of(packed)
         row.groups, row.units = len(gates.names), gates.count
@@ -179,6 +184,17 @@ class Subject:
         if sorted(found) != sorted(wanted):
             other = sorted(set(found) ^ set(wanted))
             raise RuntimeError(f"expected other groups than convert found; in one only: {other}")
+
+    def measure_memory(self) -> None:
+        grown = growth_elsewhere(self.entry.name, self.setting.size)
+        if grown is not None:
+            single, double = (
+                bytes_needed(self.plain, self.inputs, dtype)
+                for dtype in (torch.float32, torch.float64)
+            )
+            self.row.convert_mb = grown / 1e6
+            self.row.convert_memory = grown / single
+            self.row.convert_memory_fp64 = grown / double
 
     def compare_packed(self) -> None:
         exact = self.converted().to(torch.float64)
@@ -217,24 +233,24 @@ class Subject:
     @torch.no_grad()
     def count_equal_predictions(self, twins: oracle.Twins, small: nn.Module) -> None:
         """Compare the largest class; where it differs, keep how close the two classes are."""
-        entry, wanted = self.entry, self.setting.inputs
-        z = gates_of(twins.packed).deterministic()
-        equal = seen = 0
-        gap = 0.0
-        for seed in range(wanted):
-            inputs = in_channels_last(entry.example(self.setting.size, entry.batch, seed + 1))
-            with twins.masking(z):
-                masked = twins.plain(*inputs)
-            ours = small(*inputs)
-            same = entry.predictions(masked) == entry.predictions(ours)
-            same = same[: wanted - seen]
-            equal, seen = equal + int(same.sum()), seen + len(same)
-            if not same.all():
-                gap = max(gap, prediction_gap(entry, masked, ours))
-            if seen == wanted:
-                break
-        self.row.argmax_equal, self.row.argmax_of, self.row.argmax_gap = equal, seen, gap
-        require("logits whose order differs", gap, ROUNDING)
+        entry, row, size = self.entry, self.row, self.setting.size
+        each = len(entry.predictions(small(*in_format(entry.example(size, 1), "NHWC"))))
+        row.examples, batch = -(-self.setting.inputs // each), max(1, AT_ONCE // each)
+        row.equal_predictions = row.positions = 0
+        row.prediction_gap = 0.0
+        with twins.masking(gates_of(twins.packed).deterministic()):
+            for first in range(0, row.examples, batch):
+                count = min(batch, row.examples - first)
+                inputs = in_format(entry.example(size, count, seed=first + 1), "NHWC")
+                masked, ours = twins.plain(*inputs), small(*inputs)
+                same = entry.predictions(masked) == entry.predictions(ours)
+                row.equal_predictions += int(same.sum())
+                row.positions += len(same)
+                if not same.all():
+                    row.prediction_gap = max(
+                        row.prediction_gap, prediction_gap(entry, masked, ours)
+                    )
+        require("logits whose order differs", row.prediction_gap, ROUNDING)
 
     def export(self) -> None:
         assert self.small is not None
@@ -246,20 +262,21 @@ class Subject:
     def time_steps(self) -> None:
         twins, row, entry = self.converted(), self.row, self.entry
         inputs = entry.example(self.setting.size, row.batch)
-        ours = our_arm(entry, twins.packed, in_channels_last(inputs))
-        rebuilt = Oracle(entry, ours, in_channels_last(inputs))
-        arms: dict[str, Arm | Oracle] = {"ours": ours, "oracle": rebuilt}
-        for name, net, x in masked_formats(self.plain, inputs):
-            arms[name] = masked_arm(entry, net, twins, x)
+        ours = our_arm(entry, twins.packed, in_format(inputs, "NHWC"))
+        ours.step()  # the draw at which the oracle's formats are compared
+        masked_format, masked = best_masked(entry, twins, inputs)
+        oracle_format, rebuilt = best_oracle(entry, ours, inputs)
+        if len(formats_of(self.plain)) > 1:
+            row.masked_format, row.oracle_format = masked_format, oracle_format
         row.times = interleave(
-            {name: arm.step for name, arm in arms.items()},
+            {"masked": masked.step, "ours": ours.step, "oracle": rebuilt.step},
             self.setting.rounds,
             self.setting.warmup,
             label=entry.name,
-            before_round=rebuilt.rebuild,
+            last={"oracle": rebuilt.rebuild},
         )
         row.step_ms = median(row.times["ours"])
-        row.speedup = paired(row.times, best_masked(row.times), "ours")
+        row.speedup = paired(row.times, "masked", "ours")
         row.oracle_ratio = paired(row.times, "ours", "oracle")
 
 
@@ -316,8 +333,9 @@ def measure(setting: Setting) -> Report:
     with tqdm(total=len(chosen), desc="networks", disable=None) as bar:
         rows = []
         for entry in chosen:
-            rows.append(measure_row(entry, setting, bar))
+            rows.append(row := measure_row(entry, setting, bar))
             bar.update()
+            bar.write(f"{row.name}: {row.elapsed:.0f} s", file=sys.stderr)
     after = environment()["load_average"]
     return Report(setting, {**before, "load_average_after": after}, rows)
 
@@ -328,15 +346,18 @@ def measure_row(entry: zoo.Entry, setting: Setting, bar: Any) -> Row:
     if not entry.available():
         row.skipped = f"{entry.needs} is not installed"
         return row
-    stage = "build"
+    start, stage = time.perf_counter(), "build"
     try:
         subject = Subject(entry, setting, row)
         for stage, work in subject.stages():
             bar.set_description(f"{entry.name}: {stage}")
+            begun = time.perf_counter()
             work()
             gc.collect()
+            row.stages[stage] = time.perf_counter() - begun
     except Exception as error:  # whatever a network does wrong belongs in its row
         row.error = f"{stage}: {type(error).__name__}: {' '.join(str(error).split())}"
+    row.elapsed = time.perf_counter() - start
     return row
 
 
@@ -348,14 +369,20 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "convert [s]": lambda r: shown(r.convert_seconds, ".1f"),
     "convert [MB]": lambda r: shown(r.convert_mb, ",.0f"),
     "/ (model + activations)": lambda r: shown(r.convert_memory, ".2f"),
+    "/ the same in fp64": lambda r: shown(r.convert_memory_fp64, ".2f"),
     "packed error": lambda r: shown(r.packed_error, ".1e"),
     "compact error": lambda r: shown(r.compact_error, ".1e"),
-    "argmax equal": lambda r: "" if r.argmax_of is None else f"{r.argmax_equal} / {r.argmax_of}",
+    "equal predictions / positions (examples)": lambda r: (
+        "" if r.examples is None else f"{r.equal_predictions} / {r.positions} ({r.examples})"
+    ),
     "ONNX": lambda r: shown(r.onnx_error, ".1e"),
     "batch": lambda r: str(r.batch),
     "step [ms]": lambda r: shown(r.step_ms, ".1f"),
     "S": lambda r: shown(r.speedup, ""),
     "R": lambda r: shown(r.oracle_ratio, ""),
+    "masked format": lambda r: shown(r.masked_format, ""),
+    "oracle format": lambda r: shown(r.oracle_format, ""),
+    "elapsed [s]": lambda r: shown(r.elapsed, ".0f"),
 }
 
 
@@ -402,7 +429,7 @@ def as_csv(report: Report) -> str:
     out = io.StringIO()
     lines = csv.writer(out, lineterminator="\n")
     where = ("device", "cpu", "threads", "torch", "l0kernels", "git", "time")
-    names = [f.name for f in fields(Row) if f.name != "times"]
+    names = [f.name for f in fields(Row) if f.name not in ("times", "stages")]
     spreads = ("speedup", "oracle_ratio")
     head = [n for name in names for n in (columns_of(name) if name in spreads else [name])]
     lines.writerow(["size", *head, *where])

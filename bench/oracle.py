@@ -54,11 +54,8 @@ class Twins:
 
     def to(self, dtype: torch.dtype) -> Twins:
         """Return copies in another dtype, inputs included."""
-        cast = tree_map_only(
-            Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, self.inputs
-        )
         packed, plain = (copy.deepcopy(net).to(dtype) for net in (self.packed, self.plain))
-        return Twins(packed, plain, cast, self.reads, self.makes)
+        return Twins(packed, plain, cast(self.inputs, dtype), self.reads, self.makes)
 
     def train(self, mode: bool = True) -> None:
         """Put both networks into training or eval mode."""
@@ -151,6 +148,11 @@ def groups_of(packed: nn.Module) -> list[Gated]:
 def _has(ref: GateRef | None, where: slice) -> bool:
     maps = () if ref is None else ref.maps
     return any(bool(((m >= where.start) & (m < where.stop)).any()) for m in maps)
+
+
+def cast(inputs: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+    """Return arguments with the floating tensors in a dtype."""
+    return tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, inputs)
 
 
 def _product(maps: tuple[Tensor, ...], z: Tensor) -> Tensor:

@@ -4,6 +4,7 @@
 import csv
 import io
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,14 @@ RATIOS = {
 CONTENT = (
     "A step is gate draw + penalty + forward + backward + optimizer (SGD, Nesterov momentum .9, "
     "weight decay 5e-4, torch's fused implementation for every variant); gates are redrawn every "
-    "step. The oracle is the network rebuilt before every round, outside the clock, at the widths "
-    "that ours draws in that round; oracle-rounded is built once at round(open fraction * width), "
-    "where widths are often multiples of 16, which CPU convolutions are fastest at. Neither has "
-    "gates to draw. S = masked / ours, R = ours / oracle: medians of ratios paired round by round, "
-    "quartiles in brackets."
+    "step. The oracle is the network at the widths that ours draws in a round: it ends the round, "
+    "rebuilt and warmed up outside the clock after ours has run, so that ours pays for what oneDNN "
+    "prepares at widths it has not met, as in training. oracle-rounded, after it, is built once at "
+    "round(open fraction * width), where widths are often multiples of 16, which CPU convolutions "
+    "are fastest at. Neither has gates to draw. The others take turns in being first; index-select "
+    "draws widths of its own, and it and ours prepare some of them for each other (--variants "
+    "leaves variants out). S = masked / ours, R = ours / oracle: medians of ratios paired round by "
+    "round, quartiles in brackets."
 )
 
 
@@ -127,19 +131,21 @@ def measure_row(setting: Setting, task: Task, gated: dict[str, Arm], keep: float
         arm.set_open(keep)
     before = errors(task, gated)
     drawn = int(gated["ours"].net.l0.step) if "ours" in gated else 0  # pyright: ignore
-    oracle = Oracle(task, keep, drawn) if "oracle" in setting.variants else None
     arms: dict[str, Arm | Oracle] = dict(gated)
-    if oracle is not None:
-        arms["oracle"] = oracle
+    last: dict[str, Callable[[], object]] = {}
+    if "oracle" in setting.variants:
+        arms["oracle"] = oracle = Oracle(task, keep, drawn)
+        last["oracle"] = oracle.rebuild
     if "oracle-rounded" in setting.variants:
-        arms["oracle-rounded"] = make_arm(task, "oracle-rounded", keep)
+        arms["oracle-rounded"] = rounded = make_arm(task, "oracle-rounded", keep)
+        last["oracle-rounded"] = rounded.step  # warm, as the other oracle is
     times = interleave(
         {name: arms[name].step for name in setting.variants},
         setting.rounds,
         setting.warmup,
         task.device,
         f"{setting.model} open {keep:g}",
-        oracle.rebuild if oracle else lambda: None,
+        last,
     )
     ratios = {
         name: paired(times, over, under)

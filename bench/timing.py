@@ -72,9 +72,13 @@ def interleave(
     warmup: int = 3,
     device: torch.device | str = "cpu",
     label: str = "",
-    before_round: Callable[[], object] = lambda: None,
+    last: Mapping[str, Callable[[], object]] | None = None,
 ) -> dict[str, list[float]]:
     """Time each step once per round, the starting variant moving on by one every round.
+
+    oneDNN keeps what it prepares for a shape for the whole process. A network with one set of
+    widths prepares once, one whose widths change pays at widths it has not met; so whatever runs
+    at the widths of a draw without having to pay for them belongs into `last`.
 
     Args:
         steps: variant name -> a function that does one whole step.
@@ -82,27 +86,35 @@ def interleave(
         warmup: untimed rounds before them.
         device: where the steps run; a GPU is synchronised around each step.
         label: text before the progress bar.
-        before_round: called before every round, outside the clock.
+        last: steps that end every round, in this order, and do not take turns: name -> what to
+            do right before the step, outside the clock.
 
     Returns:
         Milliseconds per variant, one entry per round.
 
     Raises:
-        ValueError: rounds < 1 or warmup < 0.
+        ValueError: rounds < 1 or warmup < 0, or `last` names something that is no step.
         RuntimeError: the wait policy is not passive.
     """
+    prepare = dict(last or {})
+    unknown = [name for name in prepare if name not in steps]
+    if unknown:
+        raise ValueError(f"expected last among {', '.join(steps)}, got {', '.join(unknown)}")
     if rounds < 1 or warmup < 0:
         raise ValueError(f"expected rounds >= 1 and warmup >= 0, got {rounds} and {warmup}")
     require_passive_wait()
-    names, times = list(steps), {name: [] for name in steps}
+    times = {name: [] for name in steps}
+    turns = [name for name in steps if name not in prepare]
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
-        with tqdm(total=(warmup + rounds) * len(names), desc=label, disable=None) as bar:
+        with tqdm(total=(warmup + rounds) * len(steps), desc=label, disable=None) as bar:
             for index in range(-warmup, rounds):
-                before_round()
-                for name in names[index % len(names) :] + names[: index % len(names)]:
+                first = index % max(1, len(turns))
+                for name in [*turns[first:], *turns[:first], *prepare]:
+                    if name in prepare:
+                        prepare[name]()
                     took = once(steps[name], torch.device(device))
                     if index >= 0:
                         times[name].append(took)

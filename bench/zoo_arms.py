@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Iterator
+from collections.abc import Mapping
 from functools import partial
 from statistics import median
 from typing import Any
@@ -21,38 +21,56 @@ from l0kernels.training import gates_of
 from . import oracle, zoo
 from .arms import N_TRAIN, Arm
 from .masked import draw_noise, hard_concrete, open_probability
+from .timing import interleave
 
+FORMATS = {"NHWC": torch.channels_last, "NCHW": torch.contiguous_format}
 OPEN = 0.5
 WARM_UP = 2  # steps of a rebuilt network outside the clock
+HEATS = 3  # rounds that decide which format is faster
 
 
 def convert(net: nn.Module, inputs: tuple[Tensor, ...]) -> nn.Module:
     return l0.convert(net, "hard_concrete", example_inputs=inputs, n_train=N_TRAIN)
 
 
-def in_channels_last(value: Any) -> Any:
-    """Return a network or a tuple of inputs with 4-D tensors as [N, H, W, C] in memory."""
+def in_format(value: Any, form: str) -> Any:
+    """Return a network, in place, or a tuple of inputs with 4-D tensors in a memory format."""
+    memory = FORMATS[form]
     if isinstance(value, nn.Module):
-        return value.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    form = torch.channels_last
-    return tuple(t.contiguous(memory_format=form) if t.dim() == 4 else t for t in value)
+        return value.to(memory_format=memory)  # pyright: ignore[reportCallIssue]
+    return tuple(t.contiguous(memory_format=memory) if t.dim() == 4 else t for t in value)
 
 
-def masked_formats(
-    plain: nn.Module, inputs: tuple[Tensor, ...]
-) -> Iterator[tuple[str, nn.Module, tuple[Tensor, ...]]]:
-    """Copies of the plain network in the memory formats that differ for it, with inputs."""
-    default = copy.deepcopy(plain)
-    for parameter in default.parameters():
-        parameter.data = parameter.data.contiguous()
-    yield "masked", default, inputs
-    if any(isinstance(m, nn.Conv2d | nn.ConvTranspose2d) for m in plain.modules()):
-        yield "masked, channels_last", copy.deepcopy(plain), in_channels_last(inputs)
+def formats_of(net: nn.Module) -> list[str]:
+    """Return the memory formats that differ for a network, the one that ours runs in first."""
+    images = any(isinstance(m, nn.Conv2d | nn.ConvTranspose2d) for m in net.modules())
+    return list(FORMATS) if images else ["NHWC"]
 
 
-def best_masked(times: dict[str, list[float]]) -> str:
-    """Return the faster masked arm."""
-    return min((n for n in times if n.startswith("masked")), key=lambda name: median(times[name]))
+def fastest(arms: Mapping[str, Arm] | Mapping[str, Oracle], label: str) -> str:
+    """Return the format with the smallest median over a few paired rounds."""
+    if len(arms) == 1:
+        return next(iter(arms))
+    times = interleave({form: arm.step for form, arm in arms.items()}, HEATS, warmup=1, label=label)
+    return min(arms, key=lambda form: median(times[form]))
+
+
+def best_masked(
+    entry: zoo.Entry, twins: oracle.Twins, inputs: tuple[Tensor, ...]
+) -> tuple[str, Arm]:
+    """Return the masked arm in its faster format."""
+    arms = {form: masked_arm(entry, twins, inputs, form) for form in formats_of(twins.plain)}
+    form = fastest(arms, f"{entry.name}: masked")
+    return form, arms[form]
+
+
+def best_oracle(entry: zoo.Entry, ours: Arm, inputs: tuple[Tensor, ...]) -> tuple[str, Oracle]:
+    """Return the oracle in its faster format at the last draw of ours."""
+    arms = {form: Oracle(entry, ours, inputs, form) for form in formats_of(ours.net)}
+    for arm in arms.values():
+        arm.rebuild()
+    form = fastest(arms, f"{entry.name}: oracle")
+    return form, arms[form]
 
 
 def our_arm(entry: zoo.Entry, net: nn.Module, inputs: tuple[Tensor, ...]) -> Arm:
@@ -102,10 +120,9 @@ class MaskedTraining(nn.Module):
         return open_probability(self.log_alpha) @ self.cost
 
 
-def masked_arm(
-    entry: zoo.Entry, net: nn.Module, twins: oracle.Twins, inputs: tuple[Tensor, ...]
-) -> Arm:
-    masked = MaskedTraining(net, twins).train()
+def masked_arm(entry: zoo.Entry, twins: oracle.Twins, inputs: tuple[Tensor, ...], form: str) -> Arm:
+    masked = MaskedTraining(in_format(copy.deepcopy(twins.plain), form), twins).train()
+    inputs = in_format(inputs, form)
 
     def loss(*_: Tensor) -> Tensor:
         return entry.loss(masked(*inputs)) + masked.penalty()
@@ -114,26 +131,31 @@ def masked_arm(
 
 
 class Oracle:
-    """The plain network, rebuilt outside the clock at the units that the next draw leaves open.
+    """The plain network, rebuilt outside the clock at the units that the last draw left open.
+
+    It stands for a network that is built once and trained for long, so it is warmed up. Rebuild it
+    after ours has taken its step at these widths: oneDNN keeps what it prepares for a shape for the
+    whole process, and the warm-up would prepare everything for ours.
 
     Args:
         entry: the network.
-        ours: the arm whose next draw is looked ahead.
+        ours: the arm whose draw counts.
         inputs: of every step.
+        form: memory format of the network and its inputs.
     """
 
-    def __init__(self, entry: zoo.Entry, ours: Arm, inputs: tuple[Tensor, ...]):
-        self.entry, self.ours, self.inputs = entry, ours, inputs
-        self.full = copy.deepcopy(ours.net)
+    def __init__(self, entry: zoo.Entry, ours: Arm, inputs: tuple[Tensor, ...], form: str):
+        self.entry, self.ours, self.form = entry, ours, form
+        self.inputs = in_format(inputs, form)
         self.arm: Arm | None = None
 
     def rebuild(self) -> None:
-        """Build the network of the next draw and warm it up."""
+        """Build the network of the last draw and warm it up."""
         self.arm = None
         gc.collect()
-        net = copy.deepcopy(self.full)
-        shrink(net, next_open(gates_of(self.ours.net)))
-        inputs = self.inputs
+        net = copy.deepcopy(self.ours.net)
+        shrink(net, last_open(gates_of(self.ours.net)))
+        net, inputs = in_format(net, self.form), self.inputs
 
         def loss(*_: Tensor) -> Tensor:
             return self.entry.loss(net(*inputs))
@@ -153,9 +175,6 @@ class Oracle:
         self.arm.step()
 
 
-@torch.no_grad()
-def next_open(gates: Gates) -> Tensor:
-    """Return 1 for every gate that the next draw opens, else 0: it depends on seed and step."""
-    ahead = copy.deepcopy(gates)
-    ahead.draw()
-    return (ahead.current_draw().z[: gates.count] != 0).to(gates.log_alpha.dtype)
+def last_open(gates: Gates) -> Tensor:
+    """Return 1 for every gate that the last draw opened, else 0."""
+    return (gates.current_draw().z.detach()[: gates.count] != 0).to(gates.log_alpha.dtype)

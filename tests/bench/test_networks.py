@@ -3,6 +3,7 @@
 
 import copy
 import csv
+import ctypes
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -44,21 +45,21 @@ def test_json_is_complete(finished: Path):
     for row in report["rows"]:
         assert (row.pop("error"), row.pop("skipped")) == (None, None)
         if not Path("/proc/self/status").exists():
-            assert (row.pop("convert_mb"), row.pop("convert_memory")) == (None, None)
+            for name in ("convert_mb", "convert_memory", "convert_memory_fp64"):
+                assert row.pop(name) is None
+        formats = {row.pop("masked_format"), row.pop("oracle_format")}
+        assert formats <= ({None} if row["name"] == "signal" else {"NCHW", "NHWC"})
         assert [name for name, value in row.items() if value is None] == []
         assert max(row["packed_error"], row["compact_error"]) <= 1e-9
-        assert row["argmax_equal"] == row["argmax_of"] == networks.QUICK.inputs
+        assert row["equal_predictions"] == row["positions"] == networks.QUICK.inputs
+        assert row["examples"] * (2 if row["name"] == "two-by-two" else 1) == row["positions"]
+        assert sum(row["stages"].values()) <= row["elapsed"]
         assert row["onnx_error"] <= 1e-4
-        masked = networks.best_masked(row["times"])
-        pairs = zip(row["times"][masked], row["times"]["ours"], strict=True)
+        assert list(row["times"]) == ["masked", "ours", "oracle"]
+        pairs = zip(row["times"]["masked"], row["times"]["ours"], strict=True)
         assert Spread(**row["speedup"]) == spread([a / b for a, b in pairs])
         pairs = zip(row["times"]["ours"], row["times"]["oracle"], strict=True)
         assert Spread(**row["oracle_ratio"]) == spread([a / b for a, b in pairs])
-    arms = [list(row["times"]) for row in report["rows"]]
-    assert arms == [
-        ["ours", "oracle", "masked"],
-        ["ours", "oracle", "masked", "masked, channels_last"],
-    ]
 
 
 def test_csv_has_one_line_per_network_and_the_environment(finished: Path):
@@ -101,10 +102,11 @@ def test_a_failing_network_is_told_and_the_others_go_on(
     chosen = (bad, absent, zoo.entry("reused"))
     monkeypatch.setattr(zoo, "entries", lambda: chosen)
     # Another process would not know these networks.
-    monkeypatch.setattr(networks, "convert_elsewhere", convert_cost.convert_here)
+    monkeypatch.setattr(networks, "growth_elsewhere", convert_cost.growth)
     assert main([*QUICK, "--out", str(tmp_path)]) == 1
     captured = capsys.readouterr()
     assert "failed: silent" in captured.err
+    assert "reused: " in captured.err  # and its seconds
     assert "- silent failed: convert: ValueError: convert: nothing can be gated" in captured.out
     assert "- absent skipped: no_such_package is not installed" in captured.out
     rows = json.loads((tmp_path / "networks.json").read_text())["rows"]
@@ -115,7 +117,7 @@ def test_a_failing_network_is_told_and_the_others_go_on(
 def test_a_network_with_other_groups_than_expected_fails(monkeypatch: pytest.MonkeyPatch):
     other = replace(zoo.entry("reused"), gated=lambda _: [zoo.Gated(("first",), ("last",))])
     other = replace(other, refused={"*": "."})
-    monkeypatch.setattr(networks, "convert_elsewhere", convert_cost.convert_here)
+    monkeypatch.setattr(networks, "growth_elsewhere", lambda *_: None)
     row = networks.Row(other.name, other.batch)
     with pytest.raises(RuntimeError, match="in one only: .*first.*last.*classifier"):
         networks.Subject(other, networks.QUICK, row).convert()
@@ -148,7 +150,34 @@ def test_bad_input(options: list[str], told: str, capsys: pytest.CaptureFixture[
 
 def test_convert_in_its_own_process_tells_its_error():
     with pytest.raises(RuntimeError, match="expected one of mlp, .*got 'alexnet'"):
-        convert_cost.convert_elsewhere("alexnet", "small")
+        convert_cost.growth_elsewhere("alexnet", "small")
+
+
+def test_memory_freed_before_convert_is_not_reused_unseen(monkeypatch: pytest.MonkeyPatch):
+    if convert_cost.resident("VmHWM") is None or not hasattr(ctypes.CDLL(None), "malloc_trim"):
+        pytest.skip("resident memory is read from Linux's /proc and trimmed by glibc")
+    entry = zoo.entry("reused")
+    used = 48 << 20
+
+    def leave_a_heap(*_: object) -> nn.Module:
+        # Blocks below every threshold: they come from the heap, which keeps them when freed, since
+        # the last one stays in use above them.
+        blocks = [torch.ones(1 << 13) for _ in range(used >> 15)]
+        kept.append(blocks[-1])
+        return entry.build("small")
+
+    def fill_a_heap(net: nn.Module, _: object) -> nn.Module:
+        if sum(p.numel() for p in net.parameters()) > 200:  # not the tiny one
+            made.extend(torch.ones(1 << 13) for _ in range(used >> 15))
+        return net
+
+    kept: list[torch.Tensor] = []
+    made: list[torch.Tensor] = []
+    monkeypatch.setattr(convert_cost, "settled", leave_a_heap)
+    monkeypatch.setattr(convert_cost, "convert", fill_a_heap)
+    grown = convert_cost.growth("reused", "small")
+    assert grown is not None
+    assert used * 0.9 <= grown <= used * 1.5
 
 
 def test_resident_memory_sees_a_peak():
@@ -161,6 +190,14 @@ def test_resident_memory_sees_a_peak():
     after = convert_cost.resident("VmHWM")
     assert before is not None and after is not None
     assert 60 << 20 <= after - before <= 96 << 20
+
+
+def test_bytes_needed_in_both_precisions():
+    net, x = nn.Sequential(nn.Linear(8, 16), nn.Tanh()), torch.randn(5, 8)
+    numbers = 8 * 16 + 16 + 5 * 8 + 5 * 16
+    assert convert_cost.bytes_needed(net, (x,), torch.float32) == 4 * numbers
+    assert convert_cost.bytes_needed(net, (x,), torch.float64) == 8 * numbers
+    assert next(net.parameters()).dtype == torch.float32
 
 
 def test_bytes_of_state_and_activations():
@@ -195,22 +232,80 @@ def test_the_masked_arm_computes_what_ours_does(
     assert penalties[0] == pytest.approx(penalties[1], rel=1e-6)
 
 
-def test_the_oracle_has_the_widths_that_ours_draws_next(twins: oracle.Twins):
+def test_the_oracle_has_the_widths_that_ours_drew(twins: oracle.Twins):
     entry = zoo.entry("densenet40")
     ours = zoo_arms.our_arm(entry, twins.packed, twins.inputs)
-    rebuilt = zoo_arms.Oracle(entry, ours, twins.inputs)
-    gates = gates_of(twins.packed)
-    for _ in range(3):
-        ahead = zoo_arms.next_open(gates)
-        rebuilt.rebuild()
-        ours.step()
-        assert torch.equal(ahead, (gates.current_draw().z[: gates.count] != 0).to(ahead))
-        assert rebuilt.arm is not None
-        for name, where in gates.slices():
-            made = rebuilt.arm.net.get_submodule(name).weight.shape[0]
-            assert made == max(int(ahead[where].sum()), min(2, where.stop - where.start)), name
+    rebuilt = zoo_arms.Oracle(entry, ours, twins.inputs, "NHWC")
+    with pytest.raises(RuntimeError, match=r"rebuild\(\) before"):
         rebuilt.step()
+    gates, seen = gates_of(twins.packed), set()
+    for _ in range(3):
+        ours.step()
+        rebuilt.rebuild()
+        is_open = gates.current_draw().z[: gates.count] != 0
+        assert rebuilt.arm is not None
+        widths = []
+        for name, where in gates.slices():
+            widths.append(rebuilt.arm.net.get_submodule(name).weight.shape[0])
+            least = min(2, where.stop - where.start)
+            assert widths[-1] == max(int(is_open[where].sum()), least), name
+        seen.add(tuple(widths))
+        rebuilt.step()
+    assert len(seen) > 1
     assert not any(n.startswith("l0") for n, _ in rebuilt.arm.net.named_modules())
+
+
+@pytest.mark.parametrize("form", ["NHWC", "NCHW"])
+def test_arms_run_in_their_format(twins: oracle.Twins, form: str):
+    entry = zoo.entry("densenet40")
+    ours = zoo_arms.our_arm(entry, twins.packed, twins.inputs)
+    ours.step()
+    rebuilt = zoo_arms.Oracle(entry, ours, twins.inputs, form)
+    rebuilt.rebuild()
+    assert rebuilt.arm is not None
+    for arm in (rebuilt.arm, zoo_arms.masked_arm(entry, twins, twins.inputs, form)):
+        tensors = [arm.x, *(p for p in arm.net.parameters() if p.dim() == 4)]
+        assert len(tensors) > 2
+        for t in tensors:
+            assert t.stride() == torch.empty_like(t, memory_format=zoo_arms.FORMATS[form]).stride()
+
+
+def test_the_faster_format_is_taken(twins: oracle.Twins, monkeypatch: pytest.MonkeyPatch):
+    slow = {"NHWC": [9.0, 1.0, 5.0], "NCHW": [4.0, 4.0, 4.0]}
+    monkeypatch.setattr(zoo_arms, "interleave", lambda steps, *_, **__: {n: slow[n] for n in steps})
+    entry = zoo.entry("densenet40")
+    assert zoo_arms.best_masked(entry, twins, twins.inputs)[0] == "NCHW"
+    ours = zoo_arms.our_arm(entry, twins.packed, twins.inputs)
+    ours.step()
+    form, rebuilt = zoo_arms.best_oracle(entry, ours, twins.inputs)
+    assert (form, rebuilt.form) == ("NCHW", "NCHW")
+    assert zoo_arms.formats_of(nn.Sequential(nn.Conv1d(2, 2, 1), nn.Linear(2, 2))) == ["NHWC"]
+
+
+def test_ours_runs_before_the_oracle_of_its_widths(
+    twins: oracle.Twins, monkeypatch: pytest.MonkeyPatch
+):
+    calls: list[str] = []
+    entry = zoo.entry("densenet40")
+    setting = replace(networks.QUICK, rounds=2)
+    subject = networks.Subject(entry, setting, networks.Row(entry.name, 4))
+    subject.twins = twins
+    step, rebuild = zoo_arms.Arm.step, zoo_arms.Oracle.rebuild
+
+    def told_step(arm: zoo_arms.Arm) -> None:
+        step(arm)
+        calls.append("ours" if arm.net is twins.packed else "other")
+
+    def told_rebuild(arm: zoo_arms.Oracle) -> None:
+        calls.append("rebuild")
+        rebuild(arm)
+
+    monkeypatch.setattr(zoo_arms.Arm, "step", told_step)
+    monkeypatch.setattr(zoo_arms.Oracle, "rebuild", told_rebuild)
+    subject.time_steps()
+    told = [name for name in calls if name != "other"]
+    # One per format at the first draw, then one per round, after ours.
+    assert told == ["ours", "rebuild", "rebuild", "ours", "rebuild", "ours", "rebuild"]
 
 
 def test_gates_at_half_open():

@@ -4,6 +4,7 @@
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -79,6 +80,23 @@ def test_chosen_variants_as_json_and_plot(tmp_path: Path, capsys: pytest.Capture
     assert list(row["ratios"]) == ["index-select / oracle"]
     assert row["error_before"] == {}
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_oracles_end_the_round_after_ours(monkeypatch: pytest.MonkeyPatch):
+    rounds: list[tuple[list[str], list[str]]] = []
+    interleave = step.interleave
+
+    def told(steps: dict, *rest: Any) -> dict:
+        rounds.append((list(steps), list(rest[-1])))
+        return interleave(steps, *rest)
+
+    monkeypatch.setattr(step, "interleave", told)
+    for variants, last in (
+        ("oracle-rounded,oracle,ours", ["oracle", "oracle-rounded"]),
+        ("ours,masked-best", []),
+    ):
+        assert main([*QUICK, "--keep", ".5", "--variants", variants]) == 0
+        assert rounds.pop() == (variants.split(","), last)
 
 
 def test_every_ratio_has_its_own_look():

@@ -3,6 +3,7 @@
 
 import gc
 import os
+from collections.abc import Callable
 
 import pytest
 
@@ -32,6 +33,35 @@ def test_variants_take_turns_and_the_first_moves_on():
     assert "".join(calls) == "abc" + "bca" + "cab" + "abc"
     assert {name: len(ms) for name, ms in times.items()} == {"a": 4, "b": 4, "c": 4}
     assert all(value >= 0 for ms in times.values() for value in ms)
+
+
+def test_last_steps_end_every_round_and_are_prepared_outside_the_clock(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    calls: list[str] = []
+    seconds = [0]
+
+    def takes(name: str, ticks: int) -> Callable[[], None]:
+        def work() -> None:
+            calls.append(name)
+            seconds[0] += ticks
+
+        return work
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: seconds[0])
+    steps = {name: takes(name, 1) for name in "xabc"}
+    last = {"c": takes("prepare c", 100), "x": takes("prepare x", 100)}
+    times = timing.interleave(steps, rounds=2, warmup=1, last=last)
+    end = ["prepare c", "c", "prepare x", "x"]
+    # The untimed round has index -1: b is first.
+    assert calls == ["b", "a", *end, "a", "b", *end, "b", "a", *end]
+    assert times == {name: [1e3, 1e3] for name in "xabc"}
+    assert list(times) == list("xabc")
+
+
+def test_last_names_a_step():
+    with pytest.raises(ValueError, match="expected last among a, got b"):
+        timing.interleave({"a": int}, rounds=1, last={"b": int})
 
 
 def test_warmup_runs_but_does_not_count():

@@ -187,8 +187,8 @@ def test_oracle_is_rebuilt_at_the_widths_that_ours_draws():
         oracle.step()
     seen = set()
     for _ in range(4):
-        oracle.rebuild()
         ours.step()
+        oracle.rebuild()
         widths = models.full_widths(oracle.arm.net, what.network.groups)
         assert widths == [ours.net.l0[name].count for name in ours.net.l0.names]
         seen.add(tuple(widths))
