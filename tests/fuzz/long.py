@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import queue
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,14 @@ def work(number: int, count: int, seed: int, folder: Path, results: Any) -> None
     # Memory that a kernel forgets to write is NaN.
     torch.use_deterministic_algorithms(True)
     database = DirectoryBasedExampleDatabase(folder / f"database-{number}")
-    search = Search(database=database, tick=lambda _: results.put((number, None)))
+    parent = multiprocessing.parent_process()
+
+    def tick(count: int) -> None:
+        if parent is not None and not parent.is_alive():
+            os._exit(1)  # killed: nobody waits for the results
+        results.put((number, None))
+
+    search = Search(database=database, tick=tick)
     search.run(count, seed + number * SEEDS_APART)
     results.put((number, (search.tally, search.failures)))
 
@@ -71,12 +79,16 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/fuzz"))
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
+    for old in arguments.out.glob("wrong-*.py"):
+        old.unlink()
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     each, rest = divmod(arguments.cases, arguments.processes)
     processes = [
         context.Process(
-            target=work, args=(i, each + (i < rest), arguments.seed, arguments.out, results)
+            target=work,
+            args=(i, each + (i < rest), arguments.seed, arguments.out, results),
+            daemon=True,
         )
         for i in range(arguments.processes)
     ]
