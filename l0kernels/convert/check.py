@@ -145,7 +145,13 @@ def _backward(outputs: list[Tensor], training: bool) -> None:
     Raises:
         ValueError: no output depends on a parameter in training mode; in eval mode none need.
     """
-    floating = [t for t in outputs if t.is_floating_point() and t.requires_grad]
+    outputs = [torch.view_as_real(t) if t.is_complex() else t for t in outputs]
+    # Where masked logits are -Inf there is nothing to learn, and 0 * Inf would spread.
+    floating = [
+        torch.where(t.isfinite(), t, 0.0)
+        for t in outputs
+        if t.is_floating_point() and t.requires_grad
+    ]
     if not floating:
         if training:
             raise ValueError("expected an output that depends on the parameters, got none")
@@ -200,15 +206,20 @@ def largest_gradient(found: dict[str, Tensor]) -> float:
 
 def _size(t: Tensor) -> float:
     """Largest finite magnitude."""
-    t = t.detach().double().abs()
+    t = _real(t).abs()
     return float(torch.where(t.isfinite(), t, 0.0).max()) if t.numel() else 0.0
+
+
+def _real(t: Tensor) -> Tensor:
+    """In fp64, complex numbers as pairs."""
+    return (torch.view_as_real(t.detach()) if t.is_complex() else t.detach()).double()
 
 
 def _distance(got: Tensor, expected: Tensor) -> float:
     """Largest difference; infinite where one of the two alone is not finite."""
     if got.numel() == 0:
         return 0.0
-    got, expected = got.detach().double(), expected.detach().double()
+    got, expected = _real(got), _real(expected)
     same = (got == expected) | (got.isnan() & expected.isnan())
     apart = torch.where(same, 0.0, (got - expected).abs())
     return float(torch.where(apart.isnan(), torch.inf, apart).max())

@@ -193,9 +193,9 @@ class _Point:
     sums_of: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     results: dict[str, Tensor] = field(default_factory=dict)
 
-    def is_finite(self) -> bool:
-        inputs = (t for calls in self.inputs_of.values() for t in calls)
-        return all(bool(t.isfinite().all()) for t in (*inputs, *self.results.values()))
+    def can_be_read(self) -> bool:
+        """Whether no layer or passage reads NaN, which never equals itself."""
+        return not any(bool(t.isnan().any()) for calls in self.inputs_of.values() for t in calls)
 
     def output(self, name: str, index: int) -> Tensor:
         """A new tensor: an in-place operation may follow."""
@@ -346,7 +346,7 @@ class Probe:
         every = tuple(size for sizes in SIZES.values() for size in sizes)
         real = _Point(mode.training, 1.0, every, self.inputs, mode.outputs_of)
         if not self._settle(real):
-            raise ForwardFails("the model's forward gives NaN or Inf, or fails when it is repeated")
+            raise ForwardFails("the model's layers read NaN, or its forward fails when repeated")
         return [real]
 
     def _settle(self, point: _Point) -> bool:
@@ -361,7 +361,7 @@ class Probe:
             self._settling = False
         # Cloned: the next forward may write there.
         point.results = {name: t.clone() for name, t in results}
-        return point.is_finite()
+        return point.can_be_read()
 
     def _watched(self, name: str, module: nn.Module) -> Callable[..., Any]:
         forward = module.forward
@@ -449,7 +449,7 @@ class Probe:
             return
         for name, tensor in results:
             recorded = point.results.get(name)
-            if recorded is None or not torch.equal(tensor, recorded):
+            if recorded is None or not _equal(tensor, recorded):
                 self._touched.output = self._touched.output or name
 
     @torch.no_grad()
@@ -488,6 +488,13 @@ class Probe:
                 self._replay(point, changes)
                 found.update(self._kept)
         return found
+
+
+def _equal(first: Tensor, second: Tensor) -> bool:
+    """Whether two results are the same; NaN equals NaN, as in masked logits."""
+    if first.shape != second.shape:
+        return False
+    return bool(((first == second) | ((first != first) & (second != second))).all())
 
 
 def _has_own_parameters(module: nn.Module) -> bool:

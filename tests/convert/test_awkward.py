@@ -212,6 +212,17 @@ class ComplexInput(Chain):
         return super().forward(self.scale(torch.view_as_complex(x.view(4, 3, 2)).real.repeat(1, 2)))
 
 
+class MaskedLogits(Chain):
+    def forward(self, x: Tensor):
+        y = super().forward(x)
+        return y.masked_fill(torch.arange(3) == 1, -torch.inf)
+
+
+class ComplexOutput(Chain):
+    def forward(self, x: Tensor):
+        return torch.polar(*super().forward(x)[:, :2].exp().unbind(1))
+
+
 class KeepsInBuffer(Chain):
     def __init__(self) -> None:
         super().__init__()
@@ -230,6 +241,8 @@ class KeepsInBuffer(Chain):
         (WithoutGradient, ["a", "b"]),
         (IntParameter, ["a", "b"]),
         (ComplexInput, ["a", "b"]),
+        (ComplexOutput, ["a", "b"]),
+        (MaskedLogits, ["a", "b"]),
         (KeepsInBuffer, ["a"]),
     ],
 )

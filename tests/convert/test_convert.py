@@ -416,6 +416,7 @@ NAN, INF = float("nan"), float("inf")
         ([-INF, 2.0, NAN], [-INF, 2.2, NAN], 0.1),
         ([True, False], [True, False], 0.0),
         ([True, False], [True, True], 1.0),
+        ([1 + 1j, 2.0], [1 + 2j, 2.0], 0.5),
     ],
 )
 def test_what_is_not_finite_counts_as_a_difference(expected, got, difference: float):
