@@ -29,7 +29,9 @@ QUICK = ["bench", "networks", "--quick", "--threads", "1"]
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("bench") / "made"
+    threads = torch.get_num_threads()  # a module's fixture runs before those that put it back
     assert main([*QUICK, "--only", "signal,two-by-two", "--out", str(out)]) == 0
+    torch.set_num_threads(threads)
     return out
 
 
