@@ -335,7 +335,8 @@ def measure(setting: Setting) -> Report:
         for entry in chosen:
             rows.append(row := measure_row(entry, setting, bar))
             bar.update()
-            bar.write(f"{row.name}: {row.elapsed:.0f} s", file=sys.stderr)
+            parts = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in row.stages.items())
+            bar.write(f"{row.name}: {row.elapsed:.0f} s ({parts})", file=sys.stderr)
     after = environment()["load_average"]
     return Report(setting, {**before, "load_average_after": after}, rows)
 

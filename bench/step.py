@@ -33,10 +33,10 @@ CONTENT = (
     "rebuilt and warmed up outside the clock after ours has run, so that ours pays for what oneDNN "
     "prepares at widths it has not met, as in training. oracle-rounded, after it, is built once at "
     "round(open fraction * width), where widths are often multiples of 16, which CPU convolutions "
-    "are fastest at. Neither has gates to draw. The others take turns in being first; index-select "
-    "draws widths of its own, and it and ours prepare some of them for each other (--variants "
-    "leaves variants out). S = masked / ours, R = ours / oracle: medians of ratios paired round by "
-    "round, quartiles in brackets."
+    "are fastest at. Neither has gates to draw. The others take turns in being first. "
+    "oracle-rounded and index-select, which draws widths of its own, prepare some widths for ours "
+    "too (--variants leaves variants out). S = masked / ours, R = ours / oracle: medians of ratios "
+    "paired round by round, quartiles in brackets."
 )
 
 
