@@ -5,6 +5,7 @@ The oracle is plain layers whose input is multiplied by the gates, in fp64.
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -203,17 +204,30 @@ def assert_closed_zero(net: nn.Sequential, found: Found, z: Tensor) -> None:
             assert bool((found[f"{name}.weight"][:, closed] == 0).all()), name
 
 
-def assert_budget(net: nn.Sequential, z: Tensor, x: Tensor) -> None:
-    """fp32 errs at most twice (gradients: three times) as much as plain PyTorch in fp32."""
+def single_errors(net: nn.Sequential, z: Tensor, x: Tensor) -> dict[str, tuple[float, float]]:
+    """Relative errors of plain PyTorch and of the packed run, both in fp32, against fp64."""
     exact = run_plain(net, z, x)
     single = copy.deepcopy(net).float()
-    plain, packed = (run(single, z.float(), x.float()) for run in (run_plain, run_packed))
+    runs = [run(single, z.float(), x.float()) for run in (run_plain, run_packed)]
     largest = max(float(t.norm()) for n, t in exact.items() if n not in ("out", "x"))
+    found = {}
     for name, true in exact.items():
         size = float(true.norm()) if name in ("out", "x") else max(float(true.norm()), largest)
-        allowed = (2 if name == "out" else 3) * float((plain[name] - true).norm())
-        allowed += 2 * torch.finfo(torch.float32).eps * size
-        assert float((packed[name] - true).norm()) <= allowed, name
+        plain, packed = (float((run[name] - true).norm()) / (size or 1.0) for run in runs)
+        found[name] = (plain, packed)
+    return found
+
+
+def assert_budget(errors: list[dict[str, tuple[float, float]]]) -> None:
+    """Over all draws fp32 errs at most twice (gradients: three times) as much as plain PyTorch.
+
+    Root mean squares: the rounding error of a single number, such as the gradient of the only
+    open gate, is luck on either side.
+    """
+    for name in errors[0]:
+        plain, packed = (math.hypot(*side) for side in zip(*(e[name] for e in errors), strict=True))
+        floor = 2 * torch.finfo(torch.float32).eps * math.sqrt(len(errors))
+        assert packed <= (2 if name == "out" else 3) * plain + floor, name
 
 
 # ---- activity
@@ -248,11 +262,14 @@ def patterns(units: int, groups: int) -> dict[str, Callable[[], Iterator[Tensor]
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("pattern", patterns(1, 1))
 def test_activity(kind: str, pattern: str, op_impl: str):
-    net = make(kind)
-    for z in patterns(17, len(net.l0.names))[pattern]():
-        x = inputs(kind)
-        assert_exact(net, z, x)
-        assert_budget(net, z, x)
+    errors = []
+    for _ in range(1 if pattern == "random" else 12):
+        net = make(kind)
+        for z in patterns(17, len(net.l0.names))[pattern]():
+            x = inputs(kind)
+            assert_exact(net, z, x)
+            errors.append(single_errors(net, z, x))
+    assert_budget(errors)
 
 
 @pytest.mark.parametrize("kind", LAYERS)
