@@ -1,7 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operators, stateless."""
 
+from l0kernels.ops.gated_conv2d import gated_conv2d
+from l0kernels.ops.gated_linear import gated_linear
 from l0kernels.ops.pack_weight import pack_weight
+from l0kernels.ops.packed_norm import packed_norm
 from l0kernels.ops.sample_gates import GateLayout, OpenLists, open_lists, sample_gates
 
-__all__ = ["GateLayout", "OpenLists", "open_lists", "pack_weight", "sample_gates"]
+__all__ = [
+    "GateLayout",
+    "OpenLists",
+    "gated_conv2d",
+    "gated_linear",
+    "open_lists",
+    "pack_weight",
+    "packed_norm",
+    "sample_gates",
+]
