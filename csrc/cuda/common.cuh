@@ -68,7 +68,7 @@ constexpr unsigned kFullWarp = 0xFFFFFFFFu;
 // ---- launches ----
 
 constexpr size_t kDefaultSharedBytes = 48 << 10;  // more must be asked for
-constexpr size_t kMaxParamsBytes = 4096;
+constexpr size_t kMaxParamsBytes = 32764;  // from compute capability 7.0 and CUDA 12.1 on
 
 template <typename T>
 struct AsIs {
