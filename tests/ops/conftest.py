@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from harness import build, ops
 
 import l0kernels as l0
-from harness import build, ops
 from l0kernels import _ext
 
 
@@ -19,20 +19,26 @@ def need_cpp() -> None:
         pytest.skip(f"the C++ ops are not there: {_ext.why_not()}")
 
 
+def stem_of(item: pytest.Item) -> str:
+    """The operator that a test's file is about."""
+    return item.path.stem.removeprefix("test_")
+
+
 @pytest.fixture(scope="session")
-def need_harness() -> None:
+def need_harness(request: pytest.FixtureRequest) -> None:
     """Without nvcc there may be no CUDA headers; with it everything must compile."""
     if build.why_not():
         pytest.skip(f"CUDA sources cannot run on this CPU: {build.why_not()}")
+    tested = {stem_of(item) for item in request.session.items}
+    ops.build_libraries([stem for stem in ops.stems() if stem in tested and ops.has_source(stem)])
 
 
 def use_harness(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    stem = request.path.stem.removeprefix("test_")
-    if stem in ops.stems() and not ops.source(stem).exists():
+    stem = stem_of(request.node)
+    if stem in ops.stems() and not ops.has_source(stem):
         pytest.skip(f"{stem} has no CUDA source")
-    for module, functions in ops.handles().items():
-        for handle, function in functions.items():
-            monkeypatch.setattr(ops.module_of(module), handle, function)
+    for patch in ops.patches(loaded=[stem]):
+        monkeypatch.setattr(*patch)
     # Another order of threads for each test, the same one each time.
     seed = int(os.environ.get("L0K_SCHEDULE_SEED", "0"))
     ops.set_schedule(seed if seed < 0 else seed + zlib.crc32(request.node.name.encode()))
