@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`packed_norm`: schemas, fakes, gradient, public function."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from l0kernels import _config, _registry
+from l0kernels.ops.packed_norm import reference
+from l0kernels.ops.packed_norm.reference import is_dummy, layout_of
+
+ACTIVATIONS = ("none", "relu")  # raw operators take the number
+
+_PARAMETER_DTYPES = {
+    torch.float64: (torch.float64,),
+    torch.float32: (torch.float32,),
+    torch.bfloat16: (torch.bfloat16, torch.float32),
+    torch.float16: (torch.float16, torch.float32),
+}
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _forward_fake(x, weight, bias, mean, var, index, z, map, training, momentum, eps, activation):
+    statistics = x.new_empty((x.shape[1],), dtype=_compute_dtype(x))
+    y = torch.empty_like(x, memory_format=layout_of(x))
+    return y, statistics, torch.empty_like(statistics)
+
+
+def _backward_fake(
+    grad, x, weight, bias, mean, rstd, index, z, map, training, activation, need_x, need_w, need_b
+):
+    return (
+        torch.empty_like(x, memory_format=layout_of(x)) if need_x else x.new_empty(0),
+        torch.empty_like(weight) if need_w and weight is not None else x.new_empty(0),
+        torch.empty_like(bias) if need_b and bias is not None else x.new_empty(0),
+    )
+
+
+def _all_but_channels(x: Tensor) -> list[int]:
+    return [d for d in range(x.dim()) if d != 1]
+
+
+def _along(values: Tensor, x: Tensor) -> Tensor:
+    return values.reshape([1, -1] + [1] * (x.dim() - 2))
+
+
+def _rows(full: Tensor | None, index: Tensor, x: Tensor, otherwise: float) -> Tensor:
+    """The packed entries of a parameter, in the dtype that is computed in."""
+    if full is None:
+        return torch.full((1,), otherwise, dtype=_compute_dtype(x), device=x.device)
+    return full.index_select(0, index).to(_compute_dtype(x))
+
+
+def _forward_python(x, weight, bias, mean, var, index, z, map, training, momentum, eps, activation):
+    running = (mean, var)
+    y, mean, rstd = _forward_fake(x, *[None] * 4, index, z, map, training, momentum, eps, 0)
+    if x.numel() == 0:
+        return y, mean.zero_(), rstd.zero_()
+    dummy = is_dummy(x, index, z, map)
+    closed = dummy.flatten()
+    if training:
+        values = x.masked_fill(dummy, 0).to(mean.dtype)
+        average = values.mean(_all_but_channels(x))  # var_mean makes it NaN where it is infinite
+        var = values.var(_all_but_channels(x), correction=0)
+        _update(running, (average, var), index, closed, momentum, x.numel() // x.shape[1])
+    else:
+        average, var = (t.index_select(0, index).to(mean.dtype) for t in running)
+    mean.copy_(average.masked_fill(closed, 0))
+    rstd.copy_(torch.rsqrt(var + eps).masked_fill(closed, 0))
+    value = _normalized(x, weight, bias, mean, rstd, index)
+    if activation:
+        value = value.relu()
+    return y.copy_(value.masked_fill(dummy, 0)), mean, rstd
+
+
+def _update(running, batch, index, closed, momentum, count) -> None:
+    """Moves the running statistics of open features towards the batch's."""
+    for full, new, factor in zip(running, batch, (1, count / (count - 1)), strict=True):
+        if full is not None:
+            old = full.index_select(0, index)
+            mixed = ((1 - momentum) * old + momentum * factor * new).to(full.dtype)
+            full.index_copy_(0, index, torch.where(closed, old, mixed))
+
+
+def _normalized(x, weight, bias, mean, rstd, index) -> Tensor:
+    alpha = rstd * _rows(weight, index, x, 1.0)
+    shifted = x.to(mean.dtype) - _along(mean, x)
+    return shifted * _along(alpha, x) + _along(_rows(bias, index, x, 0.0), x)
+
+
+def _backward_python(
+    grad, x, weight, bias, mean, rstd, index, z, map, training, activation, need_x, need_w, need_b
+):
+    grad_x, grad_weight, grad_bias = _backward_fake(
+        grad, x, weight, bias, *[None] * 5, training, activation, need_x, need_w, need_b
+    )
+    if x.numel() == 0:
+        return grad_x, grad_weight.zero_(), grad_bias.zero_()
+    dummy = is_dummy(x, index, z, map)
+    grad = grad.to(mean.dtype).masked_fill(dummy, 0)
+    if activation:
+        grad = grad.masked_fill(_normalized(x, weight, bias, mean, rstd, index) <= 0, 0)
+    shifted = (x.to(mean.dtype) - _along(mean, x)).masked_fill(dummy, 0)
+    total = grad.sum(_all_but_channels(x))
+    product = (grad * shifted).sum(_all_but_channels(x))
+    for result, sums in ((grad_weight, product * rstd), (grad_bias, total)):
+        if result.numel():
+            result.zero_().index_copy_(0, index, sums.to(result.dtype))
+    if need_x:
+        if training:
+            count = x.numel() // x.shape[1]
+            slope = product / count * rstd * rstd
+            grad = grad - _along(total / count, x) - shifted * _along(slope, x)
+        alpha = _along(rstd * _rows(weight, index, x, 1.0), x)
+        grad_x.copy_((grad * alpha).masked_fill(dummy, 0))
+    return grad_x, grad_weight, grad_bias
+
+
+_registry.add_op("packed_norm")
+_FORWARD = _registry.define(
+    "packed_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
+    "Tensor(b!)? running_var, Tensor index, Tensor z, Tensor map, bool training, float momentum, "
+    "float eps, int activation) -> (Tensor y, Tensor mean, Tensor rstd)",
+    fake=_forward_fake,
+    python=_forward_python,
+)
+_BACKWARD = _registry.define(
+    "packed_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, "
+    "Tensor rstd, Tensor index, Tensor z, Tensor map, bool training, int activation, bool need_x, "
+    "bool need_weight, bool need_bias) "
+    "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
+    fake=_backward_fake,
+    python=_backward_python,
+)
+
+
+class _PackedNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, running_mean, running_var, index, z, feature_map, *how):
+        y, mean, rstd = _FORWARD(
+            x, weight, bias, running_mean, running_var, index, z, feature_map, *how
+        )
+        # Two numbers per channel besides x; the sign that ReLU saw is computed again.
+        ctx.save_for_backward(x, weight, bias, mean, rstd, index, z, feature_map)
+        training, _, _, activation = how
+        ctx.how = training, activation
+        ctx.set_materialize_grads(False)
+        return y
+
+    @staticmethod
+    @_registry.once_differentiable
+    def backward(ctx, grad):  # type: ignore[override]
+        needs = ctx.needs_input_grad[:3]
+        if grad is None:
+            return (None,) * 12
+        grads = _BACKWARD(grad, *ctx.saved_tensors, *ctx.how, *needs)
+        wanted = (g if need else None for g, need in zip(grads, needs, strict=True))
+        return (*wanted, *(None,) * 9)
+
+
+def packed_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    index: Tensor,
+    z: Tensor,
+    feature_map: Tensor,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str = "none",
+) -> Tensor:
+    """Batch normalisation and activation of packed channels, parameters at full shape.
+
+    With f = index[c], channel c of x has m values x_i. In training mode
+    mean = sum x_i / m, var = sum (x_i - mean)^2 / m, and in place
+    running_mean[f] = (1 - momentum) running_mean[f] + momentum mean,
+    running_var[f] = (1 - momentum) running_var[f] + momentum var m / (m - 1);
+    else mean = running_mean[f] and var = running_var[f]. With rstd = (var + eps)^-1/2,
+
+        y_i = act((x_i - mean) rstd weight[f] + bias[f]).
+
+    From g = dL/dy times act' the backward pass gives dbias[f] = sum g_i,
+    dweight[f] = sum g_i (x_i - mean) rstd, exactly 0 at all closed features, and
+    dx_i = rstd weight[f] (g_i - sum g / m - (x_i - mean) rstd dweight[f] / m), in eval mode
+    rstd weight[f] g_i. A packed feature with z[feature_map[0, f]] z[feature_map[1, f]] = 0 is a
+    dummy: its y and gradients are exactly 0 and its statistics stay, whatever it holds. Sums are
+    added in float64 and in a fixed order whatever the number of threads.
+
+    An empty batch gives an empty result and leaves the statistics alone, as in PyTorch.
+
+    Args:
+        x: [N, C, *], 2 to 5 dimensions; float64, float32, bfloat16 or float16. Fastest if
+            channels_last, contiguous or [N, C].
+        weight: [F], or None: ones. weight, bias and statistics have x's dtype, or float32 where
+            x has bfloat16 or float16.
+        bias: [F], or None: zeros.
+        running_mean: [F], or None, then running_var too: the batch's own in training mode.
+        running_var: [F] or None.
+        index: int64 [C], the feature of every channel of x, distinct.
+        z: [G + 1] gates, the last one always open; float64 for float64 x, else float32. No
+            gradient: a closed gate leaves channels out, an open one does not scale them.
+        feature_map: int64 [2, F], the two gates of each feature.
+        training: normalise by the batch's statistics and update the running ones.
+        momentum: weight of the batch in the running statistics.
+        eps: added to the variance; above 0, in eval mode 0 will do.
+        activation: "none" or "relu".
+
+    Returns:
+        y, shape and dtype of x: channels_last if x is 4-D or 5-D with its channels side by side,
+        else contiguous. Differentiable in x, weight and bias.
+
+    Raises:
+        TypeError: wrong dtypes. ValueError: wrong shapes, devices, eps or activation, one
+        running statistic without the other, eval mode without them, one value per channel in
+        training mode. RuntimeError: an index out of bounds or twice (on a GPU this is not
+        checked: nothing waits for the kernels).
+
+    Cost: forward reads x twice in training mode (once in eval mode) and writes y; backward reads x
+    and dL/dy twice and writes dx. [128, 160, 32, 32] in bfloat16, 21.0 M numbers: 126 MB forward,
+    210 MB backward, so at least 26 us and 44 us at the 4.8 TB/s of an H200; about 9 and 16
+    operations per number are 0.19 and 0.34 GFLOP, 3 us and 5 us of its float32 units.
+
+    Source: Ioffe and Szegedy, "Batch normalization" (ICML 2015), algorithm 1, with the running
+    averages of `torch.nn.functional.batch_norm`.
+    """
+    parameters = {
+        "weight": weight,
+        "bias": bias,
+        "running_mean": running_mean,
+        "running_var": running_var,
+    }
+    _check(x, parameters, index, z, feature_map, training, eps, activation)
+    tensors = (x, *parameters.values(), index, z, feature_map)
+    if _config.reference_asked():
+        return reference.packed_norm(*tensors, training, momentum, eps, activation)
+    number = ACTIVATIONS.index(activation)
+    return _PackedNorm.apply(*tensors, training, momentum, eps, number)
+
+
+def _check(x, parameters, index, z, feature_map, training, eps, activation) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}; got {activation}")
+    if x.dtype not in _PARAMETER_DTYPES:
+        raise TypeError(f"x: expected a floating dtype; got {x.dtype}")
+    if not 2 <= x.dim() <= 5:
+        raise ValueError(f"x: expected 2 to 5 dimensions; got {x.dim()}")
+    _check_gates(x, index, z, feature_map)
+    _check_parameters(x, feature_map.shape[1], parameters)
+    absent = [name for name in ("running_mean", "running_var") if parameters[name] is None]
+    if len(absent) == 1:
+        raise ValueError(f"running_mean, running_var: expected both or neither; got no {absent[0]}")
+    if absent and not training:
+        raise ValueError("running_mean, running_var: expected both in eval mode; got None")
+    if eps < 0 or (training and eps == 0):
+        raise ValueError(
+            f"eps: expected a number {'above' if training else 'of at least'} 0; got {eps:g}"
+        )
+    if training and math.prod((x.shape[0], *x.shape[2:])) == 1:
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size {x.shape}"
+        )
+
+
+def _check_gates(x, index, z, feature_map) -> None:
+    for name, tensor in (("index", index), ("feature_map", feature_map)):
+        if tensor.dtype != torch.int64:
+            raise TypeError(f"{name}: expected int64; got {tensor.dtype}")
+        _check_device(name, tensor, x)
+    if list(index.shape) != [x.shape[1]]:
+        raise ValueError(f"index: expected shape [{x.shape[1]}]; got {list(index.shape)}")
+    if feature_map.dim() != 2 or feature_map.shape[0] != 2:
+        raise ValueError(f"feature_map: expected shape [2, F]; got {list(feature_map.shape)}")
+    if z.dtype != _compute_dtype(x):
+        raise TypeError(f"z: expected {_compute_dtype(x)} with {x.dtype} x; got {z.dtype}")
+    if z.dim() != 1:
+        raise ValueError(f"z: expected shape [G + 1]; got {list(z.shape)}")
+    _check_device("z", z, x)
+
+
+def _check_parameters(x, features: int, parameters: dict[str, Tensor | None]) -> None:
+    dtype = None
+    for name, tensor in parameters.items():
+        if tensor is None:
+            continue
+        dtype = dtype or tensor.dtype
+        if tensor.dtype not in _PARAMETER_DTYPES[x.dtype]:
+            allowed = " or ".join(map(str, _PARAMETER_DTYPES[x.dtype]))
+            raise TypeError(f"{name}: expected {allowed} with {x.dtype} x; got {tensor.dtype}")
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name}: expected {dtype} as the others; got {tensor.dtype}")
+        if list(tensor.shape) != [features]:
+            raise ValueError(f"{name}: expected shape [{features}]; got {list(tensor.shape)}")
+        _check_device(name, tensor, x)
+
+
+def _check_device(name: str, tensor: Tensor, x: Tensor) -> None:
+    if tensor.device != x.device:
+        raise ValueError(f"{name}: expected x's device {x.device}; got {tensor.device}")
