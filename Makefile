@@ -5,7 +5,11 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-INSTALL_INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
+INSTALL_INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -type f ! -name '*.md')
+
+# The CUDA ops are built wherever nvcc is, GPU or not.
+NVCC := $(or $(wildcard $(CUDA_HOME)/bin/nvcc),$(shell command -v nvcc 2>/dev/null),$(wildcard /usr/local/cuda/bin/nvcc))
+L0K_BUILD ?= $(if $(NVCC),cuda,cpu)
 
 # Threads that spin while they wait make step times flip from run to run.
 export OMP_WAIT_POLICY := passive
@@ -17,22 +21,26 @@ override L0K_DATA := $(abspath $(L0K_DATA))
 export L0K_DATA
 endif
 
-.PHONY: help demo test fuzz bench lint gpu clean
+.PHONY: help demo test kernels fuzz bench lint gpu clean
 
 help:
-	@echo 'make demo   train LeNet-5 on digits, ours beside the masked reference; writes runs/demo'
-	@echo 'make test   all tests'
-	@echo 'make fuzz   CASES=20000 random networks against an oracle; failing ones go to runs/fuzz'
-	@echo 'make bench  time training steps (writes runs/bench) and operators'
-	@echo 'make lint   ruff and pyright'
-	@echo 'make gpu    the tests and the step bench that need a CUDA device'
-	@echo 'make clean  remove .venv, build and runs'
+	@echo 'make demo     train LeNet-5 on digits, ours beside the masked reference; writes runs/demo'
+	@echo 'make test     all tests'
+	@echo 'make kernels  compile every GPU kernel, no GPU needed: registers, spills; writes runs/kernels'
+	@echo 'make fuzz     CASES=20000 random networks against an oracle; failing ones go to runs/fuzz'
+	@echo 'make bench    time training steps (writes runs/bench) and operators'
+	@echo 'make lint     ruff and pyright'
+	@echo 'make gpu      the tests and the step bench that need a CUDA device'
+	@echo 'make clean    remove .venv, build and runs'
 
 demo: $(STAMP)
 	$(RUN)/l0kernels train lenet5-hc --compare --seeds 0,1,2 --out runs/demo
 
 test: $(STAMP)
 	$(RUN)/python -m pytest -q -rs --durations=10
+
+kernels: $(STAMP)
+	PYTHONPATH=tests $(RUN)/python -m kernels --out runs/kernels
 
 CASES ?= 20000
 fuzz: $(STAMP)
@@ -59,6 +67,6 @@ clean:
 # torch comes first: the build uses its headers, without the second copy that isolation would fetch.
 $(STAMP): $(INSTALL_INPUTS)
 	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
-	$(RUN)/python -m pip install -q -c constraints.txt torch numpy setuptools ninja pybind11
-	L0K_BUILD=cpu $(RUN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[train,bench,export,hf,test,dev]'
+	$(RUN)/python -m pip install -q -c constraints.txt torch triton numpy setuptools ninja pybind11
+	L0K_BUILD=$(L0K_BUILD) $(RUN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[train,bench,export,hf,test,dev]'
 	touch $@

@@ -2,7 +2,8 @@
 """Builds the C++ parts; everything that is not about compiling is in pyproject.toml.
 
 L0K_BUILD=auto|none|cpu|cuda chooses what is built: `auto` takes what it finds and prints why,
-an explicit request that cannot be met fails, `none` builds no library at all.
+an explicit request that cannot be met fails, `cpu` builds the C++ ops, `cuda` these and the CUDA
+ops, `none` builds no library at all. No GPU is needed to build for one.
 """
 
 import json
@@ -13,6 +14,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from dataclasses import dataclass
+from functools import cache
 from importlib import metadata, util
 from pathlib import Path
 
@@ -27,15 +30,18 @@ OLDEST_TORCH = (2, 11)
 CHOICES = ("auto", "none", "cpu", "cuda")
 # Gate decisions must be the same on every machine, so the compiler may not contract a*b+c where
 # the target happens to have a fused instruction.
-FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall"]
+HOST_FLAGS = ["-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall"]
+FLAGS = ["-std=c++17", "-O3", *HOST_FLAGS]
+NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false", f"-Xcompiler={','.join(HOST_FLAGS)}"]
+OLDEST_NVCC = (12, 0)
+# Machine code for these, and the newest one's PTX for GPUs that come later.
+ARCHITECTURES = ("80", "90a", "100")
 
 
 def choice() -> str:
     name = os.environ.get("L0K_BUILD", "auto")
     if name not in CHOICES:
         raise SetupError(f"L0K_BUILD: expected one of {', '.join(CHOICES)}, got {name!r}")
-    if name == "cuda":
-        raise SetupError("L0K_BUILD=cuda: there are no CUDA kernels in this version; use cpu")
     return name
 
 
@@ -88,33 +94,109 @@ def why_not_cpu() -> str:
     return why_no_compiler()
 
 
-def plan() -> tuple[str, str]:
-    """What is built ("cpu" or "none") and the reason why nothing is."""
+def nvcc() -> str:
+    """Path of the CUDA compiler, "" if there is none."""
+    home = os.environ.get("CUDA_HOME")
+    places = [f"{home}/bin/nvcc"] if home else []
+    places += ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    return next(filter(None, map(shutil.which, places)), "")
+
+
+@cache
+def nvcc_version() -> str:
+    """As the compiler states it: "release 13.0, V13.0.88"; "" if it does not run."""
+    try:
+        done = subprocess.run([nvcc(), "--version"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    found = re.search(r"release \d.*", done.stdout)
+    return found[0] if found else ""
+
+
+def why_not_cuda() -> str:
+    """An empty string if the CUDA ops can be built where the C++ ops can, else why not."""
+    if not nvcc():
+        return "no nvcc found (looked in $CUDA_HOME/bin, $PATH, /usr/local/cuda/bin)"
+    numbers = re.match(r"release (\d+)\.(\d+)", nvcc_version())
+    if numbers is None:
+        return f"{nvcc()} --version fails or does not state a release"
+    if tuple(map(int, numbers.groups())) < OLDEST_NVCC:
+        return f"expected nvcc >= 12.0, got {nvcc_version()} ({nvcc()})"
+    return ""
+
+
+@cache
+def architectures() -> list[str]:
+    """Those of ARCHITECTURES that this nvcc knows."""
+    done = subprocess.run([nvcc(), "--list-gpu-arch"], capture_output=True, text=True, check=True)
+    known = set(done.stdout.split())
+    return [name for name in ARCHITECTURES if f"compute_{name.rstrip('a')}" in known]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Why each library is not built; an empty string: it is."""
+
+    cpp: str
+    cuda: str
+
+
+@cache
+def plan() -> Plan:
     name = choice()
     if name == "none":
-        return "none", "L0K_BUILD=none"
-    reason = why_not_cpu()
-    if reason and name == "cpu":
-        raise SetupError(f"L0K_BUILD=cpu: {reason}")
-    return ("none", reason) if reason else ("cpu", "")
+        return Plan(cpp="L0K_BUILD=none", cuda="L0K_BUILD=none")
+    cpp = why_not_cpu()
+    cuda = "L0K_BUILD=cpu" if name == "cpu" else cpp or why_not_cuda()
+    missing = {"auto": "", "cpu": cpp, "cuda": cuda}[name]
+    if missing:
+        raise SetupError(f"L0K_BUILD={name}: {missing}")
+    return Plan(cpp=cpp, cuda=cuda)
 
 
 def sources(pattern: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pattern))
 
 
-def cpu_ops() -> Extension:
+def ops_library(name: str, pattern: str, flags: list[str], link_flags: list[str]) -> Extension:
+    """A library without Python binding whose only interface is libtorch's stable ABI."""
     torch = torch_root()
     return Extension(
-        "l0kernels._C",
-        sources("csrc/cpu/*.cpp"),
-        depends=sources("csrc/**/*.h"),
+        name,
+        sources(pattern),
+        depends=[*sources("csrc/**/*.h"), *sources("csrc/**/*.cuh")],
         include_dirs=[str(torch / "include")],
-        extra_compile_args=[*FLAGS, f"-DTORCH_TARGET_VERSION={TARGET_VERSION}"],
-        # Debian and Ubuntu link --as-needed, which would drop libtorch and leave its symbols null.
-        extra_link_args=[f"-L{torch / 'lib'}", "-Wl,--no-as-needed", "-ltorch_cpu", "-ltorch"],
+        extra_compile_args=flags,
+        extra_link_args=[f"-L{torch / 'lib'}", *link_flags, "-ltorch_cpu", "-ltorch"],
         optional=choice() == "auto",
     )
+
+
+def cpu_ops() -> Extension:
+    # Debian and Ubuntu link --as-needed, which would drop libtorch and leave its symbols null.
+    flags = [*FLAGS, f"-DTORCH_TARGET_VERSION={TARGET_VERSION}"]
+    return ops_library("l0kernels._C", "csrc/cpu/*.cpp", flags, ["-Wl,--no-as-needed"])
+
+
+def nvcc_flags() -> list[str]:
+    # The host part is compiled by what compiles the rest, unless that is a wrapper with arguments.
+    host = [f"-ccbin={compiler()[0]}"] if len(compiler()) == 1 else []
+    return [*NVCC_FLAGS, *host, f"-DTORCH_TARGET_VERSION={TARGET_VERSION}"]
+
+
+def gpu_flags(names: list[str]) -> list[str]:
+    """Machine code for these architectures and PTX of the newest."""
+    newest = names[-1].rstrip("a")
+    code = [(name, f"sm_{name}") for name in names] + [(newest, f"compute_{newest}")]
+    return [f"-gencode=arch=compute_{name},code={target}" for name, target in code]
+
+
+def cuda_ops() -> Extension:
+    # The CUDA runtime is linked in and hidden, so the library needs no CUDA to load and never
+    # mixes with the runtime that torch brings.
+    link = ["-cudart=static", "-Xlinker=--exclude-libs,ALL", "-Xlinker=--no-as-needed"]
+    flags = [*nvcc_flags(), *gpu_flags(architectures())]
+    return ops_library("l0kernels._C_cuda", "csrc/cuda/*.cu", flags, link)
 
 
 def scalar_math() -> Extension:
@@ -146,19 +228,23 @@ def escape(path: str | Path) -> str:
 
 
 def ninja_file(ext: Extension, objects: Path, library: Path) -> str:
-    """Rules for one library; every path in it is absolute."""
-    includes = [f"-I{ROOT / 'csrc'}", *(f"-isystem{path}" for path in ext.include_dirs)]
-    compile_flags = shlex.join([*ext.extra_compile_args, *includes]).replace("$", "$$")
-    extra = os.environ.get("CXXFLAGS", "").replace("$", "$$")
-    link_flags = shlex.join(ext.extra_link_args).replace("$", "$$")
+    """Rules for one library, all of its sources in one language; every path is absolute."""
+    cuda = ext.sources[0].endswith(".cu")
+    driver = [nvcc()] if cuda else compiler()
+    extra = "" if cuda else os.environ.get("CXXFLAGS", "")  # nvcc reads NVCC_APPEND_FLAGS itself
+    includes = [f"-I{ROOT / 'csrc'}"]
+    for path in ext.include_dirs:
+        includes += ["-isystem", path]
+    compile_flags = f"{shlex.join([*ext.extra_compile_args, *includes])} {extra}"
+    link_flags = shlex.join(ext.extra_link_args)
     lines = [
-        f"cxx = {shlex.join(compiler()).replace('$', '$$')}",
+        f"driver = {shlex.join(driver).replace('$', '$$')}",
         "rule compile",
-        f"  command = $cxx -MMD -MF $out.d {compile_flags} {extra} -c $in -o $out",
+        f"  command = $driver -MD -MF $out.d {compile_flags.replace('$', '$$')} -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        f"  command = $cxx -shared $in -o $out {link_flags}",
+        f"  command = $driver -shared $in -o $out {link_flags.replace('$', '$$')}",
     ]
     outputs = []
     for source in ext.sources:
@@ -169,8 +255,9 @@ def ninja_file(ext: Extension, objects: Path, library: Path) -> str:
 
 
 def libraries(package: Path) -> list[Path]:
-    """Where _C and _math lie in the built package."""
-    return [package / "_C.so", package / f"_math{sysconfig.get_config_var('EXT_SUFFIX')}"]
+    """Where _C, _C_cuda and _math lie in the built package."""
+    tag = sysconfig.get_config_var("EXT_SUFFIX")
+    return [package / "_C.so", package / "_C_cuda.so", package / f"_math{tag}"]
 
 
 def forget(package: Path) -> None:
@@ -182,8 +269,8 @@ class BuildLibraries(build_ext):
     """Compiles with ninja, MAX_JOBS files at a time."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        # _C has no Python binding, so its file name carries no Python tag.
-        if fullname.rpartition(".")[2] == "_C":
+        # The operators have no Python binding, so their file names carry no Python tag.
+        if fullname.rpartition(".")[2] in ("_C", "_C_cuda"):
             return fullname.replace(".", os.sep) + ".so"
         return super().get_ext_filename(fullname)
 
@@ -195,7 +282,10 @@ class BuildLibraries(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         library = Path(self.get_ext_fullpath(ext.name)).resolve()
-        objects = Path(self.build_temp).resolve() / ext.name
+        # An editable build gets a new temporary folder each time; ours stays, so that the next one
+        # compiles only what has changed.
+        folder = ROOT / "build" / "editable" if self.editable_mode else Path(self.build_temp)
+        objects = folder.resolve() / ext.name
         objects.mkdir(parents=True, exist_ok=True)
         rules = objects / "build.ninja"
         rules.write_text(ninja_file(ext, objects, library), encoding="utf-8")
@@ -220,14 +310,15 @@ class WriteBuildInfo(Command):
 
     def run(self) -> None:
         package = (ROOT if self.editable_mode else Path(self.build_lib).resolve()) / "l0kernels"
-        if PLAN == "none":
+        if choice() == "none":
             forget(package)
-        cpp, scalar = (library.exists() for library in libraries(package))
-        reason = REASON if cpp or REASON else "the C++ build failed, its output says why"
-        print(f"l0kernels: C++ ops {'built' if cpp else f'not built: {reason}'}")
+        record = build_record(package)
+        for key, title in (("", "C++"), ("cuda_", "CUDA")):
+            reason = record[f"{key}reason"]
+            print(f"l0kernels: {title} ops {f'not built: {reason}' if reason else 'built'}")
         package.mkdir(parents=True, exist_ok=True)
         (package / "_build_info.json").write_text(
-            json.dumps(build_record(cpp, scalar, reason), indent=1) + "\n", encoding="utf-8"
+            json.dumps(record, indent=1) + "\n", encoding="utf-8"
         )
 
     def get_source_files(self) -> list[str]:
@@ -249,16 +340,25 @@ def first_line(command: list[str]) -> str | None:
     return done.stdout.partition("\n")[0]
 
 
-def build_record(cpp: bool, scalar: bool, reason: str) -> dict[str, object]:
+def build_record(package: Path) -> dict[str, object]:
+    """What was built, with what, and why the rest was not."""
+    cpp, cuda, scalar = (library.exists() for library in libraries(package))
+    failed = "the {} build failed, its output says why"
+    names = architectures() if cuda else []
     return {
         "L0K_BUILD": choice(),
         "cpp": cpp,
         "math": scalar,
-        "reason": reason,
+        "reason": "" if cpp else plan().cpp or failed.format("C++"),
         "torch": torch_version() or None,
         "target_version": TARGET_VERSION,
         "compiler": first_line([*compiler(), "--version"]) if cpp else None,
         "flags": " ".join([*FLAGS, os.environ.get("CXXFLAGS", "")]).strip() if cpp else None,
+        "cuda": cuda,
+        "cuda_reason": "" if cuda else plan().cuda or failed.format("CUDA"),
+        "nvcc": nvcc_version() if cuda else None,
+        "architectures": [*(f"sm_{name}" for name in names), *(f"PTX {n}" for n in names[-1:])],
+        "cuda_flags": " ".join(nvcc_flags()) if cuda else None,
         "python": sys.version.partition(" ")[0],
         "git": first_line(["git", "rev-parse", "--short", "HEAD"]),
     }
@@ -275,11 +375,19 @@ def packages() -> dict[str, str]:
     return found
 
 
-PLAN, REASON = plan()
-build.sub_commands = [*build.sub_commands, ("build_info", None)]
-setup(
-    packages=list(packages()),
-    package_dir=packages(),
-    ext_modules=[cpu_ops(), scalar_math()] if PLAN == "cpu" else [],
-    cmdclass={"build_ext": BuildLibraries, "build_info": WriteBuildInfo},
-)
+def main() -> None:
+    extensions = [] if plan().cpp else [cpu_ops(), scalar_math()]
+    if not plan().cuda:
+        extensions.append(cuda_ops())
+    build.sub_commands = [*build.sub_commands, ("build_info", None)]
+    setup(
+        packages=list(packages()),
+        package_dir=packages(),
+        ext_modules=extensions,
+        cmdclass={"build_ext": BuildLibraries, "build_info": WriteBuildInfo},
+    )
+
+
+# `make kernels` imports this file for its flags.
+if __name__ == "__main__":
+    main()

@@ -25,12 +25,15 @@ def current_impl() -> str:
 
 
 def why_unavailable(name: str) -> str:
-    """Returns why an implementation cannot run here, or "" if it can."""
-    if name == "cpp" and not _ext.cpp_available():
-        return _ext.why_not()
-    if name in ("triton", "cuda"):
-        return f"this version has no {'Triton' if name == 'triton' else 'CUDA'} kernels"
-    return ""
+    """Returns why an implementation cannot run here, or "" if it can.
+
+    Asked about "cuda" for the first time, it looks for a GPU.
+    """
+    if name == "cpp":
+        return _ext.load("cpp")
+    if name == "cuda":
+        return _ext.load("cuda") or _ext.why_no_gpu()
+    return "this version has no Triton kernels" if name == "triton" else ""
 
 
 def check_available(name: str) -> None:

@@ -1,25 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads the compiled CPU ops and knows why they are missing when they are.
+"""Loads the compiled ops and knows why they are missing when they are.
 
-The library has no Python binding: loading it only adds implementations to `torch.ops.l0kernels`.
+The libraries have no Python binding: loading one only adds implementations to
+`torch.ops.l0kernels`. The CUDA ops load without a GPU too, and touch none when they do.
 """
 
 import functools
 import json
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 _PACKAGE = Path(__file__).resolve().parent
-_LIBRARY = _PACKAGE / "_C.so"
 _BUILD_INFO = _PACKAGE / "_build_info.json"
+_OLDEST_GPU = (8, 0)
+
+
+@dataclass(frozen=True)
+class Library:
+    """One compiled library.
+
+    Args:
+        title: what it holds.
+        file: where the build puts it.
+        reason: the field of the build's record that says why it was not built.
+        choice: the value of L0K_BUILD that builds it.
+    """
+
+    title: str
+    file: Path
+    reason: str
+    choice: str
+
+
+LIBRARIES = {
+    "cpp": Library("C++ CPU ops", _PACKAGE / "_C.so", "reason", "cpu"),
+    "cuda": Library("CUDA ops", _PACKAGE / "_C_cuda.so", "cuda_reason", "cuda"),
+}
 
 
 @functools.cache
 def build_info() -> dict[str, Any]:
-    """What the build recorded: versions, compiler, flags; empty if nothing was built."""
+    """What the build recorded: versions, compilers, flags; empty if nothing was built."""
     try:
         return json.loads(_BUILD_INFO.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -27,17 +52,17 @@ def build_info() -> dict[str, Any]:
 
 
 @functools.cache
-def load() -> str:
-    """Load the C++ CPU ops once; never raises.
+def load(name: str) -> str:
+    """Loads "cpp" or "cuda" once; never raises.
 
     Returns:
-        An empty string when they are loaded, else the reason why they are not.
+        An empty string when its ops are registered, else the reason why they are not.
     """
-    info = build_info()
-    if not _LIBRARY.exists():
-        return f"not built: {info.get('reason') or 'the package was never installed'}"
+    info, library = build_info(), LIBRARIES[name]
+    if not library.file.exists():
+        return f"not built: {info.get(library.reason) or 'the package was never installed'}"
     try:
-        torch.ops.load_library(str(_LIBRARY))
+        torch.ops.load_library(str(library.file))
     except OSError as error:
         built_for = info.get("torch", "an unknown version")
         return f"built for torch {built_for}, found {torch.__version__}: {error}"
@@ -46,20 +71,37 @@ def load() -> str:
 
 def cpp_available() -> bool:
     """Whether the C++ CPU ops are loaded."""
-    return not load()
+    return not load("cpp")
 
 
 def why_not() -> str:
     """Why the C++ CPU ops are missing; an empty string when they are loaded."""
-    return load()
+    return load("cpp")
 
 
 @functools.cache
-def note_missing() -> None:
-    """Say once per process that PyTorch ops stand in for the C++ ones, and why."""
-    if why_not():
+def why_no_gpu() -> str:
+    """Why CUDA kernels cannot run here, if they are built; an empty string if they can.
+
+    It asks the driver, so nothing calls it before a GPU is wanted or `info` is.
+    """
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    found = torch.cuda.get_device_capability()
+    if found < _OLDEST_GPU:
+        return "expected a GPU of compute capability 8.0 or newer; got {}.{}".format(*found)
+    return ""
+
+
+@functools.cache
+def note_missing(name: str) -> None:
+    """Says once per process that PyTorch ops stand in for the compiled ones, and why."""
+    reason, library = load(name), LIBRARIES[name]
+    if reason:
         warnings.warn(
-            f"the C++ CPU ops are missing ({why_not()}); slower PyTorch ops run instead. "
-            "Installing again with L0K_BUILD=cpu builds them or says what that needs",
+            f"the {library.title} are missing ({reason}); slower PyTorch ops run instead. "
+            f"Installing again with L0K_BUILD={library.choice} builds them or says what that needs",
             stacklevel=2,
         )

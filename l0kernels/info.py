@@ -43,7 +43,8 @@ def info() -> dict[str, Any]:
 
     Returns:
         A dict that `json` can write: `versions` {name: str or None}, `system`, `build` (what was
-        recorded when the package was built, with `loaded` and `why_not`), and `ops`
+        recorded when the package was built, with `loaded` and `why_not` of the C++ ops,
+        `cuda_loaded` and `cuda_why_not` of the CUDA ops), and `ops`
         {operator: {implementation: {available: bool, reason: str}}}.
     """
     return {
@@ -70,21 +71,27 @@ def info() -> dict[str, Any]:
             **_ext.build_info(),
             "loaded": _ext.cpp_available(),
             "why_not": _ext.why_not(),
+            "cuda_loaded": not _ext.load("cuda"),
+            "cuda_why_not": _ext.load("cuda"),
         },
         "ops": {
             op: {
                 impl: {"available": available, "reason": reason}
-                for impl, (available, reason) in impls.items()
+                for impl, (available, reason) in _registry.what_runs(op).items()
             }
-            for op, impls in sorted(_registry.OPS.items())
+            for op in sorted(_registry.OPS)
         },
     }
 
 
 def _table(title: str, rows: dict[str, Any]) -> list[str]:
     width = max(map(len, rows))
-    shown = {key: "-" if value in (None, "", []) else value for key, value in rows.items()}
-    return [title, *(f"  {key:<{width}}  {value}" for key, value in shown.items())]
+    return [title, *(f"  {key:<{width}}  {_shown(value)}" for key, value in rows.items())]
+
+
+def _shown(value: Any) -> str:
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return "-" if value is None or not text else text
 
 
 def _text(facts: dict[str, Any]) -> str:

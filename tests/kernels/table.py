@@ -22,6 +22,10 @@ HEAD = (
 )
 
 
+class Skipped(Exception):
+    """A part has nothing to compile with; the message says what is missing."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One kernel in one configuration, compiled for one architecture.

@@ -8,40 +8,49 @@ HEAVY = ["triton", "matplotlib", "sklearn", "pandas", "PIL", "torch._inductor", 
 LIGHT = f"""
 import json, sys, torch
 before = set(sys.modules)
+with open("/proc/self/maps") as maps:
+    driver_before = "libcuda.so" in maps.read()
 import l0kernels
 new = set(sys.modules) - before
+with open("/proc/self/maps") as maps:
+    driver = "libcuda.so" in maps.read()
 print(json.dumps({{
     "heavy": [name for name in {HEAVY} if name in new],
     "cuda": torch.cuda.is_initialized(),
+    "driver": driver and not driver_before,
 }}))
 """
 
 UNLOADABLE = """
-import torch
+import dataclasses, torch
 def refuse(path):
     raise OSError("undefined symbol: aoti_torch_something")
 torch.ops.load_library = refuse
 from l0kernels import _ext
-_ext._LIBRARY = _ext._BUILD_INFO  # a file that exists
+for name, library in _ext.LIBRARIES.items():  # a file that exists
+    _ext.LIBRARIES[name] = dataclasses.replace(library, file=_ext._BUILD_INFO)
 from l0kernels.functional import pack_weight
 weight = torch.arange(6.0).reshape(3, 2)
 for rows in ([0, 2], [1]):
     rows = torch.tensor(rows)
     packed = pack_weight(weight, rows=rows, row_map=torch.full((2, 3), 1), z=torch.ones(2))
     assert torch.equal(packed, weight[rows]), packed
-print(_ext.why_not())
+print(_ext.why_not(), _ext.load("cuda"), sep="\\n")
 """
 
 
 def test_import_is_light(python):
     done = python("-c", LIGHT)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == {"heavy": [], "cuda": False}
+    assert json.loads(done.stdout) == {"heavy": [], "cuda": False, "driver": False}
 
 
 def test_library_of_another_torch_is_explained_once_and_ops_still_work(python):
     done = python("-c", UNLOADABLE)
     assert done.returncode == 0, done.stderr
-    assert "undefined symbol" in done.stdout
-    assert "built for torch" in done.stdout and "found" in done.stdout
+    reasons = done.stdout.splitlines()
+    assert len(reasons) == 2
+    for reason in reasons:
+        assert "undefined symbol" in reason
+        assert "built for torch" in reason and "found" in reason
     assert done.stderr.count("C++ CPU ops") == 1

@@ -39,7 +39,10 @@ def test_system(facts, monkeypatch, capsys):
 def test_build(facts):
     assert facts["build"]["loaded"] is _ext.cpp_available()
     assert bool(facts["build"]["why_not"]) is not _ext.cpp_available()
+    assert facts["build"]["cuda_loaded"] is not bool(_ext.load("cuda"))
+    assert facts["build"]["cuda_why_not"] == _ext.load("cuda")
     recorded = {"L0K_BUILD", "cpp", "math", "torch", "target_version", "compiler", "flags", "git"}
+    recorded |= {"cuda", "cuda_reason", "nvcc", "architectures", "cuda_flags"}
     assert set(facts["build"]) >= recorded
 
 
@@ -48,7 +51,8 @@ def test_every_op_says_what_can_run_it(facts):
     for impls in facts["ops"].values():
         assert set(impls) == {"reference", "cpp", "triton", "cuda"}
         assert impls["reference"] == {"available": True, "reason": ""}
-        assert impls["cpp"]["available"] is _ext.cpp_available()
+        assert _ext.cpp_available() or not impls["cpp"]["available"]
+        assert torch.cuda.is_available() or not impls["cuda"]["available"]
         for state in impls.values():
             assert state["available"] is not bool(state["reason"])
 
@@ -59,6 +63,7 @@ def test_table_names_what_json_names(facts, capsys):
     for op in facts["ops"]:
         assert f"op {op}" in text
     assert torch.__version__ in text
+    assert ", ".join(facts["build"]["architectures"]) in text
 
 
 def test_command_prints_json(python):

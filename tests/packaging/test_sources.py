@@ -6,7 +6,8 @@ import re
 import pytest
 
 SOURCES = ["*.py", "l0kernels/**/*.py", "bench/**/*.py", "tests/**/*.py"]
-NATIVE = ["csrc/**/*.cpp", "csrc/**/*.h"]
+ENDINGS = ("cpp", "h", "cu", "cuh")
+NATIVE = [f"{folder}/**/*.{ending}" for folder in ("csrc", "tests") for ending in ENDINGS]
 TEXT = [*SOURCES, *NATIVE, "*.md", "csrc/*.md", "*.toml", "*.txt", ".ci/run"]
 THIS_FILE = "test_sources.py"
 

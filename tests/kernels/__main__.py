@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m kernels``: compiles every GPU kernel, no GPU needed, and says what each takes.
+
+Writes table.md and table.json; fails where a kernel spills registers, does not fit or does not
+compile.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import sys
+from importlib import metadata
+from pathlib import Path
+
+from kernels.table import Row, Skipped, markdown, write
+
+PARTS = {"CUDA": "kernels.cuda_aot", "Triton": "kernels.triton_aot"}
+
+
+def collect() -> tuple[list[Row], dict[str, str], list[str]]:
+    """All rows, what there is to say about each part, and what failed."""
+    found: list[Row] = []
+    facts = {"torch": metadata.version("torch")}
+    failures: list[str] = []
+    for title, module in PARTS.items():
+        try:
+            rows = importlib.import_module(module).rows()
+        except Skipped as reason:
+            facts[title] = str(reason)
+            continue
+        except RuntimeError as error:
+            failures.append(f"{title}: {error}")
+            continue
+        facts[title] = f"{len(rows)} kernels"
+        found += rows
+    failures += [defect for row in found for defect in row.defects()]
+    return found, facts, failures
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns 1 if anything failed."""
+    parser = argparse.ArgumentParser(prog="python -m kernels", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/kernels"))
+    out = parser.parse_args(arguments).out
+    rows, facts, failures = collect()
+    write(out, rows, facts)
+    print(markdown(rows))
+    for name, value in facts.items():
+        print(f"{name}: {value}")
+    for failure in failures:
+        print(f"FAILED: {failure}")
+    print(f"{len(rows)} kernels, {len(failures)} failures; {out / 'table.md'}")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
