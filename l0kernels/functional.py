@@ -3,7 +3,7 @@
 
 from l0kernels.ops.gated_conv2d import gated_conv2d
 from l0kernels.ops.gated_linear import gated_linear
-from l0kernels.ops.pack_weight import pack_weight
+from l0kernels.ops.pack_weight import pack_weight, pack_weights
 from l0kernels.ops.packed_norm import packed_norm
 from l0kernels.ops.sample_gates import GateLayout, OpenLists, open_lists, sample_gates
 
@@ -14,6 +14,7 @@ __all__ = [
     "gated_linear",
     "open_lists",
     "pack_weight",
+    "pack_weights",
     "packed_norm",
     "sample_gates",
 ]

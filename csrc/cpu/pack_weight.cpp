@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// pack_weight and its backward pass on the CPU.
+// pack_weight, pack_weights and their backward passes on the CPU.
 //
-// Every weight is seen as [O, A, L]: O output features, A lines each, L numbers per line. A
-// channels_last weight has one line per kernel position and one number per input feature; any
-// other weight is one line with all kernel positions of an input feature side by side. So packing
-// gathers within lines, and all loops run over adjacent numbers.
+// Weights are seen as lines (common/pack_layout.h): packing gathers within lines, and all loops run
+// over adjacent numbers.
 #include "common/host_device.h"
+#include "common/pack_layout.h"
 #include "cpu/common.h"
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -13,7 +12,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <limits>
 #include <tuple>
 #include <type_traits>
 #include <vector>
@@ -23,8 +21,6 @@ namespace {
 
 using c10::BFloat16;
 using c10::Half;
-using torch::headeronly::MemoryFormat;
-using torch::headeronly::ScalarType;
 
 constexpr int64_t kGrain = 262144;      // numbers per task below which threads do not pay
 constexpr int64_t kChunk = 32768;       // numbers per chunk of the backward pass, about
@@ -35,91 +31,35 @@ constexpr int64_t kProductsInSum = 64;  // products summed in float32 before the
 template <typename Weight>
 using Compute = std::conditional_t<std::is_same_v<Weight, double>, double, float>;
 
-// ---- layout ----
-
-bool is_dense(const Tensor& t, bool channels_last) {
-  const int64_t dims = t.dim();
-  const int64_t last_channels[4] = {1, 3, 2, 0};  // fastest dimension first
-  int64_t stride = 1;
-  for (int64_t i = 0; i < dims; ++i) {
-    const int64_t d = channels_last ? last_channels[i] : dims - 1 - i;
-    if (t.size(d) != 1 && t.stride(d) != stride) return false;
-    stride *= t.size(d);
-  }
-  return true;
-}
-
-bool has_layout(const Tensor& t, bool channels_last) {
-  return t.numel() == 0 || is_dense(t, channels_last);
-}
-
-bool is_channels_last(const Tensor& weight) {
-  return weight.dim() == 4 && has_layout(weight, true) && !has_layout(weight, false);
-}
-
-MemoryFormat format_of(bool channels_last) {
-  return channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
-}
-
-Tensor with_layout(const Tensor& t, bool channels_last) {
-  return has_layout(t, channels_last) ? t : torch::stable::contiguous(t, format_of(channels_last));
-}
-
-struct Shape {
-  int64_t rows;   // O
-  int64_t cols;   // I
-  int64_t lines;  // A
-  int64_t inner;  // numbers per line and input feature
-
-  int64_t line() const { return cols * inner; }
-};
-
-Shape shape_of(const Tensor& weight, bool channels_last) {
-  int64_t kernel = 1;
-  for (int64_t d = 2; d < weight.dim(); ++d) kernel *= weight.size(d);
-  const int64_t cols = weight.dim() > 1 ? weight.size(1) : 1;
-  return channels_last ? Shape{weight.size(0), cols, kernel, 1}
-                       : Shape{weight.size(0), cols, 1, kernel};
-}
-
 // ---- rows and columns ----
 
 // One axis of a weight: which features are packed, and by which gates they are scaled.
 struct Axis {
   const char* index_name;
   const char* map_name;
+  AxisList list;
   int64_t full;
   int64_t packed;
-  bool selects;              // else all features are packed, in order
-  bool scales;               // else nothing is scaled
-  const int64_t* index;      // packed -> full
-  const int64_t* gates;      // [2, full]
-  std::vector<Tensor> keep;  // owns what the pointers point to
+  bool selects;  // else all features are packed, in order
+  bool scales;
 
-  int64_t feature(int64_t i) const { return selects ? index[i] : i; }
+  int64_t feature(int64_t i) const { return selects ? list.index[i] : i; }
+  int64_t first_gate(int64_t feature) const { return list.gates[feature]; }
+  int64_t second_gate(int64_t feature) const { return list.gates[list.step + feature]; }
 };
 
-Axis make_axis(const char* index_name, const std::optional<Tensor>& index, const char* map_name,
-               const std::optional<Tensor>& map, int64_t full) {
-  Axis axis{index_name,      map_name, full,    full, index.has_value(),
-            map.has_value(), nullptr,  nullptr, {}};
-  if (index) {
-    axis.keep.push_back(dense(*index));
-    axis.index = data<int64_t>(axis.keep.back());
-    axis.packed = index->size(0);
-    bool within = true;
-    bool in_order = axis.packed == full;
-    for (int64_t i = 0; i < axis.packed; ++i) {
-      within &= axis.index[i] >= 0 && axis.index[i] < full;
-      in_order &= axis.index[i] == i;
-    }
-    require(within, index_name, ": expected indices from 0 to ", full - 1);
-    axis.selects = !in_order;  // everything is open: whole lines are faster than gathers
+Axis make_axis(const char* index_name, const char* map_name, const AxisList& list, int64_t full) {
+  const int64_t packed = list.selects ? list.packed : full;
+  Axis axis{index_name, map_name, list, full, packed, list.selects, list.scales};
+  if (!list.selects) return axis;
+  bool within = true;
+  bool in_order = axis.packed == full;
+  for (int64_t i = 0; i < axis.packed; ++i) {
+    within &= list.index[i] >= 0 && list.index[i] < full;
+    in_order &= list.index[i] == i;
   }
-  if (map) {
-    axis.keep.push_back(dense(*map));
-    axis.gates = data<int64_t>(axis.keep.back());
-  }
+  require(within, index_name, ": expected indices from 0 to ", full - 1);
+  axis.selects = !in_order;  // everything is open: whole lines are faster than gathers
   return axis;
 }
 
@@ -135,8 +75,8 @@ std::vector<S> scales_of(const Axis& axis, const Gates<S>& gates) {
   std::vector<S> scales(axis.packed, S(1));
   if (!axis.scales) return scales;
   for (int64_t i = 0; i < axis.packed; ++i) {
-    const int64_t a = axis.gates[axis.feature(i)];
-    const int64_t b = axis.gates[axis.full + axis.feature(i)];
+    const int64_t a = axis.first_gate(axis.feature(i));
+    const int64_t b = axis.second_gate(axis.feature(i));
     require(a >= 0 && a < gates.count && b >= 0 && b < gates.count, axis.map_name,
             ": expected gates from 0 to ", gates.count - 1);
     scales[i] = gates.z[a] * gates.z[b];
@@ -412,7 +352,7 @@ UnpackRows<S> unpack_function(ScalarType weight, ScalarType packed) {
   return nullptr;
 }
 
-// ---- operators ----
+// ---- one weight ----
 
 struct Arguments {
   Tensor weight;  // dense
@@ -427,19 +367,16 @@ struct Arguments {
   }
 };
 
-Arguments make_arguments(const Tensor& weight, const std::optional<Tensor>& z,
-                         const std::optional<Tensor>& rows, const std::optional<Tensor>& row_map,
-                         const std::optional<Tensor>& cols, const std::optional<Tensor>& col_map) {
+Arguments make_arguments(const Tensor& weight, const Tensor& z, const AxisList& rows,
+                         const AxisList& cols) {
   const bool channels_last = is_channels_last(weight);
   const Shape shape = shape_of(weight, channels_last);
-  require(shape.line() <= std::numeric_limits<int32_t>::max(),
-          "pack_weight: expected fewer than 2^31 numbers per line");
   return {with_layout(weight, channels_last),
           channels_last,
           shape,
-          z ? dense(*z) : Tensor(),
-          make_axis("rows", rows, "row_map", z ? row_map : std::nullopt, shape.rows),
-          make_axis("cols", cols, "col_map", z ? col_map : std::nullopt, shape.cols)};
+          z,
+          make_axis("rows", "row_map", rows, shape.rows),
+          make_axis("cols", "col_map", cols, shape.cols)};
 }
 
 std::vector<int64_t> features_of(const Axis& axis) {
@@ -480,10 +417,8 @@ void run_pack(const Arguments& args, const Tensor& packed) {
                               [&](int64_t begin, int64_t end) { run(p, begin, end); });
 }
 
-Tensor pack_weight(Tensor weight, std::optional<Tensor> z, std::optional<Tensor> rows,
-                   std::optional<Tensor> row_map, std::optional<Tensor> cols,
-                   std::optional<Tensor> col_map, ScalarType dtype) {
-  const Arguments args = make_arguments(weight, z, rows, row_map, cols, col_map);
+Tensor pack_one(const Arguments& args, ScalarType dtype) {
+  const Tensor& weight = args.weight;
   std::vector<int64_t> sizes(weight.sizes().begin(), weight.sizes().end());
   sizes[0] = args.row.packed;
   if (sizes.size() > 1) sizes[1] = args.col.packed;
@@ -542,20 +477,18 @@ OpenColumns<S> open_columns(const Axis& col, const Gates<S>& gates) {
   return open;
 }
 
+// Adds to the gradients of the gates.
 template <typename S>
 void add_gate_grads(const Axis& col, const Gates<S>& gates, const OpenColumns<S>& open,
-                    const std::vector<double>& sums, int64_t chunks, S* grad_z) {
-  std::vector<double> grad(gates.count, 0.0);
+                    const std::vector<double>& sums, int64_t chunks, std::vector<double>& grad_z) {
   for (int64_t feature : open.full) {
     double sum = 0;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += sums[chunk * col.full + feature];
-    const int64_t a = col.gates[feature];
-    const int64_t b = col.gates[col.full + feature];
-    grad[a] += sum * static_cast<double>(gates.z[b]);
-    grad[b] += sum * static_cast<double>(gates.z[a]);
+    const int64_t a = col.first_gate(feature);
+    const int64_t b = col.second_gate(feature);
+    grad_z[a] += sum * static_cast<double>(gates.z[b]);
+    grad_z[b] += sum * static_cast<double>(gates.z[a]);
   }
-  grad.back() = 0.0;
-  for (int64_t j = 0; j < gates.count; ++j) grad_z[j] = static_cast<S>(grad[j]);
 }
 
 int64_t rows_per_chunk(const Shape& shape) {
@@ -563,11 +496,12 @@ int64_t rows_per_chunk(const Shape& shape) {
   return std::max({int64_t{1}, kChunk / row, (shape.rows + kMaxChunks - 1) / kMaxChunks});
 }
 
+// grad_weight is undefined and grad_z null if they are not wanted.
 template <typename S>
 void run_unpack(const Arguments& args, const Tensor& grad, const Tensor& grad_weight,
-                const Tensor& grad_z) {
+                std::vector<double>* grad_z) {
   const Shape& shape = args.shape;
-  const bool sums_wanted = grad_z.defined() && args.col.scales;
+  const bool sums_wanted = grad_z != nullptr && args.col.scales;
   const std::vector<int64_t> slots = row_slots(args.row, args.gates<S>());
   const OpenColumns<S> open = open_columns(args.col, args.gates<S>());
   const std::vector<S> scale = repeated(open.full_scale, shape.inner);
@@ -610,13 +544,68 @@ void run_unpack(const Arguments& args, const Tensor& grad, const Tensor& grad_we
     });
   }
   if (sums_wanted) {
-    add_gate_grads(args.col, args.gates<S>(), open, sums, chunks, out<S>(grad_z));
-  } else if (grad_z.defined()) {
-    std::fill_n(out<S>(grad_z), grad_z.numel(), S(0));
+    add_gate_grads(args.col, args.gates<S>(), open, sums, chunks, *grad_z);
   }
 }
 
-Tensor nothing(const Tensor& like) { return uninitialized(like, {0}); }
+// The gradient of a weight in the layout that the weight has.
+Tensor unpack_one(const Arguments& args, const Tensor& weight, const Tensor& grad,
+                  bool need_weight, std::vector<double>* grad_z) {
+  const Tensor upstream = with_layout(grad, args.channels_last);
+  const Tensor dense = need_weight ? torch::stable::empty_like(args.weight) : Tensor();
+  if (weight.scalar_type() == ScalarType::Double) {
+    run_unpack<double>(args, upstream, dense, grad_z);
+  } else {
+    run_unpack<float>(args, upstream, dense, grad_z);
+  }
+  if (!need_weight) return nothing(weight);
+  if (has_layout(weight, args.channels_last)) return dense;
+  Tensor grad_weight = torch::stable::empty_like(weight);
+  torch::stable::copy_(grad_weight, dense);
+  return grad_weight;
+}
+
+// The gradients of the gates, summed in float64.
+class GateGrads {
+ public:
+  GateGrads(const Tensor& z, bool needed) : z_(z), needed_(needed) {
+    if (needed) sums_.assign(z.size(0), 0.0);
+  }
+
+  std::vector<double>* sums() { return needed_ ? &sums_ : nullptr; }
+
+  // The last gate, always open, is a constant.
+  Tensor tensor() const {
+    const Tensor grad = uninitialized(z_, {z_.size(0)});
+    if (z_.scalar_type() == ScalarType::Double) {
+      store(out<double>(grad));
+    } else {
+      store(out<float>(grad));
+    }
+    return grad;
+  }
+
+ private:
+  template <typename S>
+  void store(S* grad) const {
+    for (size_t j = 0; j < sums_.size(); ++j) grad[j] = static_cast<S>(sums_[j]);
+    if (!sums_.empty()) grad[sums_.size() - 1] = S(0);
+  }
+
+  Tensor z_;
+  bool needed_;
+  std::vector<double> sums_;
+};
+
+// ---- operators ----
+
+Tensor pack_weight(Tensor weight, std::optional<Tensor> z, std::optional<Tensor> rows,
+                   std::optional<Tensor> row_map, std::optional<Tensor> cols,
+                   std::optional<Tensor> col_map, ScalarType dtype) {
+  const OwnedList row(rows, row_map);
+  const OwnedList col(cols, col_map);
+  return pack_one(make_arguments(weight, dense_or_nothing(z), row.list(), col.list()), dtype);
+}
 
 std::tuple<Tensor, Tensor> pack_weight_backward(Tensor grad, Tensor weight, std::optional<Tensor> z,
                                                 std::optional<Tensor> rows,
@@ -624,22 +613,45 @@ std::tuple<Tensor, Tensor> pack_weight_backward(Tensor grad, Tensor weight, std:
                                                 std::optional<Tensor> cols,
                                                 std::optional<Tensor> col_map, bool need_weight,
                                                 bool need_z) {
-  const Arguments args = make_arguments(weight, z, rows, row_map, cols, col_map);
-  const Tensor upstream = with_layout(grad, args.channels_last);
-  const bool direct = has_layout(weight, args.channels_last);
-  const Tensor dense = need_weight ? torch::stable::empty_like(args.weight) : Tensor();
-  const Tensor grad_z = need_z ? uninitialized(args.z, {args.z.size(0)}) : Tensor();
-  if (weight.scalar_type() == ScalarType::Double) {
-    run_unpack<double>(args, upstream, dense, grad_z);
-  } else {
-    run_unpack<float>(args, upstream, dense, grad_z);
+  const OwnedList row(rows, row_map);
+  const OwnedList col(cols, col_map);
+  const Tensor gates = dense_or_nothing(z);
+  GateGrads grad_z(gates, need_z);
+  const Arguments args = make_arguments(weight, gates, row.list(), col.list());
+  const Tensor grad_weight = unpack_one(args, weight, grad, need_weight, grad_z.sums());
+  return {grad_weight, need_z ? grad_z.tensor() : nothing(weight)};
+}
+
+Arguments make_arguments(const Tensor& weight, const Tensor& z, const Ports& ports, size_t i) {
+  return make_arguments(weight, z, ports.rows(i, weight), ports.cols(i, weight));
+}
+
+std::vector<Tensor> pack_weights(std::vector<Tensor> weights, Tensor z, Tensor index, Tensor maps,
+                                 std::vector<int64_t> spans, ScalarType dtype) {
+  const Ports ports(index, maps, spans, weights.size());
+  const Tensor gates = dense(z);
+  std::vector<Tensor> packed;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    packed.push_back(pack_one(make_arguments(weights[i], gates, ports, i), dtype));
   }
-  Tensor grad_weight = dense;
-  if (need_weight && !direct) {  // computed in another layout than the weight has
-    grad_weight = torch::stable::empty_like(weight);
-    torch::stable::copy_(grad_weight, dense);
+  return packed;
+}
+
+std::vector<Tensor> pack_weights_backward(std::vector<Tensor> grads, std::vector<Tensor> weights,
+                                          Tensor z, Tensor index, Tensor maps,
+                                          std::vector<int64_t> spans,
+                                          std::vector<bool> need_weights, bool need_z) {
+  require_one_each(weights.size(), grads.size(), need_weights.size());
+  const Ports ports(index, maps, spans, weights.size());
+  const Tensor gates = dense(z);
+  GateGrads grad_z(gates, need_z);
+  std::vector<Tensor> results;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const Arguments args = make_arguments(weights[i], gates, ports, i);
+    results.push_back(unpack_one(args, weights[i], grads[i], need_weights[i], grad_z.sums()));
   }
-  return {need_weight ? grad_weight : nothing(weight), need_z ? grad_z : nothing(weight)};
+  results.push_back(need_z ? grad_z.tensor() : nothing(z));
+  return results;
 }
 
 }  // namespace
@@ -647,6 +659,8 @@ std::tuple<Tensor, Tensor> pack_weight_backward(Tensor grad, Tensor weight, std:
 STABLE_TORCH_LIBRARY_IMPL(l0kernels, CPU, m) {
   m.impl("pack_weight", TORCH_BOX(&pack_weight));
   m.impl("pack_weight_backward", TORCH_BOX(&pack_weight_backward));
+  m.impl("pack_weights", TORCH_BOX(&pack_weights));
+  m.impl("pack_weights_backward", TORCH_BOX(&pack_weights_backward));
 }
 
 }  // namespace l0k

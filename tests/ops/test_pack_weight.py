@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from harness import ops
 from torch.library import opcheck
 
 import l0kernels as l0
-from l0kernels.functional import pack_weight
+from l0kernels.functional import GateLayout, open_lists, pack_weight, pack_weights
 from l0kernels.ops.pack_weight import op
 from l0kernels.testing import assert_within_budget, max_error
 
@@ -462,6 +463,408 @@ def test_gate_gradients_of_many_small_numbers(impl):
     assert max_error(grad_z / exact.clamp(min=1), exact / exact.clamp(min=1)) < 3e-7
 
 
+# ---- lists of weights ----
+
+
+@dataclass
+class ListCase:
+    """Arguments of pack_weights."""
+
+    weights: list[torch.Tensor]
+    z: torch.Tensor
+    index: torch.Tensor
+    maps: torch.Tensor
+    spans: list[tuple[int, int, int, int]]
+    dtype: torch.dtype | None = None
+
+    def single(self, i):
+        """The arguments of pack_weight for one weight."""
+        case = Case(self.weights[i], self.z, dtype=self.dtype)
+        row_start, row_count, col_start, col_count = self.spans[i]
+        if row_start >= 0:
+            case.rows = self.index[row_start : row_start + row_count]
+            case.row_map = self.maps[:, row_start : row_start + case.weight.shape[0]]
+        if col_start >= 0:
+            case.cols = self.index[col_start : col_start + col_count]
+            case.col_map = self.maps[:, col_start : col_start + case.weight.shape[1]]
+        return case
+
+    def singles(self):
+        return [self.single(i) for i in range(len(self.weights))]
+
+    def upstreams(self):
+        shapes = [masked_dense(case.exact()).shape for case in self.singles()]
+        return [torch.randn(shape).to(self.dtype or self.weights[0].dtype) for shape in shapes]
+
+    @property
+    def flat(self):
+        return [number for span in self.spans for number in span]
+
+    def call(self, weights, z):
+        return pack_weights(weights, z, self.index, self.maps, self.spans, self.dtype)
+
+
+def make_list(share=0.5, dtypes=DTYPES[1], groups=(12, 9, 6)):
+    """Weights of all kinds that share the gates of three groups."""
+    first, second, third = groups
+    gates = first + second + third
+    is_open = torch.rand(gates) < share
+    z = torch.cat([torch.where(is_open, torch.rand(gates) + 0.25, 0.0), torch.ones(1)])
+    made = [torch.arange(first), torch.arange(first, first + second)]
+    ports = [
+        gates_map(made[0], gates),
+        gates_map(made[1], gates),
+        gates_map(made[0].repeat_interleave(4), gates),  # behind a flatten
+        gates_map(torch.cat([made[1], torch.full((5,), gates)]), gates),  # behind a concat
+        torch.stack([made[1], torch.arange(second) % third + first + second]),  # two gates
+    ]
+    offsets = torch.tensor([0, *(port.shape[1] for port in ports)]).cumsum(0)
+    layout = GateLayout(torch.tensor([0, *groups]).cumsum(0), torch.cat(ports, 1), offsets)
+    lists = open_lists(z, layout)
+    kinds = [
+        (torch.randn(first, 3, 3, 3), 0, None),
+        (to_channels_last(torch.randn(second, first, 3, 3)), 1, 0),
+        (to_channels_last(torch.randn(first, first, 1, 1)), 0, 0),
+        (torch.randn(10, 4 * first), None, 2),
+        (torch.randn(second + 5, 7).t(), None, 3),
+        (torch.randn(first), 0, None),
+        (torch.randn(second), 1, None),
+        (torch.randn(5, second, 3, 2, 2), None, 4),
+        (torch.randn(4, 3), None, None),
+        (torch.randn(first, second, 3), 0, 1),
+    ]
+    return ListCase(
+        [weight.to(dtypes[0]) for weight, _, _ in kinds],
+        z.to(torch.float64 if dtypes[0] == torch.float64 else torch.float32),
+        lists.index,
+        layout.maps,
+        [(*span(lists, offsets, row), *span(lists, offsets, col)) for _, row, col in kinds],
+        dtypes[1],
+    )
+
+
+def gates_map(first, gates):
+    return torch.stack([first, torch.full_like(first, gates)])
+
+
+def to_channels_last(weight):
+    return weight.to(memory_format=torch.channels_last)
+
+
+def span(lists, offsets, port):
+    return (-1, 0) if port is None else (int(offsets[port]), int(lists.counts[port]))
+
+
+def as_leaves(case, need_weights=None):
+    need_weights = need_weights or [True] * len(case.weights)
+    weights = [
+        weight.detach().clone(memory_format=torch.preserve_format).requires_grad_(needed)
+        for weight, needed in zip(case.weights, need_weights, strict=True)
+    ]
+    return weights, case.z.clone().requires_grad_()
+
+
+def list_gradients(case, upstreams):
+    """The packed weights, their gradients, and the gradient of z."""
+    weights, z = as_leaves(case)
+    packed = case.call(weights, z)
+    *grads, grad_z = torch.autograd.grad(packed, [*weights, z], upstreams)
+    return [one.detach() for one in packed], grads, grad_z
+
+
+def check_list(impl, case, upstreams=None):
+    """Compares with one weight at a time, and the gradient of z with the exact one."""
+    upstreams = case.upstreams() if upstreams is None else upstreams
+    packed, grads, grad_z = list_gradients(case, upstreams)
+    exact = torch.zeros_like(case.z, dtype=torch.float64)
+    plain = torch.zeros_like(case.z)
+    for i, single in enumerate(case.singles()):
+        one = gradients(single, call, upstreams[i])
+        assert torch.equal(packed[i], one[0]) and packed[i].stride() == one[0].stride()
+        assert torch.equal(grads[i], one[1])
+        assert impl == "reference" or grads[i].stride() == case.weights[i].stride()
+        if single.col_map is not None:
+            exact += gradients(single.exact(), dense_call, upstreams[i])[2]
+            plain += gradients(single, dense_call, upstreams[i])[2]
+    assert_within_budget(grad_z, exact, plain)
+    assert bool((grad_z[exact == 0] == 0).all())
+    return packed, grads, grad_z
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_lists_of_weights(impl, share):
+    check_list(impl, make_list(share))
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda pair: f"{pair[0]}-{pair[1]}"[6:])
+def test_lists_of_all_dtypes(impl, dtypes):
+    packed, _, grad_z = check_list(impl, make_list(dtypes=dtypes))
+    assert {one.dtype for one in packed} == {dtypes[1]}
+    assert grad_z.dtype == (torch.float64 if dtypes[0] == torch.float64 else torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lists_of_wide_weights(impl, dtype):
+    # More gates, places and lines than a block of a kernel has room for.
+    case = make_list(0.6, (dtype, dtype), (300, 9, 5))
+    case.weights[3] = torch.randn(2, 1200).to(dtype)
+    case.weights.append(torch.randn(300, 300).to(dtype))
+    case.spans.append((*case.spans[2][:2], *case.spans[1][2:]))
+    check_list(impl, case)
+
+
+def test_lists_of_widths_that_fill_16_bytes(impl):
+    for dtypes in (DTYPES[1], DTYPES[2], DTYPES[4]):
+        case = make_list(1.0, dtypes, (16, 8, 8))
+        check_list(impl, case)
+        for first in (case.spans[1][0], case.spans[1][2]):  # half of each is packed
+            port = case.index[first : first + 8]
+            port.copy_(port[torch.tensor([0, 1, 2, 3, 5, 6, 7, 4])])
+        check_list(impl, case)
+
+
+def test_more_weights_than_parameters_have_room_for(impl):
+    case = make_list()
+    case.weights = [torch.randn(9, 12) for _ in range(200)]
+    case.spans = [case.spans[1]] * 200
+    check_list(impl, case)
+
+
+def test_empty_widths_and_weights(impl):
+    case = make_list()
+    case.spans = [(row, 0, col, 0) for row, _, col, _ in case.spans]
+    case.weights.append(torch.randn(0, 12))
+    case.spans.append((-1, 0, *case.spans[1][2:]))
+    packed, grads, _ = check_list(impl, case)
+    for one, grad, (row, _, col, _) in zip(packed, grads, case.spans, strict=True):
+        assert (one.numel() == 0) == (row >= 0 or col >= 0 or grad.numel() == 0)
+        assert one.numel() > 0 or bool((grad == 0).all())
+    assert pack_weights([], case.z, case.index, case.maps, []) == []
+
+
+def test_gates_shared_by_layers_add_up(impl):
+    case = make_list(1.0)
+    case.weights, case.spans = [case.weights[1]] * 3, [case.spans[1]] * 3
+    upstream = torch.randn(masked_dense(case.single(0)).shape)
+    one = gradients(case.single(0), call, upstream)[2]
+    _, _, grad_z = list_gradients(case, [upstream, 2 * upstream, -3 * upstream])
+    assert max_error(grad_z, torch.zeros_like(one).double()) <= 1e-5 * float(one.abs().max())
+    _, _, grad_z = list_gradients(case, [upstream, upstream, 2 * upstream])
+    torch.testing.assert_close(grad_z, 4 * one)
+
+
+def test_outputs_without_upstream_gradients(impl):
+    case = make_list()
+    weights, z = as_leaves(case)
+    packed = case.call(weights, z)
+    used = [1, 3, 5]
+    upstreams = [torch.randn(packed[i].shape) for i in used]
+    *grads, grad_z = torch.autograd.grad(
+        [packed[i] for i in used], [*weights, z], upstreams, allow_unused=True
+    )
+    part = ListCase(
+        [case.weights[i] for i in used],
+        case.z,
+        case.index,
+        case.maps,
+        [case.spans[i] for i in used],
+        case.dtype,
+    )
+    _, expected, expected_z = list_gradients(part, upstreams)
+    for i, grad in enumerate(grads):
+        if i in used:
+            assert torch.equal(grad, expected[used.index(i)])
+        else:
+            assert grad is None or bool((grad == 0).all())
+    assert torch.equal(grad_z, expected_z)
+
+
+@pytest.mark.parametrize("need_z", [False, True])
+def test_weights_that_need_no_gradient(impl, need_z):
+    case = make_list()
+    _, expected, expected_z = list_gradients(case, [torch.ones_like(u) for u in case.upstreams()])
+    needed = [i % 3 == 0 for i in range(len(case.weights))]
+    weights, z = as_leaves(case, needed)
+    z.requires_grad_(need_z)
+    sum(one.float().sum() for one in case.call(weights, z)).backward()
+    for weight, wanted, grad in zip(weights, needed, expected, strict=True):
+        assert torch.equal(weight.grad, grad) if wanted else weight.grad is None
+    assert torch.equal(z.grad, expected_z) if need_z else z.grad is None
+
+
+def test_gates_of_weights_without_columns_get_zeros(impl):
+    case = make_list()
+    case.weights, case.spans = case.weights[5:7], case.spans[5:7]
+    weights, z = as_leaves(case, [False, False])
+    packed = case.call(weights, z)
+    if impl == "reference":
+        assert not packed[0].requires_grad
+        return
+    sum(one.sum() for one in packed).backward()
+    assert torch.equal(z.grad, torch.zeros_like(z))
+    assert weights[0].grad is None
+
+
+def test_what_nobody_needs_is_not_computed(op_impl):
+    case = make_list()
+    grads = case.upstreams()
+    arguments = (case.z, case.index, case.maps, case.flat)
+    needed = [i == 1 for i in range(len(grads))]
+    for need_z in (False, True):
+        *weights, grad_z = op._LIST_BACKWARD(grads, case.weights, *arguments, needed, need_z)
+        assert [one.numel() > 0 for one in weights] == needed
+        assert grad_z.shape == ((case.z.shape[0],) if need_z else (0,))
+
+
+def test_list_upstream_gradients_of_any_strides(impl):
+    case = make_list()
+    shapes = [u.shape for u in case.upstreams()]
+    for number in range(5):
+        kinds = [list(upstreams(shape)) for shape in shapes]
+        check_list(impl, case, [kind[number % len(kind)][1] for kind in kinds])
+
+
+def test_closed_weights_of_lists_do_not_matter(impl):
+    case = make_list(0.4)
+    upstreams = case.upstreams()
+    clean = list_gradients(case, upstreams)
+    for single in case.singles():
+        if single.row_map is not None:
+            single.weight[scale_of(case.z, single.row_map) == 0] = math.nan
+        if single.col_map is not None:
+            single.weight[:, scale_of(case.z, single.col_map) == 0] = math.inf
+    poisoned = list_gradients(case, upstreams)
+    for mine, other in zip(poisoned[0] + poisoned[1], clean[0] + clean[1], strict=True):
+        assert torch.equal(mine, other)
+    assert torch.equal(poisoned[2], clean[2])
+
+
+@pytest.mark.parametrize("gate", [math.inf, math.nan, -2.0])
+def test_closed_rows_are_zero_whatever_the_gates_of_columns(impl, gate):
+    case = make_case((8, 8), 1.0)
+    case.z[[1, 8 + 2, 8 + 3]] = torch.tensor([0.0, gate, 0.0])
+    packed, grad, _ = gradients(case, call, torch.randn(8, 8))
+    assert bool((packed[1] == 0).all()) and bool((grad[1] == 0).all())
+    assert bool((packed[:, 3] == 0).all()) and bool((grad[:, 3] == 0).all())
+    assert packed.isfinite().sum() >= 57
+
+
+def test_lists_of_strided_arguments(impl):
+    case = make_list()
+    upstreams = case.upstreams()
+    plain = list_gradients(case, upstreams)
+    case.z = case.z.repeat_interleave(2)[::2]
+    case.index = case.index.repeat_interleave(2)[::2]
+    case.maps = case.maps.t().contiguous().t()
+    strided = list_gradients(case, upstreams)
+    for mine, other in zip(strided[0] + strided[1], plain[0] + plain[1], strict=True):
+        assert torch.equal(mine, other)
+    assert torch.equal(strided[2], plain[2])
+
+
+def test_lists_have_the_same_bits_twice(impl):
+    case = make_list()
+    upstreams = case.upstreams()
+    first, second = (list_gradients(case, upstreams) for _ in range(2))
+    assert torch.equal(first[2], second[2])
+    assert all(map(torch.equal, first[0] + first[1], second[0] + second[1]))
+
+
+# ---- CUDA kernels ----
+
+on_harness = pytest.mark.parametrize("op_impl", ["harness"], indirect=True)
+
+
+@on_harness
+def test_launches_for_a_whole_model(op_impl):
+    # As many layers as a 28-10 wide residual network has, and more than small launches take.
+    case = make_list()
+    case.weights = [case.weights[1].clone() for _ in range(28)] + [
+        torch.randn(9) for _ in range(56)
+    ]
+    case.spans = [case.spans[1]] * 28 + [case.spans[6]] * 56
+    weights, z = as_leaves(case)
+    ops.launches(reset=True)
+    packed = case.call(weights, z)
+    assert ops.launches(reset=True)["pack_weight"] == 1
+    torch.autograd.backward(packed, case.upstreams())
+    assert ops.launches(reset=True)["pack_weight"] == 2
+
+
+@on_harness
+def test_launches_for_one_weight(op_impl):
+    case = make_case((12, 10), 0.6)
+    upstream = torch.randn(masked_dense(case).shape)
+    weight = case.weight.requires_grad_()
+    for need_z, backward in ((False, 1), (True, 2)):
+        ops.launches(reset=True)
+        packed = call(case, weight, case.z.requires_grad_(need_z))
+        assert ops.launches(reset=True)["pack_weight"] == 1
+        packed.backward(upstream)
+        assert ops.launches(reset=True)["pack_weight"] == backward
+
+
+@on_harness
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda pair: f"{pair[0]}-{pair[1]}"[6:])
+def test_same_bits_as_the_cpu_kernels(op_impl, need_cpp, dtypes):
+    case = make_list(dtypes=dtypes)
+    upstreams = case.upstreams()
+    arguments = (case.weights, case.z, case.index, case.maps, case.flat)
+    cpu = torch.ops.l0kernels
+    packed = op._LIST_FORWARD(*arguments, dtypes[1])
+    assert all(map(torch.equal, packed, cpu.pack_weights(*arguments, dtypes[1])))
+    needed = [True] * len(case.weights)
+    *grads, grad_z = op._LIST_BACKWARD(upstreams, *arguments, needed, True)
+    *expected, expected_z = cpu.pack_weights_backward(upstreams, *arguments, needed, True)
+    assert all(map(torch.equal, grads, expected))
+    torch.testing.assert_close(grad_z, expected_z)
+
+
+@on_harness
+def test_bits_do_not_depend_on_the_order_of_threads(op_impl):
+    case = make_list(0.6, groups=(40, 30, 7))
+    upstreams = case.upstreams()
+    results = []
+    for seed in (-1, 1, 2):
+        ops.set_schedule(seed)
+        packed, grads, grad_z = list_gradients(case, upstreams)
+        results.append([*packed, *grads, grad_z])
+    for result in results[1:]:
+        assert all(map(torch.equal, results[0], result))
+
+
+@on_harness
+@pytest.mark.parametrize("wrong", [-1, 12, 1 << 40, -(1 << 62)])
+def test_kernels_take_indices_out_of_bounds_for_closed(op_impl, wrong):
+    # Nobody waits for a GPU, so its kernels cannot raise.
+    case = make_case((12, 10, 3, 3), 1.0)
+    upstream = torch.randn(11, 9, 3, 3)
+    case.rows, case.cols = case.rows[:-1], case.cols[:-1]
+    clean = gradients(case, call, upstream)
+    case.rows, case.cols = (torch.cat([x, torch.tensor([wrong])]) for x in (case.rows, case.cols))
+    wider = torch.nn.functional.pad(upstream, (0, 0, 0, 0, 0, 1, 0, 1), value=math.nan)
+    packed, grad, grad_z = gradients(case, call, wider)
+    assert torch.equal(packed[:-1, :-1], clean[0])
+    assert bool((packed[-1] == 0).all()) and bool((packed[:, -1] == 0).all())
+    assert torch.equal(grad, clean[1]) and torch.equal(grad_z, clean[2])
+
+
+@on_harness
+@pytest.mark.parametrize("wrong", [-1, 23, 1 << 40])
+def test_kernels_take_gates_out_of_bounds_for_closed(op_impl, wrong):
+    case = make_case((12, 10), 1.0)
+    upstream = torch.randn(12, 10)
+    clean = gradients(case, call, upstream)
+    case.row_map[1, 3] = case.col_map[0, 4] = case.col_map[1, 5] = wrong
+    wrongs = gradients(case, call, upstream)
+    for mine, other in zip(wrongs[:2], clean[:2], strict=True):
+        assert bool((mine[3] == 0).all()) and bool((mine[:, 4:6] == 0).all())
+        right = [i for i in range(12) if i != 3]
+        kept = [0, 1, 2, 3, 6, 7, 8, 9]
+        assert torch.equal(mine[right][:, kept], other[right][:, kept])
+    assert wrongs[2].nonzero().flatten().tolist() == [12 + i for i in kept]
+
+
 # ---- errors ----
 
 BAD = {
@@ -497,6 +900,57 @@ def test_bad_input_is_refused(impl, name):
         call(case, case.weight, case.z)
 
 
+BAD_LISTS = {
+    "weight dtype": (TypeError, "weight: expected a floating", {"weights": [torch.ones(3).int()]}),
+    "weight dtypes": (
+        TypeError,
+        r"weights\[1\]: expected torch.float32",
+        {"weights": [torch.ones(9, 12), torch.ones(9, 12).double()]},
+    ),
+    "dtype": (TypeError, "dtype: expected torch.float32", {"dtype": torch.float64}),
+    "dims": (
+        ValueError,
+        r"weights\[1\]: expected 1 to 5",
+        {"weights": [torch.ones(9, 12), torch.tensor(1.0)]},
+    ),
+    "z dtype": (TypeError, "z: expected torch.float32", {"z": torch.ones(28).double()}),
+    "index dtype": (TypeError, "index: expected int64", {"index": torch.ones(92)}),
+    "index dims": (ValueError, "index: expected 1 dim", {"index": torch.ones(9, 2).long()}),
+    "maps shape": (
+        ValueError,
+        r"maps: expected shape \[2, 92\]",
+        {"maps": torch.ones(2, 3).long()},
+    ),
+    "spans": (ValueError, "spans: expected one for each of 2; got 1", {"spans": [(-1, 0, -1, 0)]}),
+    "numbers": (ValueError, r"spans\[0\]: expected 4 numbers", {"spans": [(-1, 0)] * 2}),
+    "cols of a vector": (
+        ValueError,
+        r"spans\[1\]: expected col_start -1",
+        {"weights": [torch.ones(9, 12), torch.ones(9)]},
+    ),
+    "row_start": (ValueError, r"row_start from 0 to 83 or -1", {"spans": [(84, 1, -1, 0)] * 2}),
+    "row_count": (
+        ValueError,
+        r"row_count from 0 to 9; got 0 and 10",
+        {"spans": [(0, 10, -1, 0)] * 2},
+    ),
+    "col_start": (ValueError, r"col_start from 0 to 80 or -1", {"spans": [(-1, 0, -2, 1)] * 2}),
+    "col_count": (ValueError, r"got 0 and -1", {"spans": [(-1, 0, 0, -1)] * 2}),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LISTS)
+def test_bad_lists_are_refused(impl, name):
+    error, message, changes = BAD_LISTS[name]
+    case = make_list()
+    case.weights, case.spans = [torch.ones(9, 12)] * 2, [case.spans[1]] * 2
+    assert case.index.shape == (92,)
+    for field, value in changes.items():
+        setattr(case, field, value)
+    with pytest.raises(error, match=message):
+        case.call(case.weights, case.z)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -513,6 +967,21 @@ def test_cpp_refuses_indices_out_of_bounds(need_cpp, changes, message):
         setattr(case, field, value)
     with pytest.raises(RuntimeError, match=message), l0.use_impl("cpp"):
         call(case, case.weight, case.z)
+
+
+def test_cpp_refuses_lists_out_of_bounds(need_cpp):
+    case = make_list()
+    arguments = (case.weights, case.z, case.index, case.maps)
+    with l0.use_impl("cpp"):
+        with pytest.raises(RuntimeError, match="spans: expected 4 numbers for each of 10"):
+            op._LIST_FORWARD(*arguments, case.flat[:-1], torch.float32)
+        with pytest.raises(RuntimeError, match="spans: expected them inside"):
+            op._LIST_FORWARD(*arguments, [90, *case.flat[1:]], torch.float32)
+        with pytest.raises(RuntimeError, match="expected a gradient and a flag for each of 10"):
+            op._LIST_BACKWARD([], *arguments, case.flat, [True] * 10, True)
+        case.index[0] = 12
+        with pytest.raises(RuntimeError, match="rows: expected indices from 0 to 11"):
+            op._LIST_FORWARD(*arguments, case.flat, torch.float32)
 
 
 @pytest.mark.parametrize("axis", ["rows", "cols"])
@@ -543,12 +1012,34 @@ def test_opcheck(shape, requires_grad):
     opcheck(op._BACKWARD, (grad, weight, z, *indices, False, False))
 
 
+@pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck_of_lists(requires_grad):
+    case = make_list()
+    weights = [weight.requires_grad_(requires_grad) for weight in case.weights]
+    arguments = (weights, case.z.requires_grad_(requires_grad), case.index, case.maps, case.flat)
+    opcheck(op._LIST_FORWARD, (*arguments, torch.bfloat16))
+    for wanted in (True, False):
+        needed = [wanted] * len(weights)
+        opcheck(op._LIST_BACKWARD, (case.upstreams(), *arguments, needed, wanted))
+
+
 def test_python_stand_in_passes_opcheck():
     # The same checks as above, also where the C++ kernels own the operators.
     library = torch.library.Library("l0kernels_test", "FRAGMENT")
-    schemas = {"pack_weight": op._forward_python, "pack_weight_backward": op._backward_python}
-    fakes = {"pack_weight": op._forward_fake, "pack_weight_backward": op._backward_fake}
-    for handle in (op._FORWARD, op._BACKWARD):
+    schemas = {
+        "pack_weight": op._forward_python,
+        "pack_weight_backward": op._backward_python,
+        "pack_weights": op._list_forward_python,
+        "pack_weights_backward": op._list_backward_python,
+    }
+    fakes = {
+        "pack_weight": op._forward_fake,
+        "pack_weight_backward": op._backward_fake,
+        "pack_weights": op._list_forward_fake,
+        "pack_weights_backward": op._list_backward_fake,
+    }
+    for handle in (op._FORWARD, op._BACKWARD, op._LIST_FORWARD, op._LIST_BACKWARD):
         name = handle._schema.name.split("::")[1]
         library.define(str(handle._schema).removeprefix("l0kernels::"))
         library.impl(name, torch.no_grad()(schemas[name]), "CPU")
@@ -561,6 +1052,13 @@ def test_python_stand_in_passes_opcheck():
     grad = torch.randn(masked_dense(case).shape)
     for wanted in ((True, True), (False, False)):
         opcheck(namespace.pack_weight_backward.default, (grad, case.weight, *arguments, *wanted))
+    many = make_list()
+    arguments = (many.weights, many.z, many.index, many.maps, many.flat)
+    opcheck(namespace.pack_weights.default, (*arguments, torch.float16))
+    for wanted in (True, False):
+        needed = [wanted] * len(many.weights)
+        backward = (many.upstreams(), *arguments, needed, wanted)
+        opcheck(namespace.pack_weights_backward.default, backward)
 
 
 @pytest.mark.parametrize("name", ["auto", "reference"])
@@ -591,6 +1089,49 @@ def test_one_graph_for_all_widths(name, channels_last):
             for mine, other in zip(grads, torch.autograd.grad(plain, (weight, z)), strict=True):
                 torch.testing.assert_close(mine, other)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("name", ["auto", "reference"])
+def test_one_graph_for_lists_of_all_widths(name):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+    def loss(weights, z, index, maps, spans):
+        packed = pack_weights(weights, z, index, maps, spans)
+        return sum((one**2).sum() for one in packed)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    case = make_list(1.0)
+    with l0.use_impl(name):
+        for share in (1.0, 0.6, 0.3):
+            other = make_list(share)
+            weights, z = as_leaves(case)
+            z.data.copy_(other.z)
+            arguments = (weights, z, other.index, other.maps, other.spans)
+            grads = torch.autograd.grad(compiled(*arguments), (*weights, z))
+            for mine, plain in zip(
+                grads, torch.autograd.grad(loss(*arguments), (*weights, z)), strict=True
+            ):
+                torch.testing.assert_close(mine, plain)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_lists_on_every_device(device):
+    case = make_list()
+    upstreams = case.upstreams()
+    expected = list_gradients(case, upstreams)
+    there = ListCase(
+        [weight.to(device) for weight in case.weights],
+        case.z.to(device),
+        case.index.to(device),
+        case.maps.to(device),
+        case.spans,
+        case.dtype,
+    )
+    actual = list_gradients(there, [upstream.to(device) for upstream in upstreams])
+    for mine, other in zip(actual[0] + actual[1], expected[0] + expected[1], strict=True):
+        assert torch.equal(mine.cpu(), other)
+    torch.testing.assert_close(actual[2].cpu(), expected[2])
 
 
 def test_same_result_on_every_device(device):

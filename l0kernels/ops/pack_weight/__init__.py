@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gather the open rows and columns of a weight, scaled by the gates."""
+"""Gather the open rows and columns of weights, scaled by the gates."""
 
-from l0kernels.ops.pack_weight.op import pack_weight
+from l0kernels.ops.pack_weight.op import pack_weight, pack_weights
 
-__all__ = ["pack_weight"]
+__all__ = ["pack_weight", "pack_weights"]

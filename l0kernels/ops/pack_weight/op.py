@@ -1,12 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`pack_weight`: schemas, fakes, gradient, public function."""
+"""`pack_weight` and `pack_weights`: schemas, fakes, gradients, public functions."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from l0kernels import _config, _registry
 from l0kernels.ops.pack_weight import reference
-from l0kernels.ops.pack_weight.reference import feature_scale, is_channels_last
+from l0kernels.ops.pack_weight.reference import (
+    Axes,
+    Span,
+    axes_of,
+    feature_scale,
+    is_channels_last,
+)
 
 _OUTPUT_DTYPES = {
     torch.float64: (torch.float64,),
@@ -17,11 +25,16 @@ _OUTPUT_DTYPES = {
 
 
 def _forward_fake(weight, z, rows, row_map, cols, col_map, dtype):
+    height = None if rows is None else rows.shape[0]
+    return _empty_packed(weight, height, None if cols is None else cols.shape[0], dtype)
+
+
+def _empty_packed(weight, height, width, dtype) -> Tensor:
     shape = list(weight.shape)
-    if rows is not None:
-        shape[0] = rows.shape[0]
-    if cols is not None:
-        shape[1] = cols.shape[0]
+    if height is not None:
+        shape[0] = height
+    if width is not None:
+        shape[1] = width
     layout = torch.channels_last if is_channels_last(weight) else torch.contiguous_format
     return torch.empty(shape, dtype=dtype, device=weight.device, memory_format=layout)
 
@@ -31,22 +44,79 @@ def _backward_fake(grad, weight, z, rows, row_map, cols, col_map, need_weight, n
     return grad_weight, torch.empty_like(z) if need_z else weight.new_empty(0)
 
 
+def _list_forward_fake(weights, z, index, maps, spans, dtype):
+    return [
+        _empty_packed(
+            weight,
+            span.row_count if span.row_start >= 0 else None,
+            span.col_count if span.col_start >= 0 else None,
+            dtype,
+        )
+        for weight, span in zip(weights, _grouped(spans), strict=True)
+    ]
+
+
+def _list_backward_fake(grads, weights, z, index, maps, spans, need_weights, need_z):
+    grad_weights = [
+        torch.empty_like(weight) if needed else weight.new_empty(0)
+        for weight, needed in zip(weights, need_weights, strict=True)
+    ]
+    return [*grad_weights, torch.empty_like(z) if need_z else z.new_empty(0)]
+
+
 def _forward_python(weight, z, rows, row_map, cols, col_map, dtype):
     packed = _forward_fake(weight, z, rows, row_map, cols, col_map, dtype)
     return packed.copy_(reference.pack_weight(weight, z, rows, row_map, cols, col_map, dtype))
 
 
 def _backward_python(grad, weight, z, rows, row_map, cols, col_map, need_weight, need_z):
-    closed, scale = _closed_and_scale(weight, z, rows, row_map, cols, col_map)
+    axes = Axes(rows, row_map, cols, col_map)
+    grad_weight, grad_z = _unpack(grad, weight, z, axes, need_weight, need_z)
+    return grad_weight, _rounded(grad_z, z) if need_z else weight.new_empty(0)
+
+
+def _list_forward_python(weights, z, index, maps, spans, dtype):
+    return [
+        _forward_python(weight, z, *axes_of(weight, index, maps, span), dtype)
+        for weight, span in zip(weights, _grouped(spans), strict=True)
+    ]
+
+
+def _list_backward_python(grads, weights, z, index, maps, spans, need_weights, need_z):
+    total, results = None, []
+    arguments = zip(grads, weights, _grouped(spans), need_weights, strict=True)
+    for grad, weight, span, needed in arguments:
+        axes = axes_of(weight, index, maps, span)
+        grad_weight, grad_z = _unpack(grad, weight, z, axes, needed, need_z)
+        results.append(grad_weight)
+        if grad_z is not None:
+            total = grad_z if total is None else total + grad_z
+    return [*results, _rounded(total, z) if need_z else z.new_empty(0)]
+
+
+def _grouped(spans: Sequence[int]) -> list[Span]:
+    return [Span(*spans[i : i + 4]) for i in range(0, len(spans), 4)]
+
+
+def _rounded(grad_z: Tensor | None, z: Tensor) -> Tensor:
+    return torch.zeros_like(z) if grad_z is None else grad_z.to(z.dtype)
+
+
+def _unpack(
+    grad: Tensor, weight: Tensor, z: Tensor | None, axes: Axes, need_weight: bool, need_z: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of a weight (empty if not needed) and, in float64, of the gates (or None)."""
+    closed, scale = _closed_and_scale(weight, z, *axes)
     grad = grad.masked_fill(closed, 0)
-    grad_weight, grad_z = weight.new_empty(0), weight.new_empty(0)
+    grad_weight, grad_z = weight.new_empty(0), None
     if need_weight:
-        grad_weight = _grad_weight(grad, weight, rows, cols, scale)
-    if need_z and col_map is None:
-        grad_z = torch.zeros_like(z)
-    elif need_z:
-        picked = _unscaled(weight, rows, cols).masked_fill(closed, 0)
-        gates = col_map if cols is None else col_map.index_select(1, cols)
+        # Masked again: 0 * Inf is NaN.
+        scaled = grad if scale is None else (grad.to(scale.dtype) * scale).masked_fill(closed, 0)
+        grad_weight = _grad_weight(scaled, weight, axes.rows, axes.cols)
+    if need_z and z is not None and axes.col_map is not None:
+        picked = _unscaled(weight, axes.rows, axes.cols).masked_fill(closed, 0)
+        cols = axes.cols
+        gates = axes.col_map if cols is None else axes.col_map.index_select(1, cols)
         grad_z = _grad_z(grad, picked, z, gates)
     return grad_weight, grad_z
 
@@ -69,12 +139,8 @@ def _unscaled(weight: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tenso
     return picked if cols is None else picked.index_select(1, cols)
 
 
-def _grad_weight(
-    grad: Tensor, weight: Tensor, rows: Tensor | None, cols: Tensor | None, scale: Tensor | None
-) -> Tensor:
-    """Scales packed gradients and writes them to their places in zeros laid out as `weight`."""
-    if scale is not None:
-        grad = grad.to(scale.dtype) * scale
+def _grad_weight(grad: Tensor, weight: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tensor:
+    """Writes packed gradients to their places in zeros laid out as `weight`."""
     grad = grad.to(weight.dtype)
     if cols is not None:
         wide = grad.new_zeros((grad.shape[0], *weight.shape[1:]))
@@ -92,7 +158,7 @@ def _grad_z(grad: Tensor, picked: Tensor, z: Tensor, gates: Tensor) -> Tensor:
         part = per_column * z[gates[other]].double()
         grad_z.index_put_((gates[mine],), part, accumulate=True)
     grad_z[-1] = 0
-    return grad_z.to(z.dtype)
+    return grad_z
 
 
 _registry.add_op("pack_weight")
@@ -108,6 +174,18 @@ _BACKWARD = _registry.define(
     "-> (Tensor grad_weight, Tensor grad_z)",
     fake=_backward_fake,
     python=_backward_python,
+)
+_LIST_FORWARD = _registry.define(
+    "pack_weights(Tensor[] weights, Tensor z, Tensor index, Tensor maps, SymInt[] spans, "
+    "ScalarType dtype) -> Tensor[]",
+    fake=_list_forward_fake,
+    python=_list_forward_python,
+)
+_LIST_BACKWARD = _registry.define(
+    "pack_weights_backward(Tensor[] grads, Tensor[] weights, Tensor z, Tensor index, Tensor maps, "
+    "SymInt[] spans, bool[] need_weights, bool need_z) -> Tensor[]",
+    fake=_list_backward_fake,
+    python=_list_backward_python,
 )
 
 
@@ -130,6 +208,45 @@ class _PackWeight(torch.autograd.Function):
             grad_z if need_z else None,
             *(None,) * 5,
         )
+
+
+class _PackWeights(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z, index, maps, spans, dtype, *weights):
+        ctx.save_for_backward(z, index, maps, *weights)
+        ctx.spans = spans
+        ctx.set_materialize_grads(False)
+        return tuple(_LIST_FORWARD(weights, z, index, maps, spans, dtype))
+
+    @staticmethod
+    @_registry.once_differentiable
+    def backward(ctx, *grads):  # type: ignore[override]
+        z, index, maps, *weights = ctx.saved_tensors
+        need_z, _, _, _, _, *need_weights = ctx.needs_input_grad
+        need_z = need_z and any(grad is not None for grad in grads)
+        spans = _grouped(ctx.spans)
+        # What neither a weight nor the gates ask for is not computed.
+        chosen = [
+            i
+            for i, grad in enumerate(grads)
+            if grad is not None and (need_weights[i] or (need_z and spans[i].col_start >= 0))
+        ]
+        results: list[Tensor | None] = [None] * len(weights)
+        if not chosen:
+            return torch.zeros_like(z) if need_z else None, None, None, None, None, *results
+        *grad_weights, grad_z = _LIST_BACKWARD(
+            [grads[i] for i in chosen],
+            [weights[i] for i in chosen],
+            z,
+            index,
+            maps,
+            [number for i in chosen for number in spans[i]],
+            [need_weights[i] for i in chosen],
+            need_z,
+        )
+        for i, grad_weight in zip(chosen, grad_weights, strict=True):
+            results[i] = grad_weight if need_weights[i] else None
+        return grad_z if need_z else None, None, None, None, None, *results
 
 
 def pack_weight(
@@ -183,12 +300,52 @@ def pack_weight(
     return _PackWeight.apply(weight, z, rows, row_map, cols, col_map, dtype)
 
 
+def pack_weights(
+    weights: Sequence[Tensor],
+    z: Tensor,
+    index: Tensor,
+    maps: Tensor,
+    spans: Sequence[Sequence[int]],
+    dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    """Packs the weights of a whole model as `pack_weight` packs one, in one call.
+
+    The gradient of z is the sum over the weights, in their order.
+
+    Args:
+        weights: as in `pack_weight`, all of one dtype, on one device.
+        z: [G + 1] gates, as in `pack_weight`.
+        index: int64 [F], the packed features of all ports: `OpenLists.index`.
+        maps: int64 [2, F], the two gates of each feature: `GateLayout.maps`.
+        spans: for each weight (row_start, row_count, col_start, col_count): a port that starts at
+            row_start has row_count packed features; its list is index[row_start:][:row_count] and
+            its map maps[:, row_start:][:, :O], the `rows` and `row_map` of `pack_weight`. A start
+            of -1: the axis is not packed.
+        dtype: of the results; default the weights'.
+
+    Returns:
+        One packed weight for each weight, as from `pack_weight`.
+
+    Raises:
+        TypeError: wrong dtypes. ValueError: wrong shapes or devices, spans outside of index or
+        maps, columns of a 1-D weight. RuntimeError: an index out of bounds.
+
+    Source: as of `pack_weight`.
+    """
+    weights = tuple(weights)
+    if not weights:
+        return []
+    dtype = dtype or weights[0].dtype
+    _check_list(weights, z, index, maps, spans, dtype)
+    if _config.reference_asked():
+        spans = [Span(*span) for span in spans]
+        return reference.pack_weights(weights, z, index, maps, spans, dtype)
+    flat = [number for span in spans for number in span]
+    return list(_PackWeights.apply(z, index, maps, flat, dtype, *weights))
+
+
 def _check(weight, z, rows, row_map, cols, col_map, dtype) -> None:
-    if weight.dtype not in _OUTPUT_DTYPES:
-        raise TypeError(f"weight: expected a floating dtype; got {weight.dtype}")
-    if dtype not in _OUTPUT_DTYPES[weight.dtype]:
-        allowed = ", ".join(map(str, _OUTPUT_DTYPES[weight.dtype]))
-        raise TypeError(f"dtype: expected {allowed} for {weight.dtype} weights; got {dtype}")
+    _check_dtypes(weight, dtype)
     if not 1 <= weight.dim() <= 5:
         raise ValueError(f"weight: expected 1 to 5 dimensions; got {weight.dim()}")
     if weight.dim() == 1 and (cols is not None or col_map is not None):
@@ -206,6 +363,58 @@ def _check(weight, z, rows, row_map, cols, col_map, dtype) -> None:
                 raise ValueError(
                     f"{name}: expected shape [2, {weight.shape[dim]}]; got {list(gates.shape)}"
                 )
+
+
+def _check_dtypes(weight, dtype) -> None:
+    if weight.dtype not in _OUTPUT_DTYPES:
+        raise TypeError(f"weight: expected a floating dtype; got {weight.dtype}")
+    if dtype not in _OUTPUT_DTYPES[weight.dtype]:
+        allowed = ", ".join(map(str, _OUTPUT_DTYPES[weight.dtype]))
+        raise TypeError(f"dtype: expected {allowed} for {weight.dtype} weights; got {dtype}")
+
+
+def _check_list(weights, z, index, maps, spans, dtype) -> None:
+    first = weights[0]
+    _check_dtypes(first, dtype)
+    _check_gates(first, z, None, None)
+    _check_int64("index", index, first.device)
+    _check_int64("maps", maps, first.device)
+    if index.dim() != 1:
+        raise ValueError(f"index: expected 1 dimension; got {list(index.shape)}")
+    if maps.dim() != 2 or maps.shape[0] != 2 or maps.shape[1] != index.shape[0]:
+        raise ValueError(f"maps: expected shape [2, {index.shape[0]}]; got {list(maps.shape)}")
+    if len(spans) != len(weights):
+        raise ValueError(f"spans: expected one for each of {len(weights)}; got {len(spans)}")
+    for i, (weight, span) in enumerate(zip(weights, spans, strict=True)):
+        if weight.dtype != first.dtype:
+            raise TypeError(
+                f"weights[{i}]: expected {first.dtype} as the first; got {weight.dtype}"
+            )
+        if weight.device != first.device:
+            raise ValueError(f"weights[{i}]: expected device {first.device}; got {weight.device}")
+        if not 1 <= weight.dim() <= 5:
+            raise ValueError(f"weights[{i}]: expected 1 to 5 dimensions; got {weight.dim()}")
+        _check_span(i, weight, span, index.shape[0])
+
+
+def _check_span(i: int, weight: Tensor, span: Sequence[int], features: int) -> None:
+    if len(span) != 4:
+        raise ValueError(f"spans[{i}]: expected 4 numbers; got {list(span)}")
+    row_start, row_count, col_start, col_count = span
+    if weight.dim() == 1 and col_start != -1:
+        raise ValueError(f"spans[{i}]: expected col_start -1 with a 1-D weight; got {col_start}")
+    for name, start, count, dim in (
+        ("row", row_start, row_count, 0),
+        ("col", col_start, col_count, 1),
+    ):
+        if start == -1:
+            continue
+        full = weight.shape[dim]
+        if not (0 <= start <= features - full and 0 <= count <= full):
+            raise ValueError(
+                f"spans[{i}]: expected {name}_start from 0 to {features - full} or -1, and "
+                f"{name}_count from 0 to {full}; got {start} and {count}"
+            )
 
 
 def _check_gates(weight, z, row_map, col_map) -> None:

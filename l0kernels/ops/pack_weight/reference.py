@@ -1,8 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
 """The oracle of `pack_weight`: plain PyTorch, differentiable by PyTorch's own autograd."""
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class Span(NamedTuple):
+    """Where the axes of one weight lie in the flat lists and maps of a model's ports.
+
+    Args:
+        row_start: first feature of the port of the output features; -1: all rows are packed, in
+            order, and none is a dummy.
+        row_count: how many output features are packed.
+        col_start: first feature of the port of the input features; -1: all columns are packed, in
+            order, and not scaled.
+        col_count: how many input features are packed.
+    """
+
+    row_start: int = -1
+    row_count: int = 0
+    col_start: int = -1
+    col_count: int = 0
+
+
+class Axes(NamedTuple):
+    """The arguments of `pack_weight` that say what of one weight is packed."""
+
+    rows: Tensor | None
+    row_map: Tensor | None
+    cols: Tensor | None
+    col_map: Tensor | None
+
+
+def axes_of(weight: Tensor, index: Tensor, maps: Tensor, span: Span) -> Axes:
+    """Cuts the lists and maps of one weight out of those of all ports."""
+    rows = row_map = cols = col_map = None
+    if span.row_start >= 0:
+        rows = index.narrow(0, span.row_start, span.row_count)
+        row_map = maps.narrow(1, span.row_start, weight.shape[0])
+    if span.col_start >= 0:
+        cols = index.narrow(0, span.col_start, span.col_count)
+        col_map = maps.narrow(1, span.col_start, weight.shape[1])
+    return Axes(rows, row_map, cols, col_map)
 
 
 def feature_scale(z: Tensor, feature_map: Tensor, features: Tensor | None) -> Tensor:
@@ -55,3 +97,18 @@ def pack_weight(
         packed = (packed.to(scale.dtype) * scale).masked_fill(closed, 0)
     layout = torch.channels_last if is_channels_last(weight) else torch.contiguous_format
     return packed.to(dtype or weight.dtype).contiguous(memory_format=layout)
+
+
+def pack_weights(
+    weights: Sequence[Tensor],
+    z: Tensor,
+    index: Tensor,
+    maps: Tensor,
+    spans: Sequence[Span],
+    dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    """Packs weights; the arguments are those of `l0kernels.functional.pack_weights`."""
+    return [
+        pack_weight(weight, z, *axes_of(weight, index, maps, span), dtype)
+        for weight, span in zip(weights, spans, strict=True)
+    ]
