@@ -22,7 +22,7 @@ L0K_HD int32_t count_below(double q) {
 
 // logit(u) = ln(u / (1 - u)); both are odd multiples of 2^-24.
 L0K_HD double noise_logit(int32_t k) {
-  const double twice = std::fma(2.0, k, 1.0);
+  const double twice = std::fma(2.0, static_cast<double>(k), 1.0);
   return log_ratio(twice, 2.0 * kNoiseScale - twice);
 }
 

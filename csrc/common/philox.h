@@ -62,8 +62,10 @@ L0K_HD int32_t noise_k(uint64_t word) {
 
 L0K_HD int32_t noise_of_gate(const NoiseStream& stream, int64_t gate) {
   const auto words = noise_words<uint32_t>(stream, static_cast<uint32_t>(gate / 4));
-  const uint32_t lanes[4] = {words.x, words.y, words.z, words.w};
-  return noise_k(lanes[gate % 4]);
+  // Not an array: a GPU would keep it in memory.
+  const uint32_t even = gate % 4 < 2 ? words.x : words.z;
+  const uint32_t odd = gate % 4 < 2 ? words.y : words.w;
+  return noise_k(gate % 2 == 0 ? even : odd);
 }
 
 }  // namespace l0k

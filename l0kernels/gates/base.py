@@ -485,10 +485,16 @@ class Gates(nn.Module):
         lists = open_lists(z.detach(), self.layout)
         self._set_draw(self._make_draw(z, lists))
 
-    def _make_draw(self, z: Tensor, lists: OpenLists, expected: Tensor | None = None) -> Draw:
+    def _make_draw(
+        self,
+        z: Tensor,
+        lists: OpenLists,
+        expected: Tensor | None = None,
+        drawn_from: tuple[Tensor, Tensor] | None = None,
+    ) -> Draw:
         version = self.log_alpha._version
         selects = self.port_selects
-        return Draw(z, lists, self.layout, selects, self.training, version, expected)
+        return Draw(z, lists, self.layout, selects, self.training, version, expected, drawn_from)
 
     def _sample(self, cost: Tensor) -> Draw:
         if self.training:
@@ -497,7 +503,7 @@ class Gates(nn.Module):
         # The masked reference shares the engine's draws; only its layers are plain PyTorch.
         with use_impl("auto" if current_impl() == "reference" else current_impl()):
             z, expected, lists = sample_gates(self.log_alpha, key, cost, self.layout, self.law)
-        return self._make_draw(z, lists, expected)
+        return self._make_draw(z, lists, expected, (self.log_alpha, key))
 
     @torch.no_grad()
     def _settle(self) -> None:

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from l0kernels.functional import GateLayout, OpenLists
+from l0kernels.ops.sample_gates.reference import check_draw
 
 
 class Graph:
@@ -30,6 +31,12 @@ class Draw:
         training: mode of the gates.
         version: version of log_alpha that was drawn from.
         expected: penalty-weighted expected number of open gates (0-d), or None.
+        drawn_from: log_alpha and key of a sampled draw, to say what is wrong with them; or None.
+
+    Raises:
+        ValueError: NaN in log_alpha, seed or step out of range. RuntimeError: a layout that does
+        not fit the gates. Both where lists come from a GPU, which can only say so by a count
+        below zero.
     """
 
     def __init__(
@@ -41,6 +48,7 @@ class Draw:
         training: bool,
         version: int,
         expected: Tensor | None = None,
+        drawn_from: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         self.differentiable = torch.is_grad_enabled()
         if self.differentiable and not z.requires_grad:
@@ -52,6 +60,8 @@ class Draw:
         self.version = version
         starts = layout.port_offsets.tolist()
         self.counts: list[int] = lists.counts.tolist()
+        if min(self.counts, default=0) < 0:
+            _raise_for(drawn_from)
         spans = list(zip(starts, self.counts, selects, strict=False))
         self.index = [lists.index.narrow(0, start, count) for start, count, _ in spans]
         # Where the packed features stand among those that arrive; None where all are packed.
@@ -68,6 +78,15 @@ class Draw:
             z.register_hook(self.graph.hold)
         if "torch._dynamo" in sys.modules:
             _mark_dynamic(self.index + [p for p in self.position if p is not None])
+
+
+def _raise_for(drawn_from: tuple[Tensor, Tensor] | None) -> NoReturn:
+    if drawn_from is not None:
+        log_alpha, key = drawn_from
+        check_draw(log_alpha.detach(), key)
+    raise RuntimeError(
+        "gates: expected a layout with ascending offsets and existing gates, got a count below zero"
+    )
 
 
 def _mark_dynamic(tensors: list[Tensor]) -> None:

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+from harness import ops as harness_ops
 from torch.library import opcheck
 
 import l0kernels as l0
 from l0kernels.functional import GateLayout, OpenLists, open_lists, sample_gates
+from l0kernels.gates.draw import Draw
 from l0kernels.ops.sample_gates import op, reference
 from l0kernels.testing import assert_within_budget, max_error, z_score
 
@@ -110,18 +112,50 @@ def test_bernoulli_follows_the_textbook(impl, dtype):
 
 
 @pytest.mark.parametrize("law", LAWS)
-def test_a_million_decisions_equal_the_reference(need_cpp, law):
-    log_alpha = 4 * torch.randn(1 << 17)
-    layout = make_layout([1 << 17], [])
-    for step in range(9):
-        args = (log_alpha, make_key(11, step), torch.ones_like(log_alpha), layout, law)
-        with l0.use_impl("reference"):
-            expected, _, _ = sample_gates(*args)
-        with l0.use_impl("cpp"):
-            actual, _, _ = sample_gates(*args)
-        assert torch.equal(actual == 0, expected == 0)
-        assert torch.equal(actual == 1, expected == 1)
-        assert max_error(actual, expected) <= torch.finfo(torch.float32).eps
+@pytest.mark.parametrize("impl", ["cpp", "harness"], indirect=True)
+def test_ten_million_decisions_equal_the_reference(impl, law):
+    gates = 2_000_003
+    layout = make_layout([gates], [])
+    log_alpha, cost = 4 * torch.randn(gates), torch.rand(gates)
+    for seed, step in [(11, 0), (12, (1 << 32) - 1), ((1 << 63) - 1, 1), (1 << 32, 77), (0, 1)]:
+        key = make_key(seed, step)
+        z, expected, _ = sample_gates(log_alpha, key, cost, layout, law)
+        exact, exact_expected, _ = reference.sample_gates(log_alpha, key, cost, layout, law)
+        assert torch.equal(z == 0, exact == 0)
+        assert torch.equal(z == 1, exact == 1)
+        assert max_error(z, exact) <= torch.finfo(torch.float32).eps
+        assert float(expected) == pytest.approx(float(exact_expected), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("impl", ["harness"], indirect=True)
+def test_cuda_and_cpu_values_are_the_same_bits(impl, need_cpp, law, dtype):
+    gates = 40_009
+    log_alpha, cost = (3 * torch.randn(gates)).to(dtype), torch.rand(gates).to(dtype)
+    log_alpha[:2] = torch.tensor([math.inf, -math.inf])
+    grads = torch.randn(gates + 1).to(dtype), torch.tensor(0.7, dtype=dtype)
+    law_options = (LAWS.index(law), BETA, GAMMA, ZETA)
+    args = log_alpha, make_key(), cost
+    lists = make_layout([gates], [])
+    on_cpu = torch.ops.l0kernels
+    z, expected, *_ = op._FORWARD(*args, *lists, *law_options)
+    cpu_z, cpu_expected, *_ = on_cpu.sample_gates(*args, *lists, *law_options)
+    assert torch.equal(z, cpu_z)
+    assert float(expected) == pytest.approx(float(cpu_expected), rel=torch.finfo(dtype).eps)
+    grad = op._BACKWARD(*args, *grads, *law_options)
+    assert torch.equal(grad, on_cpu.sample_gates_backward(*args, *grads, *law_options))
+
+
+@pytest.mark.parametrize("gates, launches", [(0, 1), (1, 1), (16384, 1), (16385, 2)])
+@pytest.mark.parametrize("impl", ["harness"], indirect=True)
+def test_a_model_takes_few_launches(impl, gates, launches):
+    log_alpha, layout = torch.randn(gates), make_layout([gates])
+    harness_ops.launches(reset=True)
+    drawn = draw(log_alpha, layout=layout)
+    assert harness_ops.launches(reset=True)["sample_gates"] == launches + (gates > 0)
+    open_lists(drawn.z, layout)
+    assert harness_ops.launches(reset=True)["sample_gates"] == 1
 
 
 @pytest.mark.parametrize("log_alpha", [-6.0, -2.3979, K, -0.3, 0.0, 1e-9, 0.7, 1.5986, 4.6, 30.0])
@@ -406,6 +440,52 @@ def test_a_draw_lists_its_own_gates(impl):
         check_lists(drawn.lists, drawn.z, layout)
 
 
+def random_layout(sizes):
+    """Ports of every kind, some of more than a block's features."""
+    starts, gates = offsets(sizes).tolist(), sum(sizes)
+    groups = [list(range(starts[i], starts[i + 1])) for i in range(len(sizes))]
+    ports = [(group, None) for group in groups]
+    ports += [([gate for gate in group for _ in range(7)], None) for group in groups[:3]]
+    ports.append(([*groups[2], *[gates] * 5, *groups[1], *groups[0]], None))
+    for width in (0, 1, 2, 40, 2500):
+        born = torch.randint(gates + 1, (width,)).tolist()
+        extra = torch.randint(gates + 1, (width,)).tolist()
+        ports += [(born, None), (sorted(born), extra), ([gates] * width, extra)]
+    return make_layout(sizes, ports)
+
+
+@pytest.mark.parametrize("gates", [3000, 20000])  # drawn again for each port; stored, then listed
+@pytest.mark.parametrize("middle", [-8.0, -5.0, 0.0])
+def test_lists_of_a_model(impl, gates, middle):
+    sizes = [1300, 2, 40, 1, 0, 3, 600]
+    sizes.append(gates - sum(sizes))
+    layout = random_layout(sizes)
+    log_alpha = middle + 2 * torch.randn(gates)
+    log_alpha[1302:1343] = -math.inf  # groups in which nothing is open
+    log_alpha[1345] = -math.inf
+    for law in LAWS:
+        drawn = draw(log_alpha, law, layout=layout)
+        for mine, exact in zip(drawn.lists, reference.open_lists(drawn.z, layout), strict=True):
+            assert torch.equal(mine, exact)
+
+
+def test_one_open_gate_anywhere(impl):
+    layout = make_layout([70], [(range(70), None), (range(70), range(70)), ([70] * 70, range(70))])
+    for opened in (0, 1, 2, 31, 32, 33, 69):
+        z = torch.zeros(71)
+        z[[opened, 70]] = 1.0
+        check_lists(open_lists(z, layout), z, layout)
+
+
+def test_a_product_that_underflows_is_closed(impl):
+    layout = make_layout([4, 4], [(range(4), range(4, 8))])
+    z = torch.tensor([1e-30] * 3 + [1.0] + [1e-30] * 4 + [1.0])
+    lists = open_lists(z, layout)
+    assert (lists.counts.tolist(), lists.index.tolist()) == ([2], [0, 3, 0, 0])
+    assert lists.position.tolist() == [0, 3, 0, 0]
+    assert open_lists(z.double(), layout).counts.tolist() == [4]
+
+
 def test_no_gates_at_all(impl):
     drawn = draw(torch.zeros(0), layout=make_layout([], []))
     assert drawn.z.tolist() == [1.0]
@@ -417,20 +497,73 @@ def test_no_gates_at_all(impl):
 # ---- errors ----
 
 
-def test_nan_is_reported(impl):
-    log_alpha = torch.zeros(30)
-    log_alpha[[7, 20]] = math.nan
-    with pytest.raises(ValueError, match="got 2 of 30, first at 7"):
-        sample_gates(log_alpha, make_key(), torch.ones(30), make_layout([30]), "hard_concrete")
+def take(log_alpha, key=None, layout=None):
+    """A draw as models make it: operators that nobody waits for have said what is wrong by then."""
+    key = make_key() if key is None else key
+    layout = make_layout([log_alpha.shape[0]]) if layout is None else layout
+    cost = torch.ones_like(log_alpha)
+    z, expected, lists = sample_gates(log_alpha, key, cost, layout, "hard_concrete")
+    selects = [False] * (layout.port_offsets.shape[0] - 1)
+    return Draw(z, lists, layout, selects, True, 0, expected, (log_alpha, key))
 
 
-@pytest.mark.parametrize(
-    "seed, step, message",
-    [(-1, 0, "seed"), (0, -1, "step"), (0, 1 << 32, "step"), (-(1 << 63), 0, "seed")],
-)
+@pytest.mark.parametrize("gates", [30, 20000])
+def test_nan_is_reported(impl, gates):
+    log_alpha = torch.zeros(gates)
+    log_alpha[[7, gates - 1]] = math.nan
+    with pytest.raises(ValueError, match=f"got 2 of {gates}, first at 7"):
+        take(log_alpha)
+
+
+BAD_KEYS = [(-1, 0, "seed"), (0, -1, "step"), (0, 1 << 32, "step"), (-(1 << 63), 0, "seed")]
+
+
+@pytest.mark.parametrize("seed, step, message", BAD_KEYS)
 def test_seed_and_step_have_a_range(impl, seed, step, message):
-    with pytest.raises(ValueError, match=f"{message}: expected 0 <= {message}"):
-        draw(torch.zeros(3), key=make_key(seed, step))
+    got = seed if message == "seed" else step
+    with pytest.raises(ValueError, match=f"{message}: expected 0 <= {message}.*got {got}"):
+        take(torch.zeros(3), make_key(seed, step))
+
+
+def test_the_first_thing_wrong_is_reported(impl):
+    log_alpha = torch.tensor([math.nan])
+    with pytest.raises(ValueError, match="seed: expected"):
+        take(log_alpha, make_key(-1, -1))
+    with pytest.raises(ValueError, match="step: expected"):
+        take(log_alpha, make_key(0, -1))
+
+
+@pytest.mark.parametrize("impl", ["cpp", "harness"], indirect=True)
+def test_models_report_bad_values(impl):
+    gates = l0.gates.HardConcrete({"a": 30})
+    net = gates.attach(torch.nn.Sequential(l0.nn.GatedLinear(30, 3, in_gate=gates["a"])))
+    net(torch.ones(2, 30))
+    with torch.no_grad():
+        gates.log_alpha[3] = math.nan
+    with pytest.raises(ValueError, match="log_alpha: expected no NaN; got 1 of 30, first at 3"):
+        net(torch.ones(2, 30))
+    with torch.no_grad():
+        gates.log_alpha.zero_()
+    gates.step.fill_((1 << 32) - 1)
+    with pytest.raises(ValueError, match=f"step: expected 0 <= step < 2.32; got {1 << 32}"):
+        net(torch.ones(2, 30))
+
+
+@pytest.mark.parametrize("gates", [30, 20000])
+@pytest.mark.parametrize("impl", ["harness"], indirect=True)
+def test_what_a_gpu_gives_for_bad_values(impl, gates):
+    log_alpha = torch.zeros(gates)
+    log_alpha[7] = math.nan
+    drawn = draw(log_alpha, key=make_key(2, 3))
+    assert drawn.lists.counts.tolist() == [-1]
+    assert drawn.expected.isnan()
+    for values in (drawn.z, drawn.grad):
+        assert values.isnan().nonzero().flatten().tolist() == [7]
+    for seed, step, message in BAD_KEYS:
+        drawn = draw(log_alpha, key=make_key(seed, step))
+        assert drawn.lists.counts.tolist() == [-2 if message == "seed" else -3]
+        assert drawn.expected.isnan()
+        assert drawn.z[:-1].isnan().all() and drawn.grad.isnan().all()
 
 
 def test_the_ends_of_the_range_are_legal(impl):
@@ -472,21 +605,38 @@ def test_bad_input_is_refused(impl, name):
         sample_gates(**args)
 
 
-@pytest.mark.parametrize(
-    "field, value",
-    [
-        ("maps", torch.tensor([[0, 1, 2, 5], [4, 4, 4, 4]])),
-        ("maps", torch.tensor([[0, 1, 2, -1], [4, 4, 4, 4]])),
-        ("group_offsets", torch.tensor([0, 3])),
-        ("group_offsets", torch.tensor([0, 3, 2, 4])),
-        ("port_offsets", torch.tensor([1, 4])),
-        ("port_offsets", torch.tensor([0, 9])),
-    ],
-)
+OUT_OF_BOUNDS = [
+    ("maps", torch.tensor([[0, 1, 2, 5], [4, 4, 4, 4]])),
+    ("maps", torch.tensor([[0, 1, 2, -1], [4, 4, 4, 4]])),
+    ("maps", torch.tensor([[0, 1, 2, 3], [4, 1 << 60, 4, 4]])),
+    ("group_offsets", torch.tensor([0, 3])),
+    ("group_offsets", torch.tensor([0, 3, 2, 4])),
+    ("group_offsets", torch.tensor([0, 9])),
+    ("group_offsets", torch.tensor([-9, 4])),
+    ("port_offsets", torch.tensor([1, 4])),
+    ("port_offsets", torch.tensor([0, 9])),
+    ("port_offsets", torch.tensor([0, 3])),
+    ("port_offsets", torch.tensor([0, -1, 4])),
+]
+
+
+@pytest.mark.parametrize("field, value", OUT_OF_BOUNDS)
 def test_cpp_refuses_layouts_out_of_bounds(need_cpp, field, value):
     layout = make_layout([4])._replace(**{field: value})
     with pytest.raises(RuntimeError, match=f"{field}: expected"), l0.use_impl("cpp"):
         open_lists(torch.ones(5), layout)
+
+
+# Who searches unordered offsets finds some group: a wrong list, but nothing outside is touched.
+@pytest.mark.parametrize("field, value", [case for case in OUT_OF_BOUNDS if len(case[1]) != 4])
+@pytest.mark.parametrize("impl", ["harness"], indirect=True)
+def test_cuda_refuses_layouts_out_of_bounds(impl, field, value):
+    layout = make_layout([4])._replace(**{field: value})
+    # Closed gates: nobody looks for the group of an open one.
+    lists = open_lists(torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0]), layout)
+    assert min(lists.counts.tolist()) == -4
+    with pytest.raises(RuntimeError, match="expected a layout with ascending offsets"):
+        take(torch.full((4,), -math.inf), layout=layout)
 
 
 # ---- registration and compilation ----
