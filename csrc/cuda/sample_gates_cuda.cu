@@ -494,7 +494,9 @@ struct NewLists {
                data<int64_t>(ports),
                ports.size(0) - 1} {}
 
-  Lists lists() const { return {out<int64_t>(index), out<int64_t>(position), out<int64_t>(counts)}; }
+  Lists lists() const {
+    return {out<int64_t>(index), out<int64_t>(position), out<int64_t>(counts)};
+  }
   ListTensors tensors() const { return {index, position, counts}; }
 };
 

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Philox4x32-10 in Python and in C++, and the noise made from it."""
+"""Philox4x32-10 in Python, C++ and CUDA C++, and the noise made from it."""
 
+import ctypes
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from harness import build
 
 from l0kernels.ops.sample_gates import reference
 
@@ -51,6 +54,30 @@ def test_python_and_cpp_words_agree(scalar_math):
         list(scalar_math.philox4x32(tuple(counter), tuple(key)))
         for counter, key in zip(counters.T.tolist(), keys.T.tolist(), strict=True)
     ]
+
+
+@pytest.fixture(scope="session")
+def bulk(need_harness, tmp_path_factory):
+    source = Path(__file__).with_name("philox_words.cu")
+    return ctypes.CDLL(str(build.build([source], tmp_path_factory.mktemp("philox") / "words.so")))
+
+
+@pytest.mark.parametrize("language", ["cpu", "cuda"])
+def test_ten_million_words_agree(bulk, language):
+    blocks = 1_250_001
+    for seed, step in [((5 << 32) + 3, 7), ((1 << 63) - 1, ONES)]:
+        words = torch.empty(blocks, 4, dtype=torch.int32)
+        write = getattr(bulk, f"{language}_words")
+        write(
+            ctypes.c_uint64(seed),
+            ctypes.c_uint32(step),
+            ctypes.c_int64(blocks),
+            ctypes.c_void_p(words.data_ptr()),
+        )
+        counter = [torch.arange(blocks), torch.tensor(0), torch.tensor(0), torch.tensor(step)]
+        key = [torch.tensor(seed & ONES), torch.tensor(seed >> 32)]
+        exact = torch.stack(reference.philox4x32(counter, key), 1)
+        assert torch.equal(words.long() & ONES, exact)
 
 
 @pytest.mark.parametrize("seed", [0, 1, (1 << 32) + 5, (1 << 63) - 1])

@@ -127,6 +127,21 @@ def test_ten_million_decisions_equal_the_reference(impl, law):
         assert float(expected) == pytest.approx(float(exact_expected), rel=1e-6)
 
 
+@pytest.mark.parametrize("impl", ["cpp", "harness"], indirect=True)
+def test_ten_million_numbers_are_the_reference_s(impl):
+    gates = 2_000_003
+    layout = make_layout([gates], [])
+    log_alpha, cost = torch.zeros(2, gates, dtype=torch.float64)
+    for seed, step in [(11, 0), (12, (1 << 32) - 1), ((1 << 63) - 1, 1), (1 << 32, 77), (0, 1)]:
+        key = make_key(seed, step)
+        # Almost not stretched, at temperature 1 and log_alpha 0: z is the uniform number itself.
+        options = {"beta": 1.0, "gamma": -1e-13, "zeta": 1 + 1e-13}
+        z, _, _ = sample_gates(log_alpha, key, cost, layout, "hard_concrete", **options)
+        k = z[:-1] * (1 << 23) - 0.5
+        assert torch.equal(k.round().long(), reference.noise_k(key, gates))
+        assert max_error(k, k.round()) < 1e-4
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("impl", ["harness"], indirect=True)
