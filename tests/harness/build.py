@@ -19,25 +19,22 @@ ROOT = HERE.parents[1]
 RUNTIME = HERE / "cuda_on_cpu.cpp"
 TARGET_VERSION = "0x020b000000000000"  # as setup.py: the API of libtorch 2.11
 
-FLAGS = [
-    "-std=c++17",
-    "-fPIC",
-    "-fvisibility=hidden",
+FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall"]
+KERNEL_FLAGS = [
     "-ffp-contract=off",  # as nvcc --fmad=false: gate decisions are the same everywhere
     "-fno-strict-aliasing",  # nvcc does not assume it either
-    "-Wall",
     "-Wno-unknown-pragmas",
     "-DL0K_HARNESS",
     f"-DTORCH_TARGET_VERSION={TARGET_VERSION}",
 ]
 DEBUG = ["-O1", "-g", "-fno-omit-frame-pointer"]
-KERNEL_FLAGS = {
+SANITIZERS = {
     None: ["-O2"],
     "address": [*DEBUG, "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
     "thread": [*DEBUG, "-fsanitize=thread"],
 }
 # The fibers switch stacks behind the sanitizers' backs and tell them so themselves.
-RUNTIME_FLAGS = {None: ["-O2"], "address": ["-O2", "-DL0K_ASAN"], "thread": ["-O2", "-DL0K_TSAN"]}
+RUNTIME_FLAGS = {None: [], "address": ["-DL0K_ASAN"], "thread": ["-DL0K_TSAN"]}
 LINK_FLAGS = {
     None: [],
     "address": ["-fsanitize=address,undefined"],
@@ -99,12 +96,13 @@ def build(
     sanitize: str | None = None,
     shared: bool = True,
 ) -> Path:
-    """Compiles sources and the fiber runtime into a library or, not `shared`, a program.
+    """Compiles sources into a library or, not `shared`, a program.
 
     Compiles again only what has changed; several processes may call it at once.
 
     Args:
-        sources: .cu files, compiled as C++, and .cpp files.
+        sources: .cu files, which are compiled as C++ and bring the fiber runtime along, and
+            .cpp files, which are not instrumented.
         out: the file to make; object files go to a folder beside it.
         sanitize: None, "address" (with undefined behaviour) or "thread".
         shared: whether it is a library, for `torch.ops.load_library`.
@@ -150,15 +148,19 @@ def _rules(
     for path in (torch / "include", torch / "include/torch/csrc/api/include", cuda_include()):
         includes += ["-isystem", str(path)]
     libraries = [f"-L{torch / 'lib'}", f"-Wl,-rpath,{torch / 'lib'}", "-Wl,--no-as-needed"]
-    libraries += ["-ltorch_cpu", "-ltorch", "-lc10"]
+    libraries += ["-ltorch_cpu", "-ltorch", "-lc10", "-ldl"]
     link = [*LINK_FLAGS[sanitize], *(["-shared"] if shared else []), *libraries]
     lines = [
         f"rule compile\n  command = {compiler()} -MMD -MF $out.d -x c++ {_words(FLAGS)} "
         f"{_words(includes)} $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
         f"rule link\n  command = {compiler()} $in -o $out {_words(link)}",
     ]
+    kernels = [source for source in sources if source.suffix == ".cu"]
+    flags = dict.fromkeys(sources, ["-O2"])
+    flags |= dict.fromkeys(kernels, [*KERNEL_FLAGS, *SANITIZERS[sanitize]])
+    if kernels:
+        flags[RUNTIME] = ["-O2", *RUNTIME_FLAGS[sanitize]]
     made = []
-    flags = dict.fromkeys(sources, KERNEL_FLAGS[sanitize]) | {RUNTIME: RUNTIME_FLAGS[sanitize]}
     for number, (source, own) in enumerate(flags.items()):
         made.append(_path(objects / f"{number}-{source.stem}.o"))
         lines.append(f"build {made[-1]}: compile {_path(source)}\n  flags = {_words(own)}")

@@ -236,7 +236,7 @@ struct Machine {
   void* main_asan_stack = nullptr;
   const void* main_stack = nullptr;
   size_t main_stack_bytes = 0;
-  char started = 0, finished = 0;  // tags of the launch
+  char started = 0, finished = 0;  // tags
   Random random;
   bool in_order = false;
   int64_t launches = 0;
@@ -690,6 +690,7 @@ void run_blocks(size_t shared_bytes, Tags* tags) {
     machine.tags = tags + (kTsan ? i : 0);
     std::vector<Fiber>& team = machine.teams[i % kTeams];
     make_team(team, machine.threads);
+    release(&machine.started);
     run_block(team);
     if (!machine.failed) check_guards();
   }
@@ -715,7 +716,6 @@ void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes,
   const size_t blocks = static_cast<size_t>(grid.x) * grid.y * grid.z;
   machine.arenas = map_memory(blocks * kArenaBytes);
   Tags* tags = reinterpret_cast<Tags*>(map_memory(blocks * sizeof(Tags)));
-  release(&machine.started);
   run_blocks(shared_bytes, tags);
   acquire(&machine.finished);
   munmap(tags, blocks * sizeof(Tags));

@@ -8,7 +8,6 @@ import os
 import pkgutil
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -70,7 +69,9 @@ def load(stem: str) -> ctypes.CDLL:
     Raises:
         BuildError: its source does not compile.
     """
-    library = build_library(stem)
+    library = _attempt(stem)
+    if isinstance(library, BuildError):
+        raise library
     for _, handle, fake, _ in raw_ops(stem):
         _LIB.define(str(handle._schema).removeprefix("l0kernels::"))
         torch.library.register_fake(f"{NAMESPACE}::{_raw_name(handle)}", fake, lib=_LIB)
@@ -83,19 +84,20 @@ def load(stem: str) -> ctypes.CDLL:
     return loaded
 
 
-def build_library(stem: str) -> Path:
-    return build([source(stem)], ROOT / f"build/harness/{SANITIZE or 'plain'}/{stem}.so", SANITIZE)
+@functools.cache
+def _attempt(stem: str) -> Path | BuildError:
+    """The library, or why there is none: what does not compile is not tried again."""
+    out = ROOT / f"build/harness/{SANITIZE or 'plain'}/{stem}.so"
+    try:
+        return build([source(stem)], out, SANITIZE)
+    except BuildError as error:
+        return error
 
 
 def build_libraries(wanted: Collection[str]) -> None:
     """Builds several at once; errors wait until the library is loaded."""
-
-    def attempt(stem: str) -> None:
-        with suppress(BuildError):
-            build_library(stem)
-
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(attempt, wanted))
+        list(pool.map(_attempt, wanted))
 
 
 def _raw_name(handle: OpOverload) -> str:
