@@ -49,7 +49,11 @@ same inputs), once with both in fp32 and once in fp64, which the self-check runs
 largest difference in outputs, gradients and buffers from a plain copy with hooks, in fp64, over all
 draws in training mode and a tenth as many in eval mode; relative to the largest element of each
 tensor, but of a gradient at least to 1e-3 of the largest gradient of all, and of a running mean to
-the largest standard deviation. Compact error: outputs of `l0.compact` against that copy in eval
+the largest standard deviation. Tensors: how many were compared over all draws; left out are those
+that exceed 1e-9 and that the masked network itself changes by more than 1e-10 when its parameters
+move by one rounding error of fp64 (with nearly all units closed, norms divide by deviations that
+are rounding). Networks that compute parts in fp32 whatever their dtype (norms of Llama) compute
+them in fp64 here. Compact error: outputs of `l0.compact` against that copy in eval
 mode with about half of the gates closed, in fp64. Equal predictions: largest class, compact against
 masked, in fp32, at every output position (token, pixel or output) of so many random examples. ONNX:
 largest difference of onnxruntime from the compact network. Step: gate draw + penalty + forward +
@@ -104,6 +108,8 @@ class Row:
     convert_memory: float | None = None
     convert_memory_fp64: float | None = None
     packed_error: float | None = None
+    compared: int | None = None
+    left_out: int | None = None
     compact_error: float | None = None
     equal_predictions: int | None = None
     positions: int | None = None
@@ -199,18 +205,25 @@ class Subject:
     def compare_packed(self) -> None:
         exact = self.converted().to(torch.float64)
         sizes = gates_of(exact.packed).sizes
-        worst = 0.0
+        worst, compared, left_out = 0.0, 0, 0
         for training in (True, False):
             exact.train(training)
             for seed in range(self.setting.draws if training else -(-self.setting.draws // 10)):
                 z = oracle.gate_values(sizes, seed)
                 packed = exact.run_packed(z)
                 errors = oracle.relative_errors(exact.run_masked(z), packed)
+                large = [name for name, error in errors.items() if not error <= TOLERANCE]
+                if large:  # rarely, for it takes two more masked runs
+                    for name in exact.undetermined(z, large, TOLERANCE / 10):
+                        del errors[name]
+                        left_out += 1
                 worst = largest((worst, *errors.values()))
+                compared += len(errors)
                 left = exact.open_where_closed(z, packed)
                 if left:
                     raise RuntimeError(f"expected gradients of closed units to be 0, got {left}")
         self.row.packed_error = worst
+        self.row.compared, self.row.left_out = compared, left_out
         require("packed and masked", worst, TOLERANCE)
 
     def compare_compact(self) -> None:
@@ -218,7 +231,8 @@ class Subject:
         open_about_half(gates_of(twins.packed))
         exact = twins.to(torch.float64)
         exact.train(False)
-        with torch.no_grad(), exact.masking(gates_of(exact.packed).deterministic()):
+        full = oracle.at_full_precision(torch.float64)
+        with torch.no_grad(), full, exact.masking(gates_of(exact.packed).deterministic()):
             masked = zoo.floating(exact.plain(*exact.inputs))
             small = zoo.floating(l0.compact(exact.packed, exact.inputs)(*exact.inputs))
         self.row.compact_error = largest(
@@ -372,6 +386,9 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "/ (model + activations)": lambda r: shown(r.convert_memory, ".2f"),
     "/ the same in fp64": lambda r: shown(r.convert_memory_fp64, ".2f"),
     "packed error": lambda r: shown(r.packed_error, ".1e"),
+    "tensors (left out)": lambda r: (
+        "" if r.compared is None else f"{r.compared:,d} ({r.left_out:,d})"
+    ),
     "compact error": lambda r: shown(r.compact_error, ".1e"),
     "equal predictions / positions (examples)": lambda r: (
         "" if r.examples is None else f"{r.equal_predictions} / {r.positions} ({r.examples})"

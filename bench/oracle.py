@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from l0kernels.convert.tensors import named_tensors
+from l0kernels.convert.tensors import InDouble, named_tensors
 from l0kernels.gates.ref import GateRef
 from l0kernels.nn import GatedLayer
 from l0kernels.training import gates_of
@@ -94,6 +94,25 @@ class Twins:
             for name, norm in norms.items():
                 for key in ("running_mean", "running_var"):
                     norm.get_buffer(key)[closed[name]] = before[name][key][closed[name]]
+
+    def undetermined(self, z: Tensor, names: Iterable[str], most: float) -> list[str]:
+        """Return what rounding alone changes by more than `most` in the masked network.
+
+        With nearly all units closed, norms divide by deviations that are nothing but rounding,
+        one after another. Here the parameters move by one rounding error.
+        """
+        exact = self.run_masked(z)
+        before = {name: p.detach().clone() for name, p in self.plain.named_parameters()}
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for p in self.plain.parameters():
+                sign = torch.randint(2, p.shape, generator=generator) * 2 - 1
+                p.mul_(1 + torch.finfo(p.dtype).eps * sign.to(p))
+        errors = relative_errors(exact, self.run_masked(z))
+        with torch.no_grad():
+            for name, p in self.plain.named_parameters():
+                p.copy_(before[name])
+        return [name for name in names if errors[name] > most]
 
     def open_where_closed(self, z: Tensor, found: dict[str, Tensor]) -> list[str]:
         """Return the parameters whose gradient is not exactly zero where gates are closed.
@@ -209,7 +228,7 @@ def collect(
     inputs = tree_map_only(
         Tensor, lambda t: t.clone().requires_grad_(t.is_floating_point()), inputs
     )
-    with scope(z):
+    with scope(z), at_full_precision(z.dtype):
         outputs = net(*inputs)
         weigh(outputs).backward()
     found = {f"output {i}": t.detach() for i, t in enumerate(_floating(outputs))}
@@ -227,6 +246,11 @@ def collect(
                 found[f"buffer {name}"] = b.double().clone()
                 b.copy_(before[name])
     return found
+
+
+def at_full_precision(dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """Return a scope in which networks in fp64 do not go to fp32 and back (norms of Llama do)."""
+    return InDouble() if dtype == torch.float64 else nullcontext()
 
 
 def _floating(value: Any) -> list[Tensor]:

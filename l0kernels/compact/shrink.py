@@ -14,8 +14,9 @@ from l0kernels._config import use_impl
 from l0kernels.compact.inputs import check_inputs, outputs_of
 from l0kernels.convert.check import worst_difference
 from l0kernels.convert.probe import NoDropout
+from l0kernels.convert.randomness import same_randomness
 from l0kernels.convert.swap import uninstall
-from l0kernels.convert.tensors import Inputs, to_double
+from l0kernels.convert.tensors import InDouble, Inputs, to_double
 from l0kernels.functional import GateLayout, open_lists
 from l0kernels.gates.base import Gates
 from l0kernels.gates.draw import Draw
@@ -233,9 +234,8 @@ def _make_finite(whole: nn.Module) -> None:
 
 
 def _outputs(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
-    devices = sorted({p.get_device() for p in model.parameters() if p.is_cuda})
-    with torch.random.fork_rng(devices=devices), NoDropout():
-        torch.manual_seed(0)  # other randomness is the same in both runs
+    devices = {p.device for p in model.parameters()}
+    with same_randomness(devices), NoDropout(), InDouble():
         # Clones: the forward may change its inputs in place.
         found = outputs_of(model, tree_map_only(Tensor, torch.clone, inputs))
     return {f"output {i}": _comparable(t) for i, t in enumerate(found)}

@@ -15,6 +15,7 @@ from l0kernels._config import use_impl
 from l0kernels.convert.probe import NoDropout, is_layer, is_passage
 from l0kernels.convert.randomness import same_randomness
 from l0kernels.convert.tensors import (
+    InDouble,
     Inputs,
     KeptBuffers,
     call,
@@ -64,7 +65,7 @@ def run_once(
     found: dict[str, Tensor] = {}
     devices = {p.device for p in model.parameters()}
     try:
-        with same_randomness(devices), NoDropout(), use_impl(impl), gates.using(z):
+        with same_randomness(devices), NoDropout(), InDouble(), use_impl(impl), gates.using(z):
             with torch.set_grad_enabled(gradients):
                 # Clones: the forward may change its inputs in place.
                 outputs = dict(

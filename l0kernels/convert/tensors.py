@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 Inputs = tuple[Any, ...] | Mapping[str, Any]
@@ -30,6 +31,31 @@ def to_dtype(value: Any, dtype: torch.dtype) -> Any:
 def to_double(value: Any) -> Any:
     """Floating tensors of a nested structure in fp64, all tensors detached."""
     return to_dtype(value, torch.float64)
+
+
+class InDouble(TorchFunctionMode):
+    """Lets a forward in fp64 stay there where it would go to a lower precision and back.
+
+    Many transformers compute norms and softmax in fp32 whatever their dtype. Two runs equal to
+    1e-16 then differ by 1e-8 wherever an element lies between two numbers of fp32.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__name__", "") in ("float", "half", "bfloat16"):
+            func = Tensor.double
+        elif func is not Tensor.view:  # view(dtype) looks at bits
+            args = tuple(map(_to_fp64, args))
+            kwargs = {name: _to_fp64(value) for name, value in (kwargs or {}).items()}
+        return func(*args, **(kwargs or {}))
+
+
+_LOWER = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _to_fp64(argument: Any) -> Any:
+    return torch.float64 if isinstance(argument, torch.dtype) and argument in _LOWER else argument
 
 
 def own_copy(value: Any) -> Any:

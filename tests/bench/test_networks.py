@@ -225,6 +225,16 @@ def twins() -> oracle.Twins:
     return oracle.twins(networks.convert(copy.deepcopy(plain), inputs), plain, inputs)
 
 
+def test_what_rounding_alone_decides_is_undetermined(twins: oracle.Twins):
+    exact = twins.to(torch.float64)
+    z = oracle.gate_values(gates_of(exact.packed).sizes, 3)
+    before = copy.deepcopy(exact.plain.state_dict())
+    names = list(exact.run_masked(z))
+    assert "output 0" in exact.undetermined(z, names, 0.0)
+    assert not exact.undetermined(z, names, 1e-9)
+    torch.testing.assert_close(exact.plain.state_dict(), before, atol=0.0, rtol=0.0)
+
+
 def test_the_masked_arm_computes_what_ours_does(
     twins: oracle.Twins, monkeypatch: pytest.MonkeyPatch
 ):

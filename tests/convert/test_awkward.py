@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import l0kernels as l0
 from l0kernels.bench import oracle
+from l0kernels.convert.tensors import InDouble
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
 
@@ -53,6 +54,23 @@ RESULTS: dict[str, Callable[[Tensor, Tensor], object]] = {
     "iterator": lambda y, h: iter([y, h]),
     "nested": lambda y, h: {"y": y, "more": [{"h": (h,)}]},
 }
+
+
+LOWER: dict[str, Callable[[Tensor], Tensor]] = {
+    "float": Tensor.float,
+    "half": lambda x: x.half(),
+    "to": lambda x: x.to(torch.float32),
+    "to keyword": lambda x: x.to(dtype=torch.bfloat16),
+    "softmax": lambda x: F.softmax(x, -1, dtype=torch.float32),
+    "zeros": lambda x: torch.zeros(3, dtype=torch.float16),
+}
+
+
+@pytest.mark.parametrize("kind", LOWER)
+def test_in_double(kind: str):
+    with InDouble():
+        assert LOWER[kind](X.double()).dtype == torch.float64
+        assert X.long().to(torch.int32).view(torch.float32).dtype == torch.float32
 
 
 @pytest.mark.parametrize("kind", RESULTS)
@@ -234,9 +252,18 @@ class KeepsInBuffer(Chain):
         return self.c(F.relu(y))
 
 
+class RoundsToSingle(Chain):
+    """What is lost in fp32, as large as the rest: a last digit of fp64 decides about it."""
+
+    def rest(self, h: Tensor) -> Tensor:
+        h = F.relu(self.b(h))
+        return self.c(h + 2**28 * (h.to(torch.float32) - h) + F.softmax(h, -1, torch.float32))
+
+
 @pytest.mark.parametrize(
     ("kind", "groups"),
     [
+        (RoundsToSingle, ["a"]),
         (Predicts, ["a", "b"]),
         (WithoutGradient, ["a", "b"]),
         (IntParameter, ["a", "b"]),
