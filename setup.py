@@ -33,7 +33,7 @@ CHOICES = ("auto", "none", "cpu", "cuda")
 HOST_FLAGS = ["-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall"]
 FLAGS = ["-std=c++17", "-O3", *HOST_FLAGS]
 NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false", f"-Xcompiler={','.join(HOST_FLAGS)}"]
-OLDEST_NVCC = (12, 0)
+OLDEST_NVCC = (12, 1)  # kernels have more than 4 KiB of parameters
 # Machine code for these, and the newest one's PTX for GPUs that come later.
 ARCHITECTURES = ("80", "90a", "100")
 
@@ -121,7 +121,7 @@ def why_not_cuda() -> str:
     if numbers is None:
         return f"{nvcc()} --version fails or does not state a release"
     if tuple(map(int, numbers.groups())) < OLDEST_NVCC:
-        return f"expected nvcc >= 12.0, got {nvcc_version()} ({nvcc()})"
+        return f"expected nvcc >= 12.1, got {nvcc_version()} ({nvcc()})"
     return ""
 
 

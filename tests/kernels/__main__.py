@@ -23,6 +23,8 @@ def collect() -> tuple[list[Row], dict[str, str], list[str]]:
     facts = {"torch": metadata.version("torch")}
     failures: list[str] = []
     for title, module in PARTS.items():
+        if importlib.util.find_spec(module) is None:
+            continue
         try:
             rows = importlib.import_module(module).rows()
         except Skipped as reason:

@@ -21,6 +21,7 @@ _FUNCTION = re.compile(r"Compiling entry function '(\S+)'|Function properties fo
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 _REGISTERS = re.compile(r"Used (\d+) registers")
 _SHARED = re.compile(r"(\d+) bytes smem")
+_DYNAMIC = "l0k_dynamic_shared"  # what csrc/cuda/common.cuh names it
 _THREADS = re.compile(r"\.maxntid\s+(\d+)(?:,\s*(\d+),\s*(\d+))?")
 
 
@@ -58,16 +59,29 @@ def parse_ptxas(text: str) -> dict[str, Resources]:
     return found
 
 
-def parse_ptx(text: str) -> dict[str, int | None]:
-    """{mangled kernel: threads of a block by its launch bounds, None without them}."""
-    found: dict[str, int | None] = {}
+@dataclass
+class Entry:
+    """What PTX says about one kernel.
+
+    Args:
+        threads: of a block by its launch bounds, None without them.
+        dynamic: whether it has shared memory whose size is up to the launch.
+    """
+
+    threads: int | None
+    dynamic: bool
+
+
+def parse_ptx(text: str) -> dict[str, Entry]:
+    """{mangled kernel: what is known of it}."""
+    found: dict[str, Entry] = {}
     for part in text.split(".entry")[1:]:
-        head = part.partition("{")[0]
+        head, _, body = part.partition("{")
         sizes = _THREADS.search(head)
         threads = None
         if sizes:
             threads = int(sizes[1]) * int(sizes[2] or 1) * int(sizes[3] or 1)
-        found[head.partition("(")[0].strip()] = threads
+        found[head.partition("(")[0].strip()] = Entry(threads, _DYNAMIC in body)
     return found
 
 
@@ -101,27 +115,33 @@ def compile_source(build: ModuleType, root: Path, source: Path, name: str) -> li
         if done.returncode:
             raise RuntimeError(f"{source.name} does not compile for sm_{name}:\n{done.stderr}")
         (ptx,) = Path(folder).glob("*.ptx")
-        threads = parse_ptx(ptx.read_text(encoding="utf-8"))
+        entries = parse_ptx(ptx.read_text(encoding="utf-8"))
         counts = sass.count(sass.disassemble(cubin))
     resources = parse_ptxas(done.stdout + done.stderr)
     names = readable(resources)
     found = []
     for function, needs in resources.items():
-        # A function that is not a kernel was not inlined; its spills count all the same.
-        bound = threads.get(function)
+        # Without an entry it is a function that was not inlined; its spills count all the same.
+        entry = entries.get(function)
+        config = "" if entry else "not inlined"
+        problems: tuple[str, ...] = ()
+        if entry and entry.dynamic:
+            config = "and dynamic shared memory"
+        if entry and entry.threads is None:
+            problems = ("has no launch bounds",)
         found.append(
             Row(
                 backend="cuda",
                 source=source.relative_to(root).as_posix(),
                 kernel=names[function],
-                config="" if function in threads else "(device function)",
+                config=config,
                 arch=f"sm_{name}",
-                threads=bound or 1024,
+                threads=entry and entry.threads or 1024,
                 registers=needs.registers,
                 spilled=needs.spilled,
                 shared=needs.shared,
                 instructions=counts.get(function, {}),
-                problems=() if bound or function not in threads else ("has no launch bounds",),
+                problems=problems,
             )
         )
     return found

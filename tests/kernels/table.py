@@ -4,6 +4,7 @@
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from pathlib import Path
 
 from kernels.occupancy import LIMITS, blocks_per_multiprocessor
@@ -39,7 +40,7 @@ class Row:
         threads: of a block.
         registers: of a thread.
         spilled: bytes that registers did not hold, stores and loads together.
-        shared: bytes of shared memory of a block, static and dynamic.
+        shared: bytes of shared memory of a block, as far as they are known when it is compiled.
         instructions: {name: how often it stands in the machine code}, those that are there.
         problems: what is wrong with it, beside spills; any makes `make kernels` fail.
     """
@@ -77,11 +78,22 @@ class Row:
             found.append(f"spills {self.spilled} bytes")
         if self.blocks == 0:
             found.append("a block does not fit on a multiprocessor")
-        return [f"{self.kernel} {self.config} on {self.arch}: {text}" for text in found]
+        name = " ".join(filter(None, (self.kernel, self.config, "on", self.arch)))
+        return [f"{name}: {text}" for text in found]
 
 
 def markdown(rows: Iterable[Row]) -> str:
-    """A table of Markdown, one line per row."""
+    """One table of Markdown per source, one line per row."""
+    return "\n".join(
+        f"## {source}\n\n{_table(group)}"
+        for source, group in groupby(
+            sorted(rows, key=lambda row: (row.source, row.kernel, row.config)),
+            key=lambda row: row.source,
+        )
+    )
+
+
+def _table(rows: Iterable[Row]) -> str:
     lines = [f"| {' | '.join(HEAD)} |", f"|{' --- |' * len(HEAD)}"]
     for row in rows:
         blocks = "" if row.blocks is None else row.blocks

@@ -65,6 +65,7 @@ PTX = """
 )
 .maxntid 256
 {
+	mov.u64 %rd1, l0k_dynamic_shared;
 }
 """
 SASS = """
@@ -91,7 +92,12 @@ def test_what_ptxas_says():
 
 
 def test_threads_by_launch_bounds():
-    assert cuda_aot.parse_ptx(PTX) == {"_Z3onev": 256, "_Z3twov": None, "_Z5threev": 256}
+    entry = cuda_aot.Entry
+    assert cuda_aot.parse_ptx(PTX) == {
+        "_Z3onev": entry(256, dynamic=False),
+        "_Z3twov": entry(None, dynamic=False),
+        "_Z5threev": entry(256, dynamic=True),
+    }
 
 
 def test_instructions():
@@ -126,9 +132,9 @@ def row(**changes):
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"spilled": 4}, "a  on sm_80: spills 4 bytes"),
-        ({"shared": 1 << 20}, "a  on sm_80: a block does not fit on a multiprocessor"),
-        ({"problems": ("has no HGMMA",)}, "a  on sm_80: has no HGMMA"),
+        ({"spilled": 4}, "a on sm_80: spills 4 bytes"),
+        ({"shared": 1 << 20}, "a on sm_80: a block does not fit on a multiprocessor"),
+        ({"problems": ("has no HGMMA",)}, "a on sm_80: has no HGMMA"),
     ],
 )
 def test_defects(changes, text):
@@ -153,6 +159,7 @@ def parts(monkeypatch):
 
     modules = {}
     monkeypatch.setattr(command, "PARTS", {name: name for name in ("CUDA", "Triton")})
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(command.importlib, "import_module", lambda name: Part(modules[name]))
     return modules
 
@@ -171,7 +178,7 @@ def test_command_fails_on_a_spill(parts, tmp_path, capsys, spilled, code):
     assert command.main(["--out", str(tmp_path / "out")]) == code
     printed = capsys.readouterr().out
     assert "Triton: not installed: skipped" in printed
-    assert ("FAILED: a  on sm_100: spills 8 bytes" in printed) is bool(code)
+    assert ("FAILED: a on sm_100: spills 8 bytes" in printed) is bool(code)
     assert "| a |  | sm_100 | 256 | 32 |" in (tmp_path / "out" / "table.md").read_text()
     written = json.loads((tmp_path / "out" / "table.json").read_text())
     assert [found["occupancy"] for found in written["rows"]] == [1.0, 1.0]

@@ -95,7 +95,7 @@ def test_explicit_request_that_cannot_be_met_fails(build, environment, message):
     [
         ("exit 1", "nvcc --version fails"),
         ("echo nonsense", "does not state a release"),
-        ("echo Cuda, release 11.8, V11.8.89", "nvcc >= 12.0, got release 11.8, V11.8.89"),
+        ("echo Cuda, release 11.8, V11.8.89", "nvcc >= 12.1, got release 11.8, V11.8.89"),
     ],
 )
 def test_cuda_fails_with_an_unfit_compiler(build, cuda_home, script, message):
