@@ -47,7 +47,50 @@ L0K_HD double running_average(double old_value, double new_value, double momentu
   return (1.0 - momentum) * old_value + momentum * new_value;
 }
 
-// Before the activation; alpha = rstd weight, beta = bias.
+// What turns a feature's numbers into results. S may have too few digits for the mean; what `mean`
+// here lacks is in beta and grad_mean, so that y is right to rounding however far the numbers are
+// from zero.
+template <typename S>
+struct NormConstants {
+  S mean, alpha, beta;  // alpha = rstd weight, beta = bias
+  S grad_mean, slope;   // of the backward pass: what all gradients of the batch have to give up
+};
+
+template <typename S>
+L0K_HD double lost_digits(double mean) {
+  return usable_shift(mean - static_cast<double>(static_cast<S>(mean)));
+}
+
+template <typename S>
+L0K_HD NormConstants<S> norm_constants(double mean, S rstd, S weight, S bias) {
+  const S alpha = rstd * weight;
+  const double lost = lost_digits<S>(mean) * static_cast<double>(alpha);
+  return {static_cast<S>(mean), alpha, static_cast<S>(static_cast<double>(bias) - lost), S(0),
+          S(0)};
+}
+
+// Sums over the batch: the gradients before the activation, and their products with x - mean, the
+// mean of the constants first, then with all its digits.
+struct GradSums {
+  double grad, product;
+};
+
+template <typename S>
+L0K_HD GradSums with_all_digits(const GradSums& sums, double mean) {
+  return {sums.grad, sums.product - lost_digits<S>(mean) * sums.grad};
+}
+
+// The gradient of x through the batch's own mean and variance; `sums` have all digits.
+template <typename S>
+L0K_HD void use_sums(NormConstants<S>& constants, const GradSums& sums, double count, double mean,
+                     S rstd) {
+  const double slope =
+      sums.product / count * static_cast<double>(rstd) * static_cast<double>(rstd);
+  constants.slope = static_cast<S>(slope);
+  constants.grad_mean = static_cast<S>(sums.grad / count - lost_digits<S>(mean) * slope);
+}
+
+// Before the activation.
 template <typename S>
 L0K_HD S normalized(S x, S mean, S alpha, S beta) {
   return (x - mean) * alpha + beta;
@@ -64,8 +107,7 @@ L0K_HD S relu_grad(S grad, S value) {
   return value <= S(0) ? S(0) : grad;
 }
 
-// The gradient of x under batch statistics, from the gradient before the activation; grad_mean is
-// the mean of these gradients over the batch, slope the mean of grad (x - mean), times rstd^2.
+// The gradient of x under batch statistics, from the gradient before the activation.
 template <typename S>
 L0K_HD S norm_grad(S grad, S x, S mean, S alpha, S grad_mean, S slope) {
   return alpha * (grad - grad_mean - (x - mean) * slope);

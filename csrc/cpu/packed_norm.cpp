@@ -554,58 +554,67 @@ Features features_of(const Tensor& index, const Tensor& z, const Tensor& map) {
   return features;
 }
 
-// ---- coefficients ----
+// ---- constants ----
 
-// For each packed channel; dummies have zeros.
+// Of each packed channel; dummies have zeros.
 template <typename S>
-struct Coefficients {
+using Channels = std::vector<NormConstants<S>>;
+
+template <typename S>
+NormConstants<S> make_channel(double mean, S rstd, int64_t feature, const Vector& weight,
+                              const Vector& bias) {
+  return norm_constants<S>(mean, rstd,
+                           weight.defined() ? static_cast<S>(weight.get(feature)) : S(1),
+                           bias.defined() ? static_cast<S>(bias.get(feature)) : S(0));
+}
+
+// The same, for each number of a line of rows, or as they are for planes.
+template <typename S>
+struct Lines {
   std::vector<S> mean, alpha, beta, grad_mean, slope;
 
-  explicit Coefficients(size_t channels) {
-    for (auto* v : {&mean, &alpha, &beta, &grad_mean, &slope}) v->assign(channels, S(0));
-  }
-
-  void set(size_t c, S channel_mean, S rstd, int64_t feature, const Vector& weight,
-           const Vector& bias) {
-    mean[c] = channel_mean;
-    alpha[c] = weight.defined() ? rstd * static_cast<S>(weight.get(feature)) : rstd;
-    beta[c] = bias.defined() ? static_cast<S>(bias.get(feature)) : S(0);
-  }
-
-  void repeat(int64_t times) {
-    for (auto* v : {&mean, &alpha, &beta, &grad_mean, &slope}) {
-      const size_t count = v->size();
-      v->resize(count * times);
-      for (size_t i = count; i < v->size(); ++i) (*v)[i] = (*v)[i - count];
+  Lines(const Channels<S>& channels, const Division& division) {
+    const size_t count = channels.size();
+    const size_t numbers = division.shape.rows ? division.line : count;
+    for (auto* v : {&mean, &alpha, &beta, &grad_mean, &slope}) v->resize(numbers);
+    for (size_t i = 0; i < numbers; ++i) {
+      const NormConstants<S>& channel = channels[i % count];
+      mean[i] = channel.mean;
+      alpha[i] = channel.alpha;
+      beta[i] = channel.beta;
+      grad_mean[i] = channel.grad_mean;
+      slope[i] = channel.slope;
     }
+  }
+
+  void use_for(Sweep& sweep) const {
+    sweep.mean = mean.data();
+    sweep.alpha = alpha.data();
+    sweep.beta = beta.data();
+    sweep.grad_mean = grad_mean.data();
+    sweep.slope = slope.data();
   }
 };
 
-// Points the sweep to the constants and says which numbers of a line are 0.
 template <typename S>
-void use_constants(Sweep& sweep, Coefficients<S>& k, const Features& features) {
-  const Geometry& g = sweep.division.shape;
-  sweep.open = features.open.data();
-  sweep.closed.clear();
-  if (g.rows) {
-    k.repeat(rows_per_line(g));
-    for (int64_t i = 0; i < sweep.division.line; ++i) {
-      if (!features.open[i % g.channels]) sweep.closed.push_back(static_cast<int32_t>(i));
-    }
-  }
-  sweep.mean = k.mean.data();
-  sweep.alpha = k.alpha.data();
-  sweep.beta = k.beta.data();
-  sweep.grad_mean = k.grad_mean.data();
-  sweep.slope = k.slope.data();
+void run_values(const Kernels& kernels, Sweep& sweep, const Channels<S>& channels) {
+  const Lines<S> lines(channels, sweep.division);
+  lines.use_for(sweep);
+  in_parallel(sweep.division,
+              [&](int64_t begin, int64_t end) { kernels.values(sweep, begin, end); });
 }
 
-Sweep make_sweep(const Geometry& g, const Tensor& x, int64_t activation, bool training) {
+Sweep make_sweep(const Geometry& g, const Tensor& x, const Features& features, int64_t activation,
+                 bool training) {
   require(norm::is_known(activation), "packed_norm: expected activation 0 or 1, got ", activation);
   Sweep sweep{Division(g)};
   sweep.x = x.const_data_ptr();
   sweep.relu = activation == kRelu;
   sweep.training = training;
+  sweep.open = features.open.data();
+  for (int64_t i = 0; i < sweep.division.line; ++i) {
+    if (!features.open[i % g.channels]) sweep.closed.push_back(static_cast<int32_t>(i));
+  }
   return sweep;
 }
 
@@ -626,13 +635,13 @@ std::vector<MomentSums> merged_moments(const Division& division, const std::vect
   return all;
 }
 
-std::vector<Sums> merged_sums(const Division& division, const std::vector<double>& parts) {
-  std::vector<Sums> all(division.shape.channels, {0.0, 0.0});
+std::vector<GradSums> merged_sums(const Division& division, const std::vector<double>& parts) {
+  std::vector<GradSums> all(division.shape.channels, {0.0, 0.0});
   const double* stored = parts.data();
   for (int64_t part = 0; part < division.parts; ++part) {
-    for (Sums& channel : all) {
-      channel.first += stored[0];
-      channel.second += stored[1];
+    for (GradSums& channel : all) {
+      channel.grad += stored[0];
+      channel.product += stored[1];
       stored += 2;
     }
   }
@@ -648,47 +657,52 @@ struct Statistics {
 // Mean and reciprocal deviation of every open channel; updates the running statistics.
 template <typename S>
 void find_statistics(const Statistics& from, const Division& division,
-                     const std::vector<double>& parts, const Features& features, S* mean, S* rstd) {
-  const Geometry& g = division.shape;
-  const double n = static_cast<double>(g.values());
+                     const std::vector<double>& parts, const Features& features, double* mean,
+                     S* rstd) {
+  const double n = static_cast<double>(division.shape.values());
   std::vector<MomentSums> moments;
   if (from.training) moments = merged_moments(division, parts);
-  for (int64_t c = 0; c < g.channels; ++c) {
-    mean[c] = rstd[c] = S(0);
+  for (size_t c = 0; c < features.full.size(); ++c) {
+    mean[c] = 0.0;
+    rstd[c] = S(0);
     if (!features.open[c]) continue;
     const int64_t f = features.full[c];
     if (!from.training) {
-      mean[c] = static_cast<S>(from.running_mean.get(f));
+      mean[c] = from.running_mean.get(f);
       rstd[c] = static_cast<S>(reciprocal_deviation(from.running_var.get(f), from.eps));
       continue;
     }
-    const double average = moments[c].mean(), deviations = moments[c].deviations();
-    mean[c] = static_cast<S>(average);
+    const double deviations = moments[c].deviations();
+    mean[c] = moments[c].mean();
     rstd[c] = static_cast<S>(reciprocal_deviation(deviations / n, from.eps));
     if (!from.running_mean.defined()) continue;
     const double m = from.momentum;
-    from.running_mean.set(f, running_average(from.running_mean.get(f), average, m));
+    from.running_mean.set(f, running_average(from.running_mean.get(f), mean[c], m));
     from.running_var.set(f, running_average(from.running_var.get(f), deviations / (n - 1.0), m));
   }
 }
 
 template <typename S>
+Channels<S> make_channels(const Features& features, const double* mean, const S* rstd,
+                          const Vector& weight, const Vector& bias) {
+  Channels<S> channels(features.full.size());
+  for (size_t c = 0; c < channels.size(); ++c) {
+    if (!features.open[c]) continue;
+    channels[c] = make_channel(mean[c], rstd[c], features.full[c], weight, bias);
+  }
+  return channels;
+}
+
+template <typename S>
 void run_forward(Sweep& sweep, const Statistics& from, const Features& features, const Tensor& x,
-                 const Tensor& mean, const Tensor& rstd) {
-  const Geometry& g = sweep.division.shape;
+                 double* mean, S* rstd) {
   const Kernels kernels = kernels_for(x.scalar_type());
-  std::vector<double> parts(from.training ? sweep.division.parts * g.channels * 2 : 0);
+  const int64_t channels = sweep.division.shape.channels;
+  std::vector<double> parts(from.training ? sweep.division.parts * channels * 2 : 0);
   sweep.parts = parts.data();
   if (from.training) run_reduction(kernels.moments, sweep);
-  find_statistics(from, sweep.division, parts, features, out<S>(mean), out<S>(rstd));
-  Coefficients<S> constants(g.channels);
-  for (int64_t c = 0; c < g.channels; ++c) {
-    if (!features.open[c]) continue;
-    constants.set(c, out<S>(mean)[c], out<S>(rstd)[c], features.full[c], from.weight, from.bias);
-  }
-  use_constants(sweep, constants, features);
-  in_parallel(sweep.division,
-              [&](int64_t begin, int64_t end) { kernels.values(sweep, begin, end); });
+  find_statistics(from, sweep.division, parts, features, mean, rstd);
+  run_values(kernels, sweep, make_channels(features, mean, rstd, from.weight, from.bias));
 }
 
 std::tuple<Tensor, Tensor, Tensor> packed_norm(
@@ -699,7 +713,8 @@ std::tuple<Tensor, Tensor, Tensor> packed_norm(
   const Tensor dense_x = norm::with_layout(x, channels_last);
   const Geometry g = norm::geometry_of(x, channels_last);
   const Tensor y = norm::empty_like(x, channels_last);
-  Tensor mean = uninitialized(z, {g.channels}), rstd = uninitialized(z, {g.channels});
+  Tensor mean = torch::stable::new_empty(z, {g.channels}, ScalarType::Double);
+  Tensor rstd = uninitialized(z, {g.channels});
   if (g.numbers() == 0) return {y, torch::stable::zero_(mean), torch::stable::zero_(rstd)};
   const Features features = features_of(index, z, map);
   // In eval mode nothing is written, and the running statistics may be shared.
@@ -709,12 +724,12 @@ std::tuple<Tensor, Tensor, Tensor> packed_norm(
                         eps};
   require(training || from.running_mean.defined(),
           "packed_norm: expected running statistics where training is false");
-  Sweep sweep = make_sweep(g, dense_x, activation, training);
+  Sweep sweep = make_sweep(g, dense_x, features, activation, training);
   sweep.result = y.mutable_data_ptr();
   if (x.scalar_type() == ScalarType::Double) {
-    run_forward<double>(sweep, from, features, x, mean, rstd);
+    run_forward(sweep, from, features, x, out<double>(mean), out<double>(rstd));
   } else {
-    run_forward<float>(sweep, from, features, x, mean, rstd);
+    run_forward(sweep, from, features, x, out<double>(mean), out<float>(rstd));
   }
   return {y, mean, rstd};
 }
@@ -726,46 +741,40 @@ struct Gradients {
 
 // The parameters' gradients, and what the gradient of x needs of the sums.
 template <typename S>
-void use_sums(const Sweep& sweep, const std::vector<double>& parts, const Features& features,
-              const S* rstd, const Gradients& gradients, Coefficients<S>& constants) {
+void finish_sums(const Sweep& sweep, const std::vector<double>& parts, const Features& features,
+                 const double* mean, const S* rstd, const Gradients& gradients,
+                 Channels<S>& channels) {
   const double n = static_cast<double>(sweep.division.shape.values());
-  const std::vector<Sums> sums = merged_sums(sweep.division, parts);
-  for (size_t c = 0; c < sums.size(); ++c) {
+  const std::vector<GradSums> all = merged_sums(sweep.division, parts);
+  for (size_t c = 0; c < all.size(); ++c) {
     if (!features.open[c]) continue;
+    const GradSums sums = with_all_digits<S>(all[c], mean[c]);
+    const int64_t f = features.full[c];
     const double scale = static_cast<double>(rstd[c]);
-    if (gradients.weight.defined()) gradients.weight.set(features.full[c], sums[c].second * scale);
-    if (gradients.bias.defined()) gradients.bias.set(features.full[c], sums[c].first);
-    constants.grad_mean[c] = static_cast<S>(sums[c].first / n);
-    constants.slope[c] = static_cast<S>(sums[c].second / n * scale * scale);
+    if (gradients.weight.defined()) gradients.weight.set(f, sums.product * scale);
+    if (gradients.bias.defined()) gradients.bias.set(f, sums.grad);
+    use_sums(channels[c], sums, n, mean[c], rstd[c]);
   }
 }
 
 template <typename S>
 void run_backward(Sweep& sweep, const Features& features, const Tensor& x, const Vector& weight,
-                  const Vector& bias, const Tensor& mean, const Tensor& rstd,
+                  const Vector& bias, const double* mean, const S* rstd,
                   const Gradients& gradients) {
-  const int64_t channels = sweep.division.shape.channels;
   const Kernels kernels = kernels_for(x.scalar_type());
-  const Tensor means = dense(mean), rstds = dense(rstd);
-  Coefficients<S> constants(channels);
-  for (int64_t c = 0; c < channels; ++c) {
-    if (!features.open[c]) continue;
-    constants.set(c, data<S>(means)[c], data<S>(rstds)[c], features.full[c], weight, bias);
-  }
-  Coefficients<S> with_sums = constants;
-  use_constants(sweep, constants, features);
+  Channels<S> channels = make_channels(features, mean, rstd, weight, bias);
   const bool of_parameters = gradients.weight.defined() || gradients.bias.defined();
   if (of_parameters || (sweep.training && gradients.x.defined())) {
-    std::vector<double> parts(sweep.division.parts * channels * 2);
+    const Lines<S> lines(channels, sweep.division);
+    lines.use_for(sweep);
+    std::vector<double> parts(sweep.division.parts * sweep.division.shape.channels * 2);
     sweep.parts = parts.data();
     run_reduction(kernels.grads, sweep);
-    use_sums(sweep, parts, features, data<S>(rstds), gradients, with_sums);
-    use_constants(sweep, with_sums, features);
+    finish_sums(sweep, parts, features, mean, rstd, gradients, channels);
   }
   if (!gradients.x.defined()) return;
   sweep.result = gradients.x.mutable_data_ptr();
-  in_parallel(sweep.division,
-              [&](int64_t begin, int64_t end) { kernels.values(sweep, begin, end); });
+  run_values(kernels, sweep, channels);
 }
 
 Tensor zeros_or_nothing(const std::optional<Tensor>& like, bool wanted, const Tensor& x) {
@@ -787,18 +796,19 @@ std::tuple<Tensor, Tensor, Tensor> packed_norm_backward(
   const Tensor dense_x = norm::with_layout(x, channels_last);
   const Tensor dense_grad = norm::with_layout(grad, channels_last);
   const Features features = features_of(index, z, map);
-  Sweep sweep = make_sweep(g, dense_x, activation, training);
+  Sweep sweep = make_sweep(g, dense_x, features, activation, training);
   sweep.grad = dense_grad.const_data_ptr();
   const auto written = [](const Tensor& grad, bool wanted) {
     return wanted ? Vector::written(grad) : Vector();
   };
   const Gradients gradients{need_x ? grad_x : Tensor(), written(grad_weight, need_weight && weight),
                             written(grad_bias, need_bias && bias)};
+  const Tensor means = dense(mean), rstds = dense(rstd);
   const Vector w = Vector::read(weight), b = Vector::read(bias);
   if (x.scalar_type() == ScalarType::Double) {
-    run_backward<double>(sweep, features, x, w, b, mean, rstd, gradients);
+    run_backward(sweep, features, x, w, b, data<double>(means), data<double>(rstds), gradients);
   } else {
-    run_backward<float>(sweep, features, x, w, b, mean, rstd, gradients);
+    run_backward(sweep, features, x, w, b, data<double>(means), data<float>(rstds), gradients);
   }
   return {grad_x, grad_weight, grad_bias};
 }

@@ -25,9 +25,10 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def _forward_fake(x, weight, bias, mean, var, index, z, map, training, momentum, eps, activation):
-    statistics = x.new_empty((x.shape[1],), dtype=_compute_dtype(x))
     y = torch.empty_like(x, memory_format=layout_of(x))
-    return y, statistics, torch.empty_like(statistics)
+    # float64: what float32 loses of a mean far from zero would show in y.
+    mean = x.new_empty((x.shape[1],), dtype=torch.float64)
+    return y, mean, torch.empty_like(mean, dtype=_compute_dtype(x))
 
 
 def _backward_fake(
@@ -63,12 +64,14 @@ def _forward_python(x, weight, bias, mean, var, index, z, map, training, momentu
     dummy = is_dummy(x, index, z, map)
     closed = dummy.flatten()
     if training:
-        values = x.masked_fill(dummy, 0).to(mean.dtype)
-        average = values.mean(_all_but_channels(x))  # var_mean makes it NaN where it is infinite
-        var = values.var(_all_but_channels(x), correction=0)
+        near = x.masked_fill(dummy, 0).mean(_all_but_channels(x), dtype=rstd.dtype)
+        shifted = (x.to(rstd.dtype) - _along(near, x)).masked_fill(dummy, 0)
+        rest = shifted.mean(_all_but_channels(x), dtype=torch.float64)
+        average = near.double() + rest.masked_fill(~rest.isfinite(), 0)
+        var = shifted.square().mean(_all_but_channels(x), dtype=torch.float64) - rest.square()
         _update(running, (average, var), index, closed, momentum, x.numel() // x.shape[1])
     else:
-        average, var = (t.index_select(0, index).to(mean.dtype) for t in running)
+        average, var = (t.index_select(0, index).double() for t in running)
     mean.copy_(average.masked_fill(closed, 0))
     rstd.copy_(torch.rsqrt(var + eps).masked_fill(closed, 0))
     value = _normalized(x, weight, bias, mean, rstd, index)
@@ -86,10 +89,18 @@ def _update(running, batch, index, closed, momentum, count) -> None:
             full.index_copy_(0, index, torch.where(closed, old, mixed))
 
 
+def _near_and_rest(mean: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean in the dtype that is computed in, and what that loses."""
+    near = mean.to(_compute_dtype(x))
+    rest = mean - near.double()
+    return near, rest.masked_fill(~rest.isfinite(), 0)
+
+
 def _normalized(x, weight, bias, mean, rstd, index) -> Tensor:
+    near, rest = _near_and_rest(mean, x)
     alpha = rstd * _rows(weight, index, x, 1.0)
-    shifted = x.to(mean.dtype) - _along(mean, x)
-    return shifted * _along(alpha, x) + _along(_rows(bias, index, x, 0.0), x)
+    beta = (_rows(bias, index, x, 0.0) - rest * alpha).to(rstd.dtype)
+    return (x.to(rstd.dtype) - _along(near, x)) * _along(alpha, x) + _along(beta, x)
 
 
 def _backward_python(
@@ -101,12 +112,13 @@ def _backward_python(
     if x.numel() == 0:
         return grad_x, grad_weight.zero_(), grad_bias.zero_()
     dummy = is_dummy(x, index, z, map)
-    grad = grad.to(mean.dtype).masked_fill(dummy, 0)
+    grad = grad.to(rstd.dtype).masked_fill(dummy, 0)
     if activation:
         grad = grad.masked_fill(_normalized(x, weight, bias, mean, rstd, index) <= 0, 0)
-    shifted = (x.to(mean.dtype) - _along(mean, x)).masked_fill(dummy, 0)
-    total = grad.sum(_all_but_channels(x))
-    product = (grad * shifted).sum(_all_but_channels(x))
+    near, rest = _near_and_rest(mean, x)
+    shifted = (x.to(rstd.dtype) - _along(near, x)).masked_fill(dummy, 0)
+    total = grad.sum(_all_but_channels(x), dtype=torch.float64)
+    product = (grad * shifted).sum(_all_but_channels(x), dtype=torch.float64) - rest * total
     for result, sums in ((grad_weight, product * rstd), (grad_bias, total)):
         if result.numel():
             result.zero_().index_copy_(0, index, sums.to(result.dtype))
@@ -114,7 +126,8 @@ def _backward_python(
         if training:
             count = x.numel() // x.shape[1]
             slope = product / count * rstd * rstd
-            grad = grad - _along(total / count, x) - shifted * _along(slope, x)
+            same = (total / count - rest * slope).to(rstd.dtype)
+            grad = grad - _along(same, x) - shifted * _along(slope.to(rstd.dtype), x)
         alpha = _along(rstd * _rows(weight, index, x, 1.0), x)
         grad_x.copy_((grad * alpha).masked_fill(dummy, 0))
     return grad_x, grad_weight, grad_bias
