@@ -236,8 +236,8 @@ L0K_DEVICE int64_t count_open(const Gates& gates, Span group) {
 }
 
 // Whether a closed gate is kept because its group has too few open ones: the number of closed
-// gates before it and of all open ones is below min(kMinWidth, size). So it is the first or second
-// of its group. Whole warps call this.
+// gates before it and of all open ones is below kMinWidth. So it is the first or second of its
+// group. Whole warps call this.
 template <typename Gates>
 L0K_DEVICE bool is_dummy(const Gates& gates, const Layout& layout, int64_t gate, bool closed,
                          bool& legal) {
@@ -257,8 +257,7 @@ L0K_DEVICE bool is_dummy(const Gates& gates, const Layout& layout, int64_t gate,
     const bool answered = candidate && group.begin == asked.begin;
     if (answered) {
       const int64_t before = gate > group.begin && !gates.is_open(group.begin) ? 1 : 0;
-      const int64_t size = group.end - group.begin;
-      dummy = before + open < (size < kMinWidth ? size : kMinWidth);
+      dummy = before + open < kMinWidth;
     }
     pending &= ~__ballot_sync(kFullWarp, answered);
   }

@@ -127,6 +127,20 @@ def test_ten_million_decisions_equal_the_reference(impl, law):
         assert float(expected) == pytest.approx(float(exact_expected), rel=1e-6)
 
 
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
+def test_ten_million_decisions_on_a_gpu_equal_the_reference(device, law):
+    gates, key = 10_000_019, make_key((1 << 40) + 3, (1 << 32) - 2)
+    log_alpha, cost, layout = 4 * torch.randn(gates), torch.rand(gates), make_layout([gates], [])
+    exact, exact_expected, _ = reference.sample_gates(log_alpha, key, cost, layout, law)
+    there = GateLayout(*(tensor.to(device) for tensor in layout))
+    z, expected, _ = sample_gates(log_alpha.to(device), key.to(device), cost.to(device), there, law)
+    assert torch.equal(z.cpu() == 0, exact == 0)
+    assert torch.equal(z.cpu() == 1, exact == 1)
+    assert max_error(z.cpu(), exact) <= torch.finfo(torch.float32).eps
+    assert float(expected) == pytest.approx(float(exact_expected), rel=1e-6)
+
+
 @pytest.mark.parametrize("impl", ["cpp", "harness"], indirect=True)
 def test_ten_million_numbers_are_the_reference_s(impl):
     gates = 2_000_003

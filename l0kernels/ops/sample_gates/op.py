@@ -159,6 +159,20 @@ def sample_gates(
         TypeError: wrong dtypes. ValueError: wrong shapes, devices or options, NaN in log_alpha,
         seed or step out of range. RuntimeError in backward: an input was modified in place.
 
+    A GPU is not waited for, so nothing is raised for values there: counts[0] is -1 for NaN in
+    log_alpha, -2 for the seed, -3 for the step; z is NaN at NaN and everywhere after a bad key,
+    and so are expected and the gradient. counts[p] is -4 where the layout of port p is out of
+    bounds. Models raise the errors when they read the counts.
+
+    Cost on a GPU, float32: 12 bytes and about 200 float64 FLOP (130 instructions) per gate
+    forward, 16 bytes and 200 backward, 36 bytes per feature of the lists. On an H200 (4.3 TB/s,
+    34 TFLOP/s in float64) a million gates and features need at least 6 us of arithmetic (3 us of
+    memory) to be drawn, 8 us of memory to be listed and 6 us of arithmetic (4 us of memory)
+    backward. The 4,480 gates of a 28-10 wide residual network need less than 0.1 us of either:
+    what limits them is the launch, one forward and one backward, and one chain of dependent
+    instructions. Beyond 16,384 gates or features forward takes two launches. A port is listed by
+    one block, 1,024 features at a time, so latency limits ports that are much longer than others.
+
     Source: Louizos, Welling, Kingma, "Learning sparse neural networks through L0 regularization"
     (ICLR 2018), eq. 10-12.
     """
@@ -185,7 +199,11 @@ def open_lists(z: Tensor, layout: GateLayout) -> OpenLists:
         layout: groups and ports, see `GateLayout`.
 
     Raises:
-        TypeError: wrong dtypes. ValueError: wrong shapes or devices.
+        TypeError: wrong dtypes. ValueError: wrong shapes or devices. RuntimeError on a CPU: a
+        layout out of bounds; on a GPU counts[p] is -4 instead.
+
+    Cost on a GPU: 36 bytes per feature in float32 (two gates and z read, index and position
+    written), next to no arithmetic, one launch; see `sample_gates` for what limits it.
     """
     if z.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"z: expected float32 or float64; got {z.dtype}")
