@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -221,6 +222,7 @@ def _survey(model: nn.Module, work: nn.Module, example_inputs: Inputs, heads: bo
     try:
         with Probe(work, to_dtype(example_inputs, dtype)) as probe:
 
+            @functools.cache
             def usable(name: str) -> bool:
                 return why_unusable(name, modules, probe.calls, probe.used_outside) is None
 

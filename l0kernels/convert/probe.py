@@ -448,9 +448,11 @@ class Probe:
             self._touched.output = self._touched.output or "the forward fails when they change"
             return
         for name, tensor in results:
+            if self._touched.output is not None:
+                return
             recorded = point.results.get(name)
             if recorded is None or not _equal(tensor, recorded):
-                self._touched.output = self._touched.output or name
+                self._touched.output = name
 
     @torch.no_grad()
     def touched(self, chosen: Mapping[str, Tensor], seed: int, most: int | None = None) -> Touched:
@@ -494,6 +496,8 @@ def _equal(first: Tensor, second: Tensor) -> bool:
     """Whether two results are the same; NaN equals NaN, as in masked logits."""
     if first.shape != second.shape:
         return False
+    if torch.equal(first, second):  # as nearly always, and three times as fast
+        return True
     return bool(((first == second) | ((first != first) & (second != second))).all())
 
 
