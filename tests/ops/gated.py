@@ -235,6 +235,7 @@ class GatedContract:
     OP: object  # the module with the raw operators
     SHAPES: list  # of problems: (weight, x without its features, window)
     LARGE: tuple  # one of several blocks
+    USUAL = DTYPES[1]  # of x and of the parameters, where a test does not choose
 
     @pytest.fixture
     def make(self):
@@ -244,7 +245,7 @@ class GatedContract:
         self,
         shape=None,
         share=0.5,
-        dtypes=DTYPES[1],
+        dtypes=None,
         *,
         bias=True,
         activation="none",
@@ -256,15 +257,16 @@ class GatedContract:
         """Draws a layer.
 
         Args:
-            shape: one of SHAPES.
+            shape: like one of SHAPES; by default the first.
             share: of the gates that are open.
-            dtypes: of x and of the parameters.
+            dtypes: of x and of the parameters; by default USUAL.
             packs: whether the inputs and the outputs are packed.
             capacity: of x, "full", "exact" (no column behind the packed ones) or a number.
             expand: input features per gate.
             extra: a second gate for every input feature.
         """
         weight_shape, around, window = shape or self.SHAPES[0]
+        dtypes = dtypes or self.USUAL
         outputs, inputs = weight_shape[:2]
         widths = [OTHER_FEATURES, -(-inputs // expand), outputs, inputs if extra else 0]
         ends = torch.tensor([0, *widths]).cumsum(0)
@@ -417,13 +419,13 @@ class GatedContract:
     @pytest.mark.parametrize("name", STRIDES)
     def test_inputs_of_any_strides(self, impl, make, name):
         problem = make()
-        problem.x = strided(name, problem.x.shape)
+        problem.x = strided(name, problem.x.shape).to(problem.x.dtype)
         check(impl, problem)
 
     @pytest.mark.parametrize("name", STRIDES)
     def test_weights_of_any_strides(self, impl, make, name):
         problem = make()
-        problem.weight = strided(name, problem.weight.shape)
+        problem.weight = strided(name, problem.weight.shape).to(problem.weight.dtype)
         check(impl, problem)
 
     def test_lists_and_gates_of_any_strides(self, impl, make):
