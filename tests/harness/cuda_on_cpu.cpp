@@ -790,6 +790,12 @@ Words exchange(const Words& mine, void (*change)(Words (&)[32]), Place place) {
   return call.words;
 }
 
+void pause() {
+  if (machine.schedule == Schedule::in_order) return;
+  make_ready(*machine.running);
+  to_main();
+}
+
 // An atomic orders memory only with a fence: before it for what it publishes, behind it for what
 // it has seen.
 void fence() {

@@ -74,6 +74,7 @@ unsigned ballot(unsigned mask, bool vote, Place place);
 // `change` runs once, on what all 32 lanes brought; each lane gets what it leaves there.
 Words exchange(const Words& mine, void (*change)(Words (&of_lane)[32]), Place place);
 
+void pause();  // others may run
 void fence();
 void before_atomic(const void* address);
 void after_atomic(const void* address);
@@ -110,9 +111,9 @@ T shuffle(unsigned mask, T value, int source_lane, Place place) {
 
 template <typename T, typename Change>
 T change_atomically(T* address, Change change) {
-  static_assert(std::is_integral_v<T>, "atomics: results must not depend on the order of threads");
-  static_assert(sizeof(T) == 4 || sizeof(T) == 8, "atomics: no such type on a GPU");
+  static_assert(std::is_integral_v<T> && sizeof(T) >= 4, "atomics: no such type on a GPU");
   require_aligned(address, sizeof(T));
+  pause();
   before_atomic(address);
   T old = __atomic_load_n(address, __ATOMIC_RELAXED);
   while (!__atomic_compare_exchange_n(address, &old, change(old), false, __ATOMIC_RELAXED,
@@ -136,6 +137,7 @@ inline void copy_async_16(void* to, const void* from, int valid_bytes) {
 inline void copy_async_commit() { commit_copies(); }
 
 inline void copy_async_wait(int youngest_groups) {
+  pause();
   Copy copy;
   while (next_complete_copy(youngest_groups, copy)) {
     for (int i = 0; i < 16; ++i) copy.to[i] = i < copy.valid_bytes ? copy.from[i] : 0;
@@ -265,11 +267,15 @@ T __shfl_down_sync(unsigned mask, T value, unsigned distance, int width = 32, L0
 
 #undef L0K_PLACE
 
+// Integers only: results must not depend on the order of threads.
+float atomicAdd(float*, float) = delete;
+double atomicAdd(double*, double) = delete;
 template <typename T>
 T atomicAdd(T* address, std::common_type_t<T> value) {
-  using Bits = std::make_unsigned_t<T>;  // wraps around
   return l0k::harness::change_atomically(address, [=](T old) {
-    return static_cast<T>(static_cast<Bits>(old) + static_cast<Bits>(value));
+    T sum;
+    __builtin_add_overflow(old, value, &sum);  // wraps around
+    return sum;
   });
 }
 template <typename T>
@@ -281,22 +287,9 @@ T atomicMin(T* address, std::common_type_t<T> value) {
   return l0k::harness::change_atomically(address, [=](T old) { return std::min(old, value); });
 }
 template <typename T>
-T atomicOr(T* address, std::common_type_t<T> value) {
-  return l0k::harness::change_atomically(address, [=](T old) { return T(old | value); });
-}
-template <typename T>
-T atomicExch(T* address, std::common_type_t<T> value) {
-  return l0k::harness::change_atomically(address, [=](T) { return value; });
-}
-template <typename T>
 T atomicCAS(T* address, std::common_type_t<T> expected, std::common_type_t<T> value) {
   return l0k::harness::change_atomically(address,
                                          [=](T old) { return old == expected ? value : old; });
-}
-// As on a GPU: old >= limit gives 0.
-inline unsigned atomicInc(unsigned* address, unsigned limit) {
-  return l0k::harness::change_atomically(
-      address, [=](unsigned old) { return old >= limit ? 0u : old + 1u; });
 }
 
 template <typename T>
@@ -308,23 +301,5 @@ using std::max;
 using std::min;
 
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
-inline int __popcll(unsigned long long bits) { return __builtin_popcountll(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline int __clz(int bits) { return bits == 0 ? 32 : __builtin_clz(static_cast<unsigned>(bits)); }
-inline unsigned __umulhi(unsigned a, unsigned b) {
-  return static_cast<unsigned>((static_cast<uint64_t>(a) * b) >> 32);
-}
-
-template <typename To, typename From>
-To l0k_same_bits(From from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  std::memcpy(&to, &from, sizeof(to));
-  return to;
-}
-inline unsigned __float_as_uint(float x) { return l0k_same_bits<unsigned>(x); }
-inline int __float_as_int(float x) { return l0k_same_bits<int>(x); }
-inline float __uint_as_float(unsigned x) { return l0k_same_bits<float>(x); }
-inline float __int_as_float(int x) { return l0k_same_bits<float>(x); }
-inline long long __double_as_longlong(double x) { return l0k_same_bits<long long>(x); }
-inline double __longlong_as_double(long long x) { return l0k_same_bits<double>(x); }

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The raw operators of every CUDA source, on CPU tensors, as `torch.ops.l0kernels_harness`."""
 
+import atexit
 import ctypes
 import functools
 import importlib
@@ -16,10 +17,16 @@ from torch._ops import OpOverload
 
 import l0kernels.ops
 from harness.build import ROOT, BuildError, build
+from harness.calls import Recorder
 
 NAMESPACE = "l0kernels_harness"
 SANITIZE = os.environ.get("L0K_HARNESS_SANITIZE") or None
 """What the libraries are compiled with, see `build`; the process must have it preloaded."""
+
+_RECORD = os.environ.get("L0K_HARNESS_RECORD")  # the file where calls go
+_RECORDER = Recorder()
+if _RECORD:
+    atexit.register(_RECORDER.save, _RECORD)
 
 _LOADED: dict[str, ctypes.CDLL] = {}
 _schedule = int(os.environ.get("L0K_SCHEDULE_SEED", "0"))
@@ -69,14 +76,13 @@ def load(stem: str) -> ctypes.CDLL:
     Raises:
         BuildError: its source does not compile.
     """
-    library = _attempt(stem)
-    if isinstance(library, BuildError):
-        raise library
+    path = library(stem)
+    for schema in schemas(stem):
+        _LIB.define(schema)
     for _, handle, fake, _ in raw_ops(stem):
-        _LIB.define(str(handle._schema).removeprefix("l0kernels::"))
-        torch.library.register_fake(f"{NAMESPACE}::{_raw_name(handle)}", fake, lib=_LIB)
-    torch.ops.load_library(str(library))
-    loaded = ctypes.CDLL(str(library))
+        torch.library.register_fake(f"{NAMESPACE}::{raw_name(handle)}", fake, lib=_LIB)
+    torch.ops.load_library(str(path))
+    loaded = ctypes.CDLL(str(path))
     loaded.l0k_launches.restype = ctypes.c_int64
     loaded.l0k_schedule.argtypes = [ctypes.c_int64]
     loaded.l0k_schedule(_schedule)
@@ -84,23 +90,40 @@ def load(stem: str) -> ctypes.CDLL:
     return loaded
 
 
+def schemas(stem: str) -> list[str]:
+    """Of the raw operators, without a namespace."""
+    return [str(handle._schema).removeprefix("l0kernels::") for _, handle, _, _ in raw_ops(stem)]
+
+
+def library(stem: str, sanitize: str | None = SANITIZE) -> Path:
+    """Builds the library of one operator.
+
+    Raises:
+        BuildError: its source does not compile.
+    """
+    built = _attempt(stem, sanitize)
+    if isinstance(built, BuildError):
+        raise built
+    return built
+
+
 @functools.cache
-def _attempt(stem: str) -> Path | BuildError:
-    """The library, or why there is none: what does not compile is not tried again."""
-    out = ROOT / f"build/harness/{SANITIZE or 'plain'}/{stem}.so"
+def _attempt(stem: str, sanitize: str | None) -> Path | BuildError:
+    # What does not compile is not tried again.
+    out = ROOT / f"build/harness/{sanitize or 'plain'}/{stem}.so"
     try:
-        return build([source(stem)], out, SANITIZE)
+        return build([source(stem)], out, sanitize)
     except BuildError as error:
         return error
 
 
-def build_libraries(wanted: Collection[str]) -> None:
+def build_libraries(wanted: Collection[str], sanitize: str | None = SANITIZE) -> None:
     """Builds several at once; errors wait until the library is loaded."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(_attempt, wanted))
+        list(pool.map(lambda stem: _attempt(stem, sanitize), wanted))
 
 
-def _raw_name(handle: OpOverload) -> str:
+def raw_name(handle: OpOverload) -> str:
     return handle._schema.name.split("::")[1]
 
 
@@ -116,8 +139,10 @@ def patches(loaded: Collection[str]) -> Iterator[tuple[ModuleType, str, Callable
             yield module_of(stem), name, _own(handle) if stem in loaded else _late(stem, handle)
 
 
-def _own(handle: OpOverload) -> OpOverload:
-    return getattr(getattr(torch.ops, NAMESPACE), _raw_name(handle)).default
+def _own(handle: OpOverload) -> Callable:
+    name = raw_name(handle)
+    function = getattr(getattr(torch.ops, NAMESPACE), name).default
+    return _RECORDER.around(name, function) if _RECORD else function
 
 
 def _late(stem: str, handle: OpOverload) -> Callable:

@@ -217,7 +217,7 @@ __global__ void reused_stage(const Params p) {
   const int mine = 4 * threadIdx.x;
   float sum = 0;
   for (int round = 0; round < 2; ++round) {
-    copy_async_16(&tile[mine], p.x + mine);
+    copy_async_16(&tile[mine], p.x + (mine + 4 * round) % (4 * kThreads));
     copy_async_commit();
     copy_async_wait<0>();
     __syncthreads();
@@ -314,8 +314,7 @@ Tensor add_product(Tensor a, Tensor b, Tensor d) {
   return sum;
 }
 
-// Scans, sums and 16-byte accesses of common.cuh: y[i] = how many before i are positive, and,
-// behind them, the block's total and each warp's sum.
+// y[i] = how many before i are positive; behind them the block's total and each warp's sum.
 __global__ void scan(const Params p) {
   int total;
   const int before = block_scan_exclusive(p.x[threadIdx.x] > 0, total);
@@ -346,6 +345,27 @@ __global__ void shuffles(const Params p) {
 
 Tensor shuffles_op(Tensor x) { return run(shuffles, x, 1, 0, 32); }
 
+// Four counters that every thread of every block changes.
+__global__ void atomics(const Params p) {
+  int* counters = p.ticket;
+  const int rank = blockIdx.x * blockDim.x + threadIdx.x;
+  atomicAdd(&counters[0], 1);
+  atomicMax(&counters[1], rank);
+  atomicMin(&counters[2], -rank);
+  int seen = 0;
+  for (int old = -1; old != seen;) {
+    old = seen;
+    seen = atomicCAS(&counters[3], old, old + 2);
+  }
+}
+
+Tensor atomics_op(Tensor x, int64_t blocks) {
+  Tensor counters = torch::stable::clone(x);
+  L0K_LAUNCH(atomics, static_cast<int>(blocks), kThreads, 0, current_stream(x),
+             {nullptr, nullptr, 0, out<int>(counters)});
+  return counters;
+}
+
 }  // namespace
 
 L0K_CUDA_IMPL(m) {
@@ -354,6 +374,7 @@ L0K_CUDA_IMPL(m) {
   m.impl("launch", TORCH_BOX(&launch_empty));
   m.impl("add_product", TORCH_BOX(&add_product));
   m.impl("scan", TORCH_BOX(&scan_op));
+  m.impl("atomics", TORCH_BOX(&atomics_op));
   m.impl("shuffles", TORCH_BOX(&shuffles_op));
 }
 
