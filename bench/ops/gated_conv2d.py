@@ -67,7 +67,9 @@ def make_problem(
     x[:, : packed.shape[1]] = packed
     weight = torch.randn(outputs, inputs, kernel, kernel, device=device, dtype=dtype)
     weight = weight.to(memory_format=layout)
-    return Problem(*(t.requires_grad_() for t in (x, wide_x, weight)), gates)
+    for t in (x, wide_x, weight):
+        t.requires_grad_()
+    return Problem(x, wide_x, weight, gates)
 
 
 if __name__ == "__main__":

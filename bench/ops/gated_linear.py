@@ -103,7 +103,9 @@ def make_problem(
     x[:, : packed.shape[1]] = packed
     weight = torch.randn(outputs, inputs, device=device, dtype=dtype)
     bias = torch.randn(outputs, device=device, dtype=dtype)
-    return Problem(*(t.requires_grad_() for t in (x, wide_x, weight, bias)), gates)
+    for t in (x, wide_x, weight, bias):
+        t.requires_grad_()
+    return Problem(x, wide_x, weight, bias, gates)
 
 
 def backward_of(output: Tensor, inputs: list[Tensor]) -> Callable[[], object]:

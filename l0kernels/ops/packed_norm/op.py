@@ -58,7 +58,9 @@ def _rows(full: Tensor | None, index: Tensor, x: Tensor, otherwise: float) -> Te
 
 def _forward_python(x, weight, bias, mean, var, index, z, map, training, momentum, eps, activation):
     running = (mean, var)
-    y, mean, rstd = _forward_fake(x, *[None] * 4, index, z, map, training, momentum, eps, 0)
+    y, mean, rstd = _forward_fake(
+        x, None, None, None, None, index, z, map, training, momentum, eps, 0
+    )
     if x.numel() == 0:
         return y, mean.zero_(), rstd.zero_()
     dummy = is_dummy(x, index, z, map)
@@ -107,7 +109,20 @@ def _backward_python(
     grad, x, weight, bias, mean, rstd, index, z, map, training, activation, need_x, need_w, need_b
 ):
     grad_x, grad_weight, grad_bias = _backward_fake(
-        grad, x, weight, bias, *[None] * 5, training, activation, need_x, need_w, need_b
+        grad,
+        x,
+        weight,
+        bias,
+        None,
+        None,
+        None,
+        None,
+        None,
+        training,
+        activation,
+        need_x,
+        need_w,
+        need_b,
     )
     if x.numel() == 0:
         return grad_x, grad_weight.zero_(), grad_bias.zero_()
@@ -250,7 +265,7 @@ def packed_norm(
         "running_var": running_var,
     }
     _check(x, parameters, index, z, feature_map, training, eps, activation)
-    tensors = (x, *parameters.values(), index, z, feature_map)
+    tensors = (x, weight, bias, running_mean, running_var, index, z, feature_map)
     if _config.reference_asked():
         return reference.packed_norm(*tensors, training, momentum, eps, activation)
     number = ACTIVATIONS.index(activation)

@@ -39,15 +39,17 @@ def packed_norm(
     dummy = is_dummy(x, index, z, feature_map)
     # Masked on both sides: Inf and NaN of dummies must not reach values or gradients.
     everything = (running_mean, running_var, weight, bias)
-    packed = [None if full is None else full.index_select(0, index) for full in everything]
+    mean, var, scale, shift = (
+        None if full is None else full.index_select(0, index) for full in everything
+    )
     if not training:
-        packed[:2] = (
-            torch.where(dummy.flatten(), safe, known)
-            for known, safe in zip(packed[:2], (0.0, 1.0), strict=True)
-        )
-    y = F.batch_norm(x.masked_fill(dummy, 0), *packed, training, momentum, eps)
+        assert mean is not None and var is not None
+        mean = mean.masked_fill(dummy.flatten(), 0.0)
+        var = var.masked_fill(dummy.flatten(), 1.0)
+    x = x.masked_fill(dummy, 0)
+    y = F.batch_norm(x, mean, var, scale, shift, training, momentum, eps)
     if training:
-        for full, new in ((running_mean, packed[0]), (running_var, packed[1])):
+        for full, new in ((running_mean, mean), (running_var, var)):
             _keep(full, new, index, dummy.flatten())
     y = (F.relu(y) if activation == "relu" else y).masked_fill(dummy, 0)
     return y.contiguous(memory_format=layout_of(x))
