@@ -46,8 +46,8 @@ def packed_norm(
         assert mean is not None and var is not None
         mean = mean.masked_fill(dummy.flatten(), 0.0)
         var = var.masked_fill(dummy.flatten(), 1.0)
-    x = x.masked_fill(dummy, 0)
-    y = F.batch_norm(x, mean, var, scale, shift, training, momentum, eps)
+    finite = x.masked_fill(dummy, 0)
+    y = F.batch_norm(finite, mean, var, scale, shift, training, momentum, eps)
     if training:
         for full, new in ((running_mean, mean), (running_var, var)):
             _keep(full, new, index, dummy.flatten())
