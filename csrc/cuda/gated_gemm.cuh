@@ -1101,9 +1101,13 @@ inline __device__ WindowRows::Shift shift_of(const WindowRows& window, int place
   return {window.high.base + high * window.high.step, window.wide.base + wide * window.wide.step};
 }
 
+// Finding pixels takes registers that two resident blocks do not leave on sm_80.
+template <typename Rows>
+constexpr bool kFindsPixels = std::is_same_v<Rows, WindowRows>;
+
 // blockIdx: tile of inputs, tile of outputs, slice and place in the kernel.
 template <typename T, typename Shape, typename Rows>
-__global__ void L0K_BOUNDS(Shape::kThreads, Shape::kBlocks)
+__global__ void L0K_BOUNDS(Shape::kThreads, kFindsPixels<Rows> ? 1 : Shape::kBlocks)
     weight_product(const WeightGradParams<T, Rows> p) {
   using Its = WeightGrad<T, Shape, Rows>;
   using S = Sum<T>;
