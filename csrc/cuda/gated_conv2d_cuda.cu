@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// gated_conv2d and its backward pass on NVIDIA GPUs, as products over shifted images; the kernels are
-// in gated_gemm.cuh.
+// gated_conv2d and its backward pass on NVIDIA GPUs, as products over shifted images; the kernels
+// are in gated_gemm.cuh.
 #include <numeric>
 
 #include "cuda/gated_layer.cuh"
@@ -42,7 +42,9 @@ Tensor new_image(const Tensor& like, const Ints& sizes) {
 struct Line {
   int64_t size, kernel, stride, padding, dilation;
 
-  int64_t outputs() const { return (size + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1; }
+  int64_t outputs() const {
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
+  }
   Side forward() const {
     const int places = to_int(outputs());
     const int step = to_int(dilation);

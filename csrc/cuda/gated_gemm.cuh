@@ -117,9 +117,9 @@ struct Tiling {
 
 // ---- operand tiles in shared memory ----
 
-// kRows x kDepth numbers of one operand. 16-bit numbers stand in words of two that follow each other
-// in depth, as mma.sync takes them. Lines are padded so that the threads of a warp, which read 8
-// rows by 4 words, meet no bank twice.
+// kRows x kDepth numbers of one operand. 16-bit numbers stand in words of two that follow each
+// other in depth, as mma.sync takes them. Lines are padded so that the threads of a warp, which
+// read 8 rows by 4 words, meet no bank twice.
 template <typename T, int kRows, int kDepth, bool kDeep>
 struct Tile {
   static constexpr int kGroups = kDepth / kGroup<T>;
@@ -254,7 +254,7 @@ class ScalarProduct {
 #pragma unroll
       for (int i = 0; i < kSide; ++i) {
 #pragma unroll
-        for (int j = 0; j < kSide; ++j) sums_[i][j] = fma(of_a[i], of_b[j], sums_[i][j]);
+        for (int j = 0; j < kSide; ++j) sums_[i][j] = fused(of_a[i], of_b[j], sums_[i][j]);
       }
     }
   }
@@ -280,6 +280,14 @@ class ScalarProduct {
   }
   __device__ static int row(int i) { return place(threadIdx.x / kAcross, kDown, i); }
   __device__ static int column(int j) { return place(threadIdx.x % kAcross, kAcross, j); }
+
+  __device__ static T fused(T a, T b, T sum) {
+    if constexpr (std::is_same_v<T, double>) {
+      return fma(a, b, sum);
+    } else {
+      return fmaf(a, b, sum);
+    }
+  }
 
   __device__ static void load_run(const T* from, T* to) {
     const Vector16<T> run = load16(from);
@@ -320,8 +328,8 @@ class Divider {
 };
 
 // One of the two sides of an image. Place q of the result's rows, at place t in the kernel, reads
-// operand pixel q mul + (base + phase + t step) / per, and none if that is not a whole number; it is
-// pixel q per + phase of the result. Forward, per is 1; in the other direction it is the
+// operand pixel q mul + (base + phase + t step) / per, and none if that is not a whole number; it
+// is pixel q per + phase of the result. Forward, per is 1; in the other direction it is the
 // convolution's stride, and the rows of a block have one phase, so that they read or skip together.
 struct Side {
   int places;   // per phase
@@ -468,19 +476,20 @@ class FeatureSteps {
   int first_ = 0, high_, wide_, high_shift_, wide_shift_;
 };
 
-// The steps of a product over rows: kDepth rows at a time, from `begin` to before `end`.
+// The steps of a product over rows: kDepth rows at a time, from `begin` to before `end`. The step's
+// number is all the state they have.
 template <int kDepth>
 class RowSteps {
  public:
   __device__ RowSteps(int begin, int end)
-      : first_(begin), count_(begin < end ? (end - begin + kDepth - 1) / kDepth : 0) {}
+      : begin_(begin), count_(begin < end ? (end - begin + kDepth - 1) / kDepth : 0) {}
 
   __device__ int count() const { return count_; }
-  __device__ int first() const { return first_; }
-  __device__ void advance() { first_ += kDepth; }
+  __device__ int first(int step) const { return begin_ + step * kDepth; }
+  __device__ void advance() {}
 
  private:
-  int first_, count_;
+  int begin_, count_;
 };
 
 // ---- features ----
@@ -530,7 +539,9 @@ struct Pixels {
   int line;      // numbers from one pixel to the next
   bool vectors;  // lines start at multiples of 16 bytes
 
-  __device__ const T* at(int pixel, int first) const { return data + static_cast<int64_t>(pixel) * line + first; }
+  __device__ const T* at(int pixel, int first) const {
+    return data + static_cast<int64_t>(pixel) * line + first;
+  }
 
   // Numbers first .. first + kVector of a pixel, zeros if none is valid; those behind the valid
   // ones may be anything.
@@ -813,14 +824,14 @@ class FeatureOperand {
       : numbers_(numbers), rows_(rows), shift_(shift), first_(first), width_(width) {}
 
   template <typename Steps>
-  __device__ void fetch(const Steps& at, int) {
+  __device__ void fetch(const Steps& steps, int step) {
     const int first = first_ + feature();
     const int there = min(max(width_ - first, 0), kVector<T>);
 #pragma unroll
     for (int i = 0; i < kReads; ++i) {
 #pragma unroll
       for (int g = 0; g < kPair; ++g) {
-        const int m = at.first() + group(i) * kPair + g;
+        const int m = steps.first(step) + group(i) * kPair + g;
         const int pixel = rows_.source(rows_.row(m), shift_);
         read_[i][g] = numbers_.read(pixel, first, pixel < 0 ? 0 : there);
       }
@@ -928,22 +939,23 @@ L0K_DEVICE void sum_products(A& a, B& b, const Steps& steps, const Stages<A, B>&
 
 template <typename T>
 struct ReluParams {
-  Pixels<T> grad, y;
-  int rows, capacity;
+  Pixels<T> grad, y;  // lines of `capacity` numbers
+  int vectors;        // of all rows
+  int capacity;
+  Divider by_row;        // vectors per row
   Axis<Sum<T>> outputs;  // only the count
-  T* to;                 // [rows, capacity]; only packed outputs are written, at least
+  T* to;                 // like grad; outputs behind the packed ones stay as they are
 };
 
 constexpr int kReluThreads = 256;
 
-// Gradients, zeroed where relu gave 0. A thread owns some outputs of one row.
+// Gradients, zeroed where relu gave 0; a thread owns one vector.
 template <typename T>
 __global__ void L0K_BOUNDS(kReluThreads, 4) relu_gradient(const ReluParams<T> p) {
-  const int across = (p.capacity + kVector<T> - 1) / kVector<T>;
-  const int64_t place = static_cast<int64_t>(blockIdx.x) * kReluThreads + threadIdx.x;
-  const int row = static_cast<int>(place / across);
-  const int first = static_cast<int>(place - static_cast<int64_t>(row) * across) * kVector<T>;
-  if (row >= p.rows || first >= p.outputs.width()) return;
+  const int vector = blockIdx.x * kReluThreads + threadIdx.x;
+  const int row = p.by_row.quotient(vector);
+  const int first = p.by_row.rest(vector, row) * kVector<T>;
+  if (vector >= p.vectors || first >= p.outputs.width()) return;
   const int valid = min(p.capacity - first, kVector<T>);
   const Cells<T> y = p.y.read(row, first, valid);
   const Cells<T> grads = changed<T>(p.grad.read(row, first, valid), [&](T grad, int i) {
@@ -1101,13 +1113,9 @@ inline __device__ WindowRows::Shift shift_of(const WindowRows& window, int place
   return {window.high.base + high * window.high.step, window.wide.base + wide * window.wide.step};
 }
 
-// Finding pixels takes registers that two resident blocks do not leave on sm_80.
-template <typename Rows>
-constexpr bool kFindsPixels = std::is_same_v<Rows, WindowRows>;
-
 // blockIdx: tile of inputs, tile of outputs, slice and place in the kernel.
 template <typename T, typename Shape, typename Rows>
-__global__ void L0K_BOUNDS(Shape::kThreads, kFindsPixels<Rows> ? 1 : Shape::kBlocks)
+__global__ void L0K_BOUNDS(Shape::kThreads, Shape::kBlocks)
     weight_product(const WeightGradParams<T, Rows> p) {
   using Its = WeightGrad<T, Shape, Rows>;
   using S = Sum<T>;

@@ -217,11 +217,12 @@ struct Tilings<double> {
   using Small = Big;
 };
 
-constexpr int64_t kFullDevice = 132;  // blocks that make up for Big's worse fit: one per SM of an H100
+constexpr int64_t kFullDevice = 132;  // blocks that keep an H200 busy: one per multiprocessor
 constexpr int64_t kSlicedBlocks = 4 * kFullDevice;
 constexpr int64_t kScatterChunks = 16;  // of outputs; each has its own column sums
 
 inline int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
+inline int64_t at_least_one(int64_t number) { return std::max<int64_t>(number, 1); }
 
 // Calls run(tiling).
 template <typename T, typename Run>
@@ -236,7 +237,8 @@ void with_tiling(bool big, const Run& run) {
 }
 
 inline int to_int(int64_t number) {
-  require(number <= std::numeric_limits<int>::max() / 2, "expected fewer than 2^30 rows and features");
+  require(number <= std::numeric_limits<int>::max() / 2,
+          "expected fewer than 2^30 rows, features and tiles");
   return static_cast<int>(number);
 }
 
@@ -289,7 +291,9 @@ void with_types(const Tensor& x, const Tensor& weight, const Run& run) {
   if (t == ScalarType::Double && w == t) return run(Types<double, double>{});
   if (t == ScalarType::Float && w == t) return run(Types<float, float>{});
   if (t == ScalarType::BFloat16 && w == t) return run(Types<__nv_bfloat16, __nv_bfloat16>{});
-  if (t == ScalarType::BFloat16 && w == ScalarType::Float) return run(Types<__nv_bfloat16, float>{});
+  if (t == ScalarType::BFloat16 && w == ScalarType::Float) {
+    return run(Types<__nv_bfloat16, float>{});
+  }
   if (t == ScalarType::Half && w == t) return run(Types<__half, __half>{});
   if (t == ScalarType::Half && w == ScalarType::Float) return run(Types<__half, float>{});
   require(false, "no kernel for this pair of dtypes");
@@ -311,20 +315,19 @@ Pixels<T> pixels(const Tensor& tensor, int line) {
 
 template <typename T, typename W>
 Weight<W> strided(const Tensor& weight, bool inputs_listed) {
-  const bool kernel = weight.dim() == 4;
-  const Weight<W> view{data<W>(weight),
-                       weight.stride(0),
-                       weight.stride(1),
-                       kernel ? weight.stride(2) : 0,
-                       kernel ? weight.stride(3) : 0,
-                       false};
-  require(std::max(view.out, view.in) <= std::numeric_limits<int>::max() / sizeof(W),
-          "weight: expected fewer than 2^31 bytes per output");
-  Weight<W> result = view;
-  const int64_t lines = weight.size(1) | view.out | view.high | view.wide;
-  result.vectors =
-      !inputs_listed && view.in == 1 && lines % kVector<T> == 0 && aligned(weight);
-  return result;
+  const auto kernel_stride = [&](int64_t dim) -> int64_t {
+    return weight.dim() == 4 && weight.size(dim) > 1 ? weight.stride(dim) : 0;
+  };
+  Weight<W> strided{data<W>(weight),  weight.stride(0), weight.stride(1),
+                    kernel_stride(2), kernel_stride(3), false};
+  constexpr int64_t kMost = std::numeric_limits<int>::max() / static_cast<int64_t>(sizeof(W));
+  require(strided.out <= kMost && strided.in <= kMost,
+          "weight: expected strides of less than 2^31 bytes");
+  // kVector is a power of two: what divides this divides each of them.
+  const int64_t lines = weight.size(1) | strided.out | strided.high | strided.wide;
+  strided.vectors =
+      !inputs_listed && strided.in == 1 && lines % kVector<T> == 0 && aligned(weight);
+  return strided;
 }
 
 // ---- lists ----
@@ -342,12 +345,11 @@ class Lists {
     scales_ = uninitialized(args.z, {any ? features : 0});
     int32_t* place = reinterpret_cast<int32_t*>(out<int64_t>(places_));
     int32_t* slot = wants_slots ? place + features : nullptr;
-    const auto after = [](auto* pointer, int64_t offset) { return pointer ? pointer + offset : pointer; };
     ResolveParams<S> p{{}, data<S>(args.z), args.z.size(0)};
     p.axes[0] = listed(args, args.in_span, args.inputs(), std::min(args.inputs(), in_capacity),
                        place, out<S>(scales_), slot);
     p.axes[1] = listed(args, args.out_span, args.outputs(), args.outputs(), place + inputs,
-                       out<S>(scales_) + inputs, after(slot, inputs));
+                       out<S>(scales_) + inputs, wants_slots ? slot + inputs : nullptr);
     listed_ = {p.axes[0], p.axes[1]};
     const int longest = std::max(p.axes[0].features, p.axes[1].features);
     if (longest == 0) return;
@@ -363,8 +365,7 @@ class Lists {
  private:
   static ListedAxis<S> listed(const Arguments& args, const std::vector<int64_t>& span, int features,
                               int limit, int32_t* place, S* scale, int32_t* slot) {
-    if (span.empty()) return {nullptr, nullptr, nullptr, {nullptr, nullptr, nullptr, limit}, 0,
-                              nullptr, nullptr, nullptr};
+    if (span.empty()) return {{}, {}, {}, {nullptr, nullptr, nullptr, limit}, 0, {}, {}, {}};
     const int64_t* gates = data<int64_t>(args.maps) + span[0];
     const Axis<S> axis{data<int64_t>(args.counts) + span[1], place, scale, limit};
     return {data<int64_t>(args.index) + span[0], gates, gates + args.maps.size(1), axis, features,
@@ -454,9 +455,16 @@ class Backward {
  private:
   void mask(const Tensor& grad, const Tensor& y) const {
     const int outputs = args_.outputs();
-    const ReluParams<T> p{pixels<T>(grad, outputs), pixels<T>(y, outputs), geometry_.output_rows,
-                          outputs,                  lists_.outputs(),      out<T>(behind_relu_)};
-    const int64_t blocks = parts(geometry_.output_rows * parts(outputs, kVector<T>), kReluThreads);
+    const int64_t per_row = parts(outputs, kVector<T>);
+    const int vectors = to_int(geometry_.output_rows * per_row);
+    const ReluParams<T> p{pixels<T>(grad, outputs),
+                          pixels<T>(y, outputs),
+                          vectors,
+                          outputs,
+                          Divider(static_cast<uint32_t>(per_row)),
+                          lists_.outputs(),
+                          out<T>(behind_relu_)};
+    const int64_t blocks = parts(vectors, kReluThreads);
     L0K_LAUNCH(relu_gradient<T>, blocks, kReluThreads, 0, stream_, p);
   }
 
@@ -473,41 +481,50 @@ class Backward {
     launch_layer<false>(p, stream_);
   }
 
+  // Gates of inputs that are not listed get no gradient.
+  bool wants_columns() const { return to_.need_z && !args_.in_span.empty(); }
+  // For the bias alone, no products are needed.
+  int summed_inputs() const { return to_.need_weight || wants_columns() ? args_.inputs() : 0; }
+
   void run_weight() const {
-    const int64_t outputs = args_.outputs();
-    const int64_t inputs = args_.inputs();
-    const int places = geometry_.kernel_high * geometry_.kernel_wide;
-    with_tiling<T>(outputs > Tilings<T>::Small::kM && inputs > Tilings<T>::Small::kN,
-                   [&](auto tiling) { run_weight(tiling, outputs, inputs, places); });
+    const bool big =
+        args_.outputs() > Tilings<T>::Small::kM && summed_inputs() > Tilings<T>::Small::kN;
+    with_tiling<T>(big, [&](auto tiling) { run_weight(tiling); });
   }
 
   template <typename Shape>
-  void run_weight(Shape, int64_t outputs, int64_t inputs, int places) const {
-    WeightGradParams<T, Rows> p{};
-    p.inputs = lists_.inputs();
-    p.outputs = lists_.outputs();
-    const int64_t across = std::max<int64_t>(parts(p.inputs.limit, Shape::kN), 1);
-    const int64_t down = parts(outputs, Shape::kM);
+  void run_weight(Shape) const {
+    const int64_t outputs = args_.outputs();
+    const int64_t inputs = summed_inputs();
     const int64_t rows = geometry_.output_rows;
-    const int64_t most = parts(rows, 8 * Shape::kDepth);  // slices that still sum over enough
-    const int64_t wanted = parts(kSlicedBlocks, std::max<int64_t>(across * down * places, 1));
-    const int64_t share = parts(rows, std::max<int64_t>(std::min(wanted, most), 1));
-    p.rows_per_slice = to_int(std::max<int64_t>(parts(share, Shape::kDepth), 1) * Shape::kDepth);
-    const int slices = to_int(std::max<int64_t>(parts(rows, p.rows_per_slice), 1));
-    p.line = parts(inputs, 4) * 4;
-    const Tensor sums = uninitialized(args_.z, {slices * places * outputs * p.line});
-    const Tensor doubles = uninitialized(
-        args_.index, {slices * outputs + kScatterChunks * inputs});  // 8 bytes, as int64 has
-    double* bias_sums = reinterpret_cast<double*>(out<int64_t>(doubles));
+    WeightGradParams<T, Rows> p{};
     p.grad = grad_;
     p.x = pixels<T>(args_.x, geometry_.in_capacity);
+    p.inputs = lists_.inputs();
+    p.inputs.limit = std::min(p.inputs.limit, summed_inputs());
+    p.outputs = lists_.outputs();
     p.rows = {geometry_.output_rows};
     p.window = geometry_.forward;
-    p.places = places;
+    p.places = geometry_.kernel_high * geometry_.kernel_wide;
+    const int64_t across = at_least_one(parts(p.inputs.limit, Shape::kN));
+    const int64_t down = parts(outputs, Shape::kM);
+
+    // Enough slices for all multiprocessors, as long as each has some rows to sum.
+    const int64_t wanted = parts(kSlicedBlocks, at_least_one(across * down * p.places));
+    const int64_t most = at_least_one(parts(rows, 8 * Shape::kDepth));
+    const int64_t steps = parts(parts(rows, std::min(wanted, most)), Shape::kDepth);
+    p.rows_per_slice = to_int(at_least_one(steps) * Shape::kDepth);
+    const int slices = to_int(at_least_one(parts(rows, p.rows_per_slice)));
+
+    p.line = parts(inputs, 4) * 4;
+    const Tensor sums = uninitialized(args_.z, {slices * p.places * outputs * p.line});
+    const Tensor doubles = uninitialized(
+        args_.index, {slices * outputs + kScatterChunks * inputs});  // of 8 bytes, as int64 has
+    double* bias_sums = reinterpret_cast<double*>(out<int64_t>(doubles));
     p.sums = out<S>(sums);
     p.bias = to_.need_bias ? bias_sums : nullptr;
     if (down > 0) {
-      L0K_LAUNCH((weight_product<T, Shape, Rows>), dim3(across, down, slices * places),
+      L0K_LAUNCH((weight_product<T, Shape, Rows>), dim3(across, down, slices * p.places),
                  Shape::kThreads, (WeightGrad<T, Shape, Rows>::Tiles::kBytes), stream_, p);
     }
     scatter(p, slices, bias_sums, bias_sums + slices * outputs);
@@ -516,7 +533,7 @@ class Backward {
   void scatter(const WeightGradParams<T, Rows>& from, int slices, const double* bias_sums,
                double* column_sums) const {
     const int outputs = args_.outputs();
-    const int inputs = args_.inputs();
+    const int inputs = summed_inputs();
     ScatterParams<S, W> p{};
     p.sums = from.sums;
     p.line = from.line;
@@ -527,15 +544,15 @@ class Backward {
     p.bias_sums = bias_sums;
     p.outputs = lists_.full_outputs(outputs);
     p.inputs = lists_.full_inputs(inputs);
-    p.outputs_per_block = to_int(std::max<int64_t>(parts(outputs, kScatterChunks), 1));
-    const int blocks = to_int(parts(outputs, p.outputs_per_block));
+    p.outputs_per_block = to_int(at_least_one(parts(outputs, kScatterChunks)));
     p.weight = strided<T, W>(args_.weight, false);
     if (to_.need_weight) p.grad = strided<T, W>(to_.weight, false);
     p.grad_weight = to_.need_weight ? out<W>(to_.weight) : nullptr;
     p.grad_bias = to_.need_bias ? out<W>(to_.bias) : nullptr;
-    p.column_sums = to_.need_z ? column_sums : nullptr;
+    p.column_sums = wants_columns() ? column_sums : nullptr;
+    const int blocks = to_int(parts(outputs, p.outputs_per_block));
     if (blocks > 0) {
-      const int64_t across = std::max<int64_t>(parts(inputs, kScatterThreads), 1);
+      const int64_t across = at_least_one(parts(inputs, kScatterThreads));
       L0K_LAUNCH((scatter_weight<S, W>), dim3(across, blocks), kScatterThreads, 0, stream_, p);
     }
     if (to_.need_z) reduce(p, blocks);
@@ -545,7 +562,7 @@ class Backward {
     GateParams<S> p{};
     p.column_sums = from.column_sums;
     p.blocks = blocks;
-    if (!args_.in_span.empty()) {
+    if (wants_columns()) {
       p.inputs = from.inputs;
       p.gates[0] = data<int64_t>(args_.maps) + args_.in_span[0];
       p.gates[1] = p.gates[0] + args_.maps.size(1);
