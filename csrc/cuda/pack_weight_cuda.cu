@@ -29,7 +29,8 @@ constexpr int kMaxLines = 512;     // of a block; it keeps a number for each
 constexpr int kInFlight = 8;       // numbers that a thread loads before it stores any
 constexpr int kPerThread = 32;     // numbers, at least, for which a thread looks up its columns
 constexpr int64_t kChunks = 64;    // of a weight's lines: sums that the second launch adds
-constexpr int kStrips = 4;         // columns that a lane looks at in one go
+constexpr int kStrips = 4;         // of 32 columns that a warp looks at in one go
+constexpr int64_t kMaxExtent = 1 << 30;  // of lines, in lines: they are counted in 32 bits
 constexpr int kFew = 8;            // items of small launches, whose parameters are small too
 
 // What is computed in: scales and products.
@@ -86,6 +87,7 @@ struct Item {
   int32_t pieces;      // of a line; a block has one of them
   int32_t seats;       // threads side by side on a piece
   int32_t chunk_lines;  // lines of a block
+  int32_t first_strip;
   bool vectors;        // each seat has as many numbers as are 16 bytes of the result, else one
   bool aligned;        // numbers that lie side by side in the source may be loaded together
 };
@@ -93,6 +95,7 @@ struct Item {
 template <int N>
 struct Items {
   int32_t count;
+  int32_t strips;  // 32 columns each, of the items that need sums
   Item item[N];
 };
 
@@ -119,13 +122,14 @@ struct SumWork {
 
 constexpr int kMany = (kMaxParamsBytes - sizeof(SumWork<double, 1>)) / sizeof(Item);
 
+// The item whose blocks or strips have this one among them; `first` says where those start.
 template <int N>
-L0K_DEVICE int item_of_block(const Items<N>& items, int block) {
+L0K_DEVICE int item_with(const Items<N>& items, int32_t Item::*first, int number) {
   int low = 0;
   int high = items.count - 1;
   while (low < high) {
     const int middle = (low + high + 1) / 2;
-    if (items.item[middle].first_block <= block) {
+    if (items.item[middle].*first <= number) {
       low = middle;
     } else {
       high = middle - 1;
@@ -206,18 +210,32 @@ L0K_DEVICE void load_run(const T* from, S (&to)[V]) {
   }
 }
 
-// The numbers of a line at the places of a thread; 0 where the line (start) or the place is closed.
+// What a thread knows of its places in a line.
+template <typename S, int V>
+struct Columns {
+  int64_t place[V];  // in a line of the source; -1 where the column is closed
+  S scale[V];
+  bool run;  // the places lie side by side and may be loaded together
+
+  // `feature` counts in the source.
+  L0K_DEVICE void set(int v, S its_scale, int64_t feature, int inner, const Strides& at) {
+    const bool open = its_scale != S(0);
+    place[v] = open ? feature * at.col + inner * at.inner : -1;
+    scale[v] = open ? its_scale : S(1);
+  }
+};
+
+// The numbers of a line at a thread's places; 0 where the line (start < 0) or the place is closed.
 template <typename S, typename T, int V>
-L0K_DEVICE void gather(const T* source, int64_t start, const int64_t (&places)[V], bool run,
-                       S (&to)[V]) {
-  if (V > 1 && run && start >= 0) {
-    load_run(source + start + places[0], to);
+L0K_DEVICE void gather(const T* source, int64_t start, const Columns<S, V>& columns, S (&to)[V]) {
+  if (V > 1 && columns.run && start >= 0) {
+    load_run(source + start + columns.place[0], to);
     return;
   }
 #pragma unroll
   for (int v = 0; v < V; ++v) {
-    const bool open = start >= 0 && places[v] >= 0;
-    to[v] = open ? widen<S>(source[start + places[v]]) : S(0);
+    const bool open = start >= 0 && columns.place[v] >= 0;
+    to[v] = open ? widen<S>(source[start + columns.place[v]]) : S(0);
   }
 }
 
@@ -232,9 +250,9 @@ L0K_DEVICE bool is_run(const Item& item, const int64_t (&places)[V]) {
 
 // Closed lines are 0 whatever the gates of their columns are.
 template <typename S, int V>
-L0K_DEVICE void scale(S (&values)[V], const S (&scales)[V], bool open) {
+L0K_DEVICE void scale(S (&values)[V], const Columns<S, V>& columns, bool open) {
 #pragma unroll
-  for (int v = 0; v < V; ++v) values[v] = open ? values[v] * scales[v] : S(0);
+  for (int v = 0; v < V; ++v) values[v] = open ? values[v] * columns.scale[v] : S(0);
 }
 
 template <typename T, typename S, int V>
@@ -251,29 +269,34 @@ L0K_DEVICE void store(T* to, const S (&values)[V]) {
 
 // ---- forward ----
 
-template <typename W, typename P, int V>
-L0K_DEVICE void pack_tile(const Item& item, const Gates<Compute<W>>& gates, const Tile& tile,
-                          const int64_t* starts) {
-  using S = Compute<W>;
-  const Seat seat = seat_of(item, tile, V);
-  if (!seat.taken) return;
-  int64_t places[V];
-  S scales[V];
+// What the places of a packed line are in a full one.
+template <typename W, typename S, int V>
+L0K_DEVICE void find_full_places(const Item& item, const Gates<S>& gates, const Seat& seat,
+                                 Columns<S, V>& columns) {
   int col = seat.place / item.inner;
   int inner = seat.place % item.inner;
 #pragma unroll
   for (int v = 0; v < V; ++v) {
     const int64_t feature = feature_of(item.cols, col);
     const S scale = scale_of(item.cols, gates, gates.col_step, feature);
-    const bool open = scale != S(0);
-    places[v] = open ? feature * item.weight_at.col + inner * item.weight_at.inner : -1;
-    scales[v] = open ? scale : S(1);
+    columns.set(v, scale, feature, inner, item.weight_at);
     if (++inner == item.inner) {
       inner = 0;
       ++col;
     }
   }
-  const bool run = is_run<W>(item, places);
+  columns.run = is_run<W>(item, columns.place);
+}
+
+template <typename W, typename P, int V>
+L0K_DEVICE void pack_tile(const Item& item, const Gates<Compute<W>>& gates, const Tile& tile,
+                          const int64_t* starts) {
+  using S = Compute<W>;
+  const Seat seat = seat_of(item, tile, V);
+  Columns<S, V> columns;
+  if (seat.taken) find_full_places<W>(item, gates, seat, columns);
+  __syncthreads();  // starts are written
+  if (!seat.taken) return;
   const W* __restrict__ weight = static_cast<const W*>(item.weight);
   const int64_t line_size = static_cast<int64_t>(item.cols.packed) * item.inner;
   P* __restrict__ packed = static_cast<P*>(item.result) + tile.first_line * line_size + seat.place;
@@ -283,13 +306,13 @@ L0K_DEVICE void pack_tile(const Item& item, const Gates<Compute<W>>& gates, cons
 #pragma unroll
     for (int k = 0; k < kBatch; ++k) {
       const int line = first + k * seat.sides;
-      gather(weight, line < tile.lines ? starts[line] : -1, places, run, values[k]);
+      gather(weight, line < tile.lines ? starts[line] : -1, columns, values[k]);
     }
 #pragma unroll
     for (int k = 0; k < kBatch; ++k) {
       const int line = first + k * seat.sides;
       if (line >= tile.lines) break;
-      scale(values[k], scales, starts[line] >= 0);
+      scale(values[k], columns, starts[line] >= 0);
       store(packed + line * line_size, values[k]);
     }
   }
@@ -299,7 +322,7 @@ template <typename W, typename P, int N>
 __global__ void L0K_BOUNDS(kThreads, 4) pack_items(const Work<Compute<W>, N> p) {
   L0K_SHARED(int64_t, starts, [kMaxLines]);  // of full lines, -1 where the row is closed
   constexpr int kVector = 16 / sizeof(P);
-  const Item& item = p.items.item[item_of_block(p.items, blockIdx.x)];
+  const Item& item = p.items.item[item_with(p.items, &Item::first_block, blockIdx.x)];
   const Tile tile = tile_of(item, blockIdx.x, item.rows, item.cols, item.vectors ? kVector : 1);
   for (int i = threadIdx.x; i < tile.lines; i += kThreads) {
     const int row = (tile.first_line + i) / item.lines;
@@ -308,7 +331,6 @@ __global__ void L0K_BOUNDS(kThreads, 4) pack_items(const Work<Compute<W>, N> p) 
     const bool open = scale_of(item.rows, p.gates, p.gates.row_step, feature) != 0;
     starts[i] = open ? feature * item.weight_at.row + line * item.weight_at.line : -1;
   }
-  __syncthreads();
   if (item.vectors) {
     pack_tile<W, P, kVector>(item, p.gates, tile, starts);
   } else {
@@ -338,12 +360,14 @@ L0K_DEVICE void clear_slots(const Features& axis, const Slots& slots) {
 L0K_DEVICE void fill_slots(const Features& axis, const Slots& slots) {
   if (lists_all(axis)) return;
   for (int i = threadIdx.x; i < axis.packed; i += kThreads) {
-    const int64_t place = axis.index[i] - slots.first;
-    if (0 <= place && place < slots.count) slots.slot[place] = i;
+    const int64_t feature = axis.index[i];
+    const bool here = slots.first <= feature && feature < slots.first + slots.count;
+    if (here) slots.slot[feature - slots.first] = i;
   }
 }
 
-// A sum of no open column. Sums of open ones start at +0, which no addition makes -0.
+// A sum of no open column. Sums of open ones start at +0 and are -0 only by underflow, when taking
+// them for this one changes nothing.
 constexpr double kClosedSum = -0.0;
 
 L0K_DEVICE bool is_closed_sum(double sum) {
@@ -352,30 +376,35 @@ L0K_DEVICE bool is_closed_sum(double sum) {
   return bits == INT64_MIN;
 }
 
-template <typename W, typename P, int V>
-L0K_DEVICE void unpack_tile(const Item& item, const Gates<Compute<W>>& gates, const Tile& tile,
-                            const Seat& seat, const int64_t* starts, const Slots& columns,
-                            double (&totals)[V]) {
-  using S = Compute<W>;
-  int64_t places[V];  // in a packed line
-  S scales[V];
+// What the places of a full line are in a packed one.
+template <typename P, typename S, int V>
+L0K_DEVICE void find_packed_places(const Item& item, const Gates<S>& gates, const Seat& seat,
+                                   const Slots& slots, Columns<S, V>& columns) {
   int col = seat.place / item.inner;
   int inner = seat.place % item.inner;
-  const int64_t here = col * item.weight_at.col + inner * item.weight_at.inner;
 #pragma unroll
   for (int v = 0; v < V; ++v) {
-    const int32_t slot = columns.slot[col - columns.first];
+    const int32_t slot = slots.slot[col - slots.first];
     const S scale = slot < 0 ? S(0) : scale_of(item.cols, gates, gates.col_step, col);
-    const bool open = scale != S(0);
-    places[v] = open ? slot * item.grad_at.col + inner * item.grad_at.inner : -1;
-    scales[v] = open ? scale : S(1);
-    totals[v] = open ? 0.0 : kClosedSum;
+    columns.set(v, scale, slot, inner, item.grad_at);
     if (++inner == item.inner) {
       inner = 0;
       ++col;
     }
   }
-  const bool run = is_run<P>(item, places);
+  columns.run = is_run<P>(item, columns.place);
+}
+
+template <typename W, typename P, int V>
+L0K_DEVICE void unpack_tile(const Item& item, const Tile& tile, const Seat& seat,
+                            const int64_t* starts, const Columns<Compute<W>, V>& columns,
+                            double (&totals)[V]) {
+  using S = Compute<W>;
+#pragma unroll
+  for (int v = 0; v < V; ++v) totals[v] = columns.place[v] >= 0 ? 0.0 : kClosedSum;
+  const int col = seat.place / item.inner;
+  const int inner = seat.place % item.inner;
+  const int64_t here = col * item.weight_at.col + inner * item.weight_at.inner;
   const int64_t step = item.lines == 1 ? item.weight_at.row : item.weight_at.line;
   const int64_t offset = tile.first_line * step + here;
   const P* __restrict__ grad = static_cast<const P*>(item.grad);
@@ -390,7 +419,7 @@ L0K_DEVICE void unpack_tile(const Item& item, const Gates<Compute<W>>& gates, co
     for (int k = 0; k < kBatch; ++k) {
       const int line = first + k * seat.sides;
       const int64_t start = line < tile.lines ? starts[line] : -1;
-      gather(grad, start, places, run, grads[k]);
+      gather(grad, start, columns, grads[k]);
       if (item.sums != nullptr && start >= 0) load_run(weight + line * step, weights[k]);
     }
 #pragma unroll
@@ -399,11 +428,12 @@ L0K_DEVICE void unpack_tile(const Item& item, const Gates<Compute<W>>& gates, co
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         // What a closed column holds does not matter: 0 times an infinite weight would be NaN.
-        const double product = static_cast<double>(grads[k][v]) * static_cast<double>(weights[k][v]);
-        totals[v] += places[v] >= 0 ? product : kClosedSum;
+        if (columns.place[v] < 0) continue;
+        totals[v] = fma(static_cast<double>(grads[k][v]), static_cast<double>(weights[k][v]),
+                        totals[v]);
       }
       if (result == nullptr || line >= tile.lines) continue;
-      scale(grads[k], scales, starts[line] >= 0);
+      scale(grads[k], columns, starts[line] >= 0);
       store(result + line * step, grads[k]);
     }
   }
@@ -432,10 +462,13 @@ L0K_DEVICE void store_sums(const Item& item, const Tile& tile, const Seat& seat,
 
 template <typename W, typename P, int V>
 L0K_DEVICE void unpack_and_sum(const Item& item, const Gates<Compute<W>>& gates, const Tile& tile,
-                               const int64_t* starts, const Slots& columns, double* shared) {
+                               const int64_t* starts, const Slots& slots, double* shared) {
   const Seat seat = seat_of(item, tile, V);
+  Columns<Compute<W>, V> columns;
+  if (seat.taken) find_packed_places<P>(item, gates, seat, slots, columns);
+  __syncthreads();  // starts are written
   double totals[V];
-  if (seat.taken) unpack_tile<W, P, V>(item, gates, tile, seat, starts, columns, totals);
+  if (seat.taken) unpack_tile<W, P, V>(item, tile, seat, starts, columns, totals);
   if (item.sums != nullptr) store_sums(item, tile, seat, totals, shared);
 }
 
@@ -446,18 +479,18 @@ __global__ void L0K_BOUNDS(kThreads, 2) unpack_items(const Work<Compute<W>, N> p
   L0K_SHARED(int32_t, row_slots, [kMaxLines]);
   L0K_SHARED(int32_t, col_slots, [kThreads * kVector]);
   L0K_SHARED(double, shared, [kThreads * kVector]);
-  const Item& item = p.items.item[item_of_block(p.items, blockIdx.x)];
+  const Item& item = p.items.item[item_with(p.items, &Item::first_block, blockIdx.x)];
   const Features full_rows{nullptr, nullptr, item.rows.full, item.rows.full};
   const Features full_cols{nullptr, nullptr, item.cols.full, item.cols.full};
   const Tile tile = tile_of(item, blockIdx.x, full_rows, full_cols, item.vectors ? kVector : 1);
   const int end_line = tile.first_line + tile.lines;
   const Slots rows = slots_of(tile.first_line, end_line, item.lines, row_slots);
-  const Slots columns = slots_of(tile.first_place, tile.end_place, item.inner, col_slots);
+  const Slots cols = slots_of(tile.first_place, tile.end_place, item.inner, col_slots);
   clear_slots(item.rows, rows);
-  clear_slots(item.cols, columns);
+  clear_slots(item.cols, cols);
   __syncthreads();
   fill_slots(item.rows, rows);
-  fill_slots(item.cols, columns);
+  fill_slots(item.cols, cols);
   __syncthreads();
   for (int i = threadIdx.x; i < tile.lines; i += kThreads) {
     const int row = (tile.first_line + i) / item.lines;
@@ -466,11 +499,10 @@ __global__ void L0K_BOUNDS(kThreads, 2) unpack_items(const Work<Compute<W>, N> p
     const bool open = slot >= 0 && scale_of(item.rows, p.gates, p.gates.row_step, row) != 0;
     starts[i] = open ? slot * item.grad_at.row + line * item.grad_at.line : -1;
   }
-  __syncthreads();
   if (item.vectors) {
-    unpack_and_sum<W, P, kVector>(item, p.gates, tile, starts, columns, shared);
+    unpack_and_sum<W, P, kVector>(item, p.gates, tile, starts, cols, shared);
   } else {
-    unpack_and_sum<W, P, 1>(item, p.gates, tile, starts, columns, shared);
+    unpack_and_sum<W, P, 1>(item, p.gates, tile, starts, cols, shared);
   }
 }
 
@@ -486,6 +518,7 @@ struct Search {
   double* values;   // one per lane: what a column adds ...
   int32_t* places;  // ... and to which gate; -1: none
 
+  // The last gate, always open, is a constant.
   L0K_DEVICE int32_t place_of(int64_t gate) const {
     const bool here = first_gate <= gate && gate < first_gate + kThreads && gate < gates.last;
     return here ? static_cast<int32_t>(gate - first_gate) : -1;
@@ -499,6 +532,7 @@ struct Search {
     __syncwarp();
     double total = 0;
     bool first = place >= 0;
+#pragma unroll 4
     for (int other = 0; other < kWarp; ++other) {
       if (places[other] != place) continue;
       total += values[other];
@@ -509,45 +543,55 @@ struct Search {
   }
 };
 
-L0K_DEVICE double sum_of_column(const Item& item, int col, int chunks) {
+L0K_DEVICE double sum_of_column(const Item& item, int col) {
+  const int chunks = (item.rows.full * item.lines + item.chunk_lines - 1) / item.chunk_lines;
   const int64_t line_size = static_cast<int64_t>(item.cols.full) * item.inner;
   const double* sums = item.sums + static_cast<int64_t>(col) * item.inner;
+  const int count = chunks * item.inner;
   double total = kClosedSum;
-  for (int chunk = 0; chunk < chunks; ++chunk, sums += line_size) {
-    for (int i = 0; i < item.inner; ++i) total += sums[i];
+  for (int first = 0; first < count; first += kInFlight) {
+    double parts[kInFlight];
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) {
+      const int i = first + k;
+      parts[k] = i < count ? sums[i / item.inner * line_size + i % item.inner] : kClosedSum;
+    }
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) total += parts[k];
   }
   return total;
 }
 
+// The columns of a strip, one per lane.
+struct Strip {
+  int item;
+  int col;
+  int64_t gates[2];
+};
+
+template <typename S, int N>
+L0K_DEVICE Strip strip_at(const SumWork<S, N>& p, int number) {
+  const int64_t none = p.gates.last;
+  if (number >= p.items.strips) return {0, 0, {none, none}};
+  const int i = item_with(p.items, &Item::first_strip, number);
+  const Item& item = p.items.item[i];
+  const int col = (number - item.first_strip) * kWarp + static_cast<int>(threadIdx.x) % kWarp;
+  if (col >= item.cols.full) return {i, 0, {none, none}};
+  return {i, col, {item.cols.gates[col], item.cols.gates[p.gates.col_step + col]}};
+}
+
 template <typename S>
-L0K_DEVICE void search_item(const Search<S>& search, const Item& item) {
-  const int chunks = (item.rows.full * item.lines + item.chunk_lines - 1) / item.chunk_lines;
-  const int warp = threadIdx.x / kWarp;
-  const int lane = threadIdx.x % kWarp;
-  constexpr int kStride = kWarp * kStrips;
-  for (int first = warp * kStride; first < item.cols.full; first += kWarps * kStride) {
-    int64_t gates[2][kStrips];
+L0K_DEVICE void add_strip(const Search<S>& search, const Item& item, const Strip& strip) {
+  const int32_t place[2] = {search.place_of(strip.gates[0]), search.place_of(strip.gates[1])};
+  const bool here = place[0] >= 0 || place[1] >= 0;
+  if (!__any_sync(kFullWarp, here)) return;
+  const double sum = here ? sum_of_column(item, strip.col) : kClosedSum;
+  const bool open = !is_closed_sum(sum);  // so that both gates are known ones
 #pragma unroll
-    for (int k = 0; k < kStrips; ++k) {
-      const int col = first + k * kWarp + lane;
-      const bool inside = col < item.cols.full;
-      gates[0][k] = inside ? item.cols.gates[col] : search.gates.last;
-      gates[1][k] = inside ? item.cols.gates[search.gates.col_step + col] : search.gates.last;
-    }
-#pragma unroll
-    for (int k = 0; k < kStrips; ++k) {
-      int32_t place[2] = {search.place_of(gates[0][k]), search.place_of(gates[1][k])};
-      const bool here = place[0] >= 0 || place[1] >= 0;
-      if (!__any_sync(kFullWarp, here)) continue;
-      double sum = kClosedSum;
-      if (here) sum = sum_of_column(item, first + k * kWarp + lane, chunks);
-      const bool open = !is_closed_sum(sum);  // so that both gates are known ones
-      for (int mine = 0; mine < 2; ++mine) {
-        const bool adds = open && place[mine] >= 0;
-        const double other = adds ? static_cast<double>(search.gates.z[gates[1 - mine][k]]) : 0.0;
-        search.add(adds ? place[mine] : -1, sum * other);
-      }
-    }
+  for (int mine = 0; mine < 2; ++mine) {
+    const bool adds = open && place[mine] >= 0;
+    const double other = adds ? static_cast<double>(search.gates.z[strip.gates[1 - mine]]) : 0.0;
+    search.add(adds ? place[mine] : -1, sum * other);
   }
 }
 
@@ -561,15 +605,22 @@ __global__ void L0K_BOUNDS(kThreads, 2) sum_gates(const SumWork<S, N> p) {
   for (int w = 0; w < kWarps; ++w) sums[w][threadIdx.x] = 0;
   __syncthreads();
   const Search<S> search{p.gates, first_gate, sums[warp], values[warp], places[warp]};
-  for (int i = 0; i < p.items.count; ++i) {
-    if (p.items.item[i].sums != nullptr) search_item(search, p.items.item[i]);
+  // Strips side by side, which are likely to have gates side by side, go to different warps.
+  for (int first = warp; first < p.items.strips; first += kWarps * kStrips) {
+    Strip strips[kStrips];
+#pragma unroll
+    for (int k = 0; k < kStrips; ++k) strips[k] = strip_at(p, first + k * kWarps);
+#pragma unroll
+    for (int k = 0; k < kStrips; ++k) {
+      add_strip(search, p.items.item[strips[k].item], strips[k]);
+    }
   }
   __syncthreads();
   const int64_t gate = first_gate + threadIdx.x;
   if (gate > p.gates.last) return;
   double total = p.adds ? static_cast<double>(p.grad_z[gate]) : 0.0;
   for (int w = 0; w < kWarps; ++w) total += sums[w][threadIdx.x];
-  p.grad_z[gate] = gate == p.gates.last ? S(0) : static_cast<S>(total);
+  p.grad_z[gate] = static_cast<S>(total);
 }
 
 // ---- one weight on the host ----
@@ -621,8 +672,8 @@ struct Problem {
         cols(its_cols),
         channels_last(is_channels_last(its_weight)),
         shape(shape_of(its_weight, channels_last)) {
-    require(shape.rows * shape.lines <= std::numeric_limits<int32_t>::max(),
-            "pack_weight: expected fewer than 2^31 lines");
+    require(shape.rows * shape.lines <= kMaxExtent && shape.line() <= kMaxExtent,
+            "pack_weight: expected at most 2^30 lines, and at most 2^30 numbers in each");
   }
 
   int64_t packed_rows() const { return rows.selects ? rows.packed : shape.rows; }
@@ -706,7 +757,9 @@ void in_groups(const std::vector<Planned>& plans, const Launch& launch) {
       Item& item = items.item[items.count++];
       item = plans[i].item;
       item.first_block = static_cast<int32_t>(blocks);
+      item.first_strip = items.strips;
       blocks += plans[i].blocks;
+      if (item.sums != nullptr) items.strips += (item.cols.full + kWarp - 1) / kWarp;
     }
     require(blocks <= std::numeric_limits<int32_t>::max(), "pack_weight: too many blocks");
     launch(items, static_cast<unsigned>(blocks), first == 0);

@@ -288,7 +288,9 @@ def pack_weight(
 
     Raises:
         TypeError: wrong dtypes. ValueError: wrong shapes or devices, maps without z, columns of a
-        1-D weight. RuntimeError: an index out of bounds.
+        1-D weight. RuntimeError: an index out of bounds (on a GPU it counts as closed).
+
+    On a GPU this is `pack_weights` of one weight, which says what that costs.
 
     Source: the path-wise gate gradient of Louizos, Welling, Kingma, "Learning sparse neural
     networks through L0 regularization" (ICLR 2018), for gates folded into weights.
@@ -310,7 +312,21 @@ def pack_weights(
 ) -> list[Tensor]:
     """Packs the weights of a whole model as `pack_weight` packs one, in one call.
 
-    The gradient of z is the sum over the weights, in their order.
+    The gradient of z is the sum over the weights, in one fixed order.
+
+    On a GPU, CUDA C++ takes one launch forward and two backward, the second for z, for every 184
+    weights. Memory limits them: a packed number costs one multiplication forward, one and a
+    float64 fma backward. Let weights of N numbers have a share a of open features on both axes,
+    and w and p bytes per number, full and packed. Forward moves a w N (whole open rows) and
+    a^2 p N bytes; backward a^2 p N, a w N and w N (zeros included), plus sums of products, 8 bytes
+    for at most 64 chunks of each line, that the second launch reads. The 24 gated 3x3 weights of a
+    28-10 wide residual network (36.2 million numbers), half open, float32 to bfloat16: 90 MB
+    forward, at least 21 us on an H200 (4.3 TB/s); 239 MB backward, 56 us; 4 MB of sums and 5 MB of
+    maps (each block, of 256 gates, looks through all maps) in the second launch, 2 us, where
+    latency takes longer. Counted, not measured.
+
+    On a GPU nobody waits for the kernels, so they do not raise: features and gates out of bounds
+    count as closed, and nothing is read or written there.
 
     Args:
         weights: as in `pack_weight`, all of one dtype, on one device.
@@ -328,7 +344,7 @@ def pack_weights(
 
     Raises:
         TypeError: wrong dtypes. ValueError: wrong shapes or devices, spans outside of index or
-        maps, columns of a 1-D weight. RuntimeError: an index out of bounds.
+        maps, columns of a 1-D weight. RuntimeError: an index out of bounds (not on a GPU).
 
     Source: as of `pack_weight`.
     """
