@@ -98,13 +98,13 @@ L0K_HD S normalized(S x, S mean, S alpha, S beta) {
 
 // Written so that NaN stays, forward and backward.
 template <typename S>
-L0K_HD S relu(S value) {
-  return value <= S(0) ? S(0) : value;
+L0K_HD bool passes_relu(S value) {
+  return !(value <= S(0));
 }
 
 template <typename S>
-L0K_HD S relu_grad(S grad, S value) {
-  return value <= S(0) ? S(0) : grad;
+L0K_HD S relu(S value) {
+  return passes_relu(value) ? value : S(0);
 }
 
 // The gradient of x under batch statistics, from the gradient before the activation.

@@ -37,10 +37,70 @@ constexpr int64_t kGrain = 32768;    // numbers per task below which threads do 
 constexpr int64_t kLine = 128;       // numbers that rows are joined to, at least
 constexpr int64_t kShiftValues = 8;  // whose mean the others are compared with
 constexpr int64_t kLanes = 16;       // sums that a plane is spread over
+constexpr int64_t kBlock = 1024;     // numbers of a plane that are asked for at a time
+constexpr int64_t kAhead = 2048;     // numbers before they are used
 
 // What is computed in.
 template <typename X>
 using Compute = std::conditional_t<std::is_same_v<X, double>, double, float>;
+
+// ---- numbers ----
+
+template <typename To, typename From>
+L0K_HD To same_bits(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// value, or 0 if not `keep`. A condition would do as well, but floating-point work that only one of
+// its branches needs stops compilers from using vectors.
+template <typename S>
+L0K_HD S kept(bool keep, S value) {
+  using Bits = std::conditional_t<sizeof(S) == 8, uint64_t, uint32_t>;
+  return same_bits<S>(same_bits<Bits>(value) & (Bits{0} - static_cast<Bits>(keep)));
+}
+
+template <typename X>
+L0K_HD Compute<X> to_compute(X number) {
+  return static_cast<Compute<X>>(number);
+}
+
+template <typename X>
+L0K_HD X from_compute(Compute<X> number) {
+  return static_cast<X>(number);
+}
+
+// As c10's conversions of Half, which have branches. Exponents differ by 112.
+constexpr uint32_t kHalfBias = 112u << 23;
+
+L0K_HD float to_compute(Half number) {
+  const uint32_t magnitude = number.x & 0x7FFFu;
+  const uint32_t special = magnitude >= 0x7C00u ? kHalfBias : 0u;  // Inf, NaN
+  const float usual = same_bits<float>((magnitude << 13) + kHalfBias + special);
+  const float tiny = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f;
+  const bool is_tiny = magnitude < 0x400u;
+  const uint32_t bits =
+      same_bits<uint32_t>(kept(is_tiny, tiny)) | same_bits<uint32_t>(kept(!is_tiny, usual));
+  return same_bits<float>(bits | static_cast<uint32_t>(number.x & 0x8000u) << 16);
+}
+
+// To nearest, ties to even.
+template <>
+L0K_HD Half from_compute<Half>(float number) {
+  const uint32_t bits = same_bits<uint32_t>(number);
+  const uint32_t magnitude = bits & 0x7FFFFFFFu;
+  const uint32_t usual = (magnitude - kHalfBias + 0xFFFu + (magnitude >> 13 & 1u)) >> 13;
+  // The last digit of 0.5 is worth as much as the last one of tiny halves.
+  const uint32_t tiny =
+      same_bits<uint32_t>(same_bits<float>(magnitude) + 0.5f) - same_bits<uint32_t>(0.5f);
+  const uint32_t is_tiny = 0u - static_cast<uint32_t>(magnitude < 0x38800000u);
+  uint32_t result = (tiny & is_tiny) | (usual & ~is_tiny);
+  result = magnitude >= 0x47800000u ? 0x7C00u : result;
+  result = magnitude > 0x7F800000u ? 0x7E00u : result;
+  return Half(static_cast<uint16_t>(result | (bits >> 16 & 0x8000u)), Half::from_bits());
+}
 
 // ---- lines and parts ----
 
@@ -170,7 +230,7 @@ L0K_HD void add_moments(const X* __restrict x, int64_t width, int64_t pitch,
   for (int64_t i = 0; i < width; ++i) {
     double s = 0, q = 0;
     for (int row = 0; row < kRows; ++row) {
-      const double d = static_cast<double>(static_cast<Compute<X>>(x[row * pitch + i])) - shift[i];
+      const double d = static_cast<double>(to_compute(x[row * pitch + i])) - shift[i];
       s += d;
       q += d * d;
     }
@@ -198,7 +258,7 @@ L0K_HD void find_shift(const X* x, int64_t rows, int64_t channels, int64_t line,
   std::fill_n(shift, channels, 0.0);
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t c = 0; c < channels; ++c) {
-      shift[c] += static_cast<double>(static_cast<Compute<X>>(x[row * channels + c]));
+      shift[c] += static_cast<double>(to_compute(x[row * channels + c]));
     }
   }
   for (int64_t c = 0; c < channels; ++c) {
@@ -252,21 +312,18 @@ L0K_HD void moments(const Sweep& sweep, int64_t begin, int64_t end, Scratch& scr
 template <bool kRectify, typename X, typename K>
 L0K_HD void forward_line(const X* __restrict x, const X*, X* __restrict y, int64_t count,
                          const K& k) {
-  using S = Compute<X>;
   for (int64_t i = 0; i < count; ++i) {
-    const S value = normalized(static_cast<S>(x[i]), k.mean[i], k.alpha[i], k.beta[i]);
-    y[i] = static_cast<X>(kRectify ? relu(value) : value);
+    const Compute<X> value = normalized(to_compute(x[i]), k.mean[i], k.alpha[i], k.beta[i]);
+    y[i] = from_compute<X>(kRectify ? relu(value) : value);
   }
 }
 
 // The gradient before the activation.
 template <bool kRectify, typename X, typename K>
 L0K_HD Compute<X> grad_before(const X* x, const X* grad, int64_t at, int64_t i, const K& k) {
-  using S = Compute<X>;
-  const S g = static_cast<S>(grad[at]);
+  const Compute<X> g = to_compute(grad[at]);
   if constexpr (!kRectify) return g;
-  const S value = normalized(static_cast<S>(x[at]), k.mean[i], k.alpha[i], k.beta[i]);
-  return relu_grad(g, value);
+  return kept(passes_relu(normalized(to_compute(x[at]), k.mean[i], k.alpha[i], k.beta[i])), g);
 }
 
 template <bool kRectify, bool kTraining, typename X, typename K>
@@ -275,11 +332,19 @@ L0K_HD void backward_line(const X* __restrict x, const X* __restrict grad, X* __
   using S = Compute<X>;
   for (int64_t i = 0; i < count; ++i) {
     const S g = grad_before<kRectify>(x, grad, i, i, k);
-    const S result = kTraining ? norm_grad(g, static_cast<S>(x[i]), k.mean[i], k.alpha[i],
+    const S result = kTraining ? norm_grad(g, to_compute(x[i]), k.mean[i], k.alpha[i],
                                            k.grad_mean[i], k.slope[i])
                                : g * k.alpha[i];
-    grad_x[i] = static_cast<X>(result);
+    grad_x[i] = from_compute<X>(result);
   }
+}
+
+// Compilers for AVX-512 load gradients under ReLU's mask, so only after x has come: with nothing
+// asked for earlier, a sweep through memory takes more than twice as long.
+template <typename X>
+L0K_HD void ask_for(const X* numbers, int64_t count) {
+  constexpr int64_t kCacheLine = 64 / static_cast<int64_t>(sizeof(X));
+  for (int64_t i = 0; i < count; i += kCacheLine) __builtin_prefetch(numbers + kAhead + i);
 }
 
 enum class Value { forward, grad_training, grad_eval };
@@ -289,7 +354,16 @@ L0K_HD void value_line(const X* x, const X* grad, X* result, int64_t count, cons
   if constexpr (kValue == Value::forward) {
     forward_line<kRectify>(x, grad, result, count, k);
   } else {
+    if constexpr (kRectify) ask_for(grad, count);
     backward_line<kRectify, kValue == Value::grad_training>(x, grad, result, count, k);
+  }
+}
+
+template <Value kValue, bool kRectify, typename X, typename K>
+L0K_HD void value_plane(const X* x, const X* grad, X* result, int64_t count, const K& k) {
+  for (int64_t i = 0; i < count; i += kBlock) {
+    const int64_t numbers = std::min(kBlock, count - i);
+    value_line<kValue, kRectify>(x + i, grad + i, result + i, numbers, k);
   }
 }
 
@@ -304,8 +378,8 @@ L0K_HD void value_tasks(const Sweep& sweep, int64_t begin, int64_t end) {
     for (int64_t plane = begin; plane < end; ++plane) {
       const int64_t channel = plane % g.channels, at = plane * g.inner;
       if (sweep.open[channel] != 0) {
-        value_line<kValue, kRectify>(x + at, grad + at, result + at, g.inner,
-                                  Constants<S, Same>(sweep, channel));
+        value_plane<kValue, kRectify>(x + at, grad + at, result + at, g.inner,
+                                      Constants<S, Same>(sweep, channel));
       } else {
         std::memset(static_cast<void*>(result + at), 0, g.inner * sizeof(X));
       }
@@ -349,14 +423,13 @@ L0K_HD void values(const Sweep& sweep, int64_t begin, int64_t end) {
 template <int kRows, bool kRectify, typename X, typename K>
 L0K_HD void add_grads(const X* __restrict x, const X* __restrict grad, int64_t width, int64_t pitch,
                       const K& k, double* __restrict sum, double* __restrict products) {
-  using S = Compute<X>;
   for (int64_t i = 0; i < width; ++i) {
     double s = 0, p = 0;
     for (int row = 0; row < kRows; ++row) {
       const int64_t at = row * pitch + i;
       const double g = static_cast<double>(grad_before<kRectify>(x, grad, at, i, k));
       s += g;
-      p += g * (static_cast<double>(static_cast<S>(x[at])) - static_cast<double>(k.mean[i]));
+      p += g * (static_cast<double>(to_compute(x[at])) - static_cast<double>(k.mean[i]));
     }
     sum[i] += s;
     products[i] += p;
@@ -367,6 +440,7 @@ template <bool kRectify, typename X, typename K>
 L0K_HD void sum_grads(const X* x, const X* grad, int64_t count, int64_t line, const K& k,
                       double* sum, double* products) {
   for (; count >= 4 * line; count -= 4 * line, x += 4 * line, grad += 4 * line) {
+    if constexpr (kRectify) ask_for(grad, 4 * line);
     add_grads<4, kRectify>(x, grad, line, line, k, sum, products);
   }
   for (; count >= line; count -= line, x += line, grad += line) {
@@ -529,7 +603,8 @@ void find_open(const Tensor& z, const int64_t* gates, int64_t width, Features& f
   const int64_t count = z.size(0);
   for (size_t c = 0; c < features.full.size(); ++c) {
     const int64_t a = gates[features.full[c]], b = gates[width + features.full[c]];
-    require(a >= 0 && a < count && b >= 0 && b < count, "map: expected gates from 0 to ", count - 1);
+    const bool within = a >= 0 && a < count && b >= 0 && b < count;
+    require(within, "map: expected gates from 0 to ", count - 1);
     features.open[c] = values[a] * values[b] != S(0);
   }
 }

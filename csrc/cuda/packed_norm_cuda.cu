@@ -592,7 +592,8 @@ struct Activation {
 // The gradient before the activation.
 template <typename S>
 L0K_DEVICE S grad_before(const Activation& activation, const Channel<S>& c, S x, S grad) {
-  return activation.relu ? relu_grad(grad, normalized(x, c.mean, c.alpha, c.beta)) : grad;
+  if (!activation.relu) return grad;
+  return passes_relu(normalized(x, c.mean, c.alpha, c.beta)) ? grad : S(0);
 }
 
 enum class Value { forward, grad_training, grad_eval };

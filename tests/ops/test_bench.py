@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from l0kernels.bench.ops import pack_weight, sample_gates
+from l0kernels.bench.ops import pack_weight, packed_norm, sample_gates
 
 
 @pytest.mark.parametrize("mode", pack_weight.MODES)
@@ -49,3 +49,28 @@ def test_packing_arms_are_timed():
     ]
     assert rows[0]["forward"]["us"] > 0 and rows[0]["backward"]["times_slower"]["median"] > 0
     assert "12x10x3x3" in pack_weight.table(rows)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("layout", packed_norm.LAYOUTS)
+@pytest.mark.parametrize("shape", [(5, 7, 3, 3), (9, 7)], ids=str)
+def test_norm_arms_compute_the_same(shape, layout, training):
+    problem = packed_norm.make_problem(shape, layout, training=training)
+    found = []
+    for arm in (problem.plain, problem.ours):
+        problem.mean.zero_(), problem.var.fill_(1)
+        y = arm()
+        grads = torch.autograd.grad(
+            y, problem.inputs(), torch.linspace(-1, 1, y.numel()).view(shape)
+        )
+        found.append((y, *grads, problem.mean.clone(), problem.var.clone()))
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+def test_norm_arms_are_timed():
+    rows = packed_norm.measure([(5, 7, 3, 3), (9, 7)], dtypes=["f32"], rounds=1)
+    assert [row["layout"] for row in rows] == ["channels_last", "contiguous", "contiguous"]
+    for row in rows:
+        assert all(row[what]["us"] > 0 for what in ("forward", "backward", "eval"))
+    assert len(packed_norm.table(rows).splitlines()) == 4

@@ -8,7 +8,7 @@ import sys
 SCRIPT = """
 import hashlib
 import torch
-from l0kernels.functional import GateLayout, pack_weight, sample_gates
+from l0kernels.functional import GateLayout, pack_weight, packed_norm, sample_gates
 
 digest = hashlib.sha256()
 
@@ -44,6 +44,22 @@ for source, target in (
         packed = pack_weight(weight, z, *maps, target)
         upstream = numbers(*packed.shape).to(target)
         add(packed, *torch.autograd.grad(packed, (weight, z), upstream))
+
+index, gates = torch.arange(67)[1::3].contiguous(), torch.ones(68)
+gates[index[4]] = 0
+for dtype in (f64, f32, bf16, f16):
+    for shape in ((5000, 22), (3, 22, 37, 11), (3, 22, 2, 3)):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            x = numbers(*shape).to(dtype)
+            x = x.to(memory_format=layout) if x.dim() == 4 else x
+            own = dtype if dtype == f64 else f32
+            leaves = [x, numbers(67).to(own), numbers(67).to(own).flip(0)]
+            running = torch.zeros(67, dtype=own), torch.ones(67, dtype=own)
+            for training in (True, False):
+                leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+                maps = index, gates.to(own), gates_of(0, 67)
+                y = packed_norm(*leaves, *running, *maps, training, activation="relu")
+                add(y, *running, *torch.autograd.grad(y, leaves, numbers(*shape).to(dtype)))
 print(digest.hexdigest())
 """
 

@@ -24,21 +24,29 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _forward_fake(x, weight, bias, mean, var, index, z, map, training, momentum, eps, activation):
+def _empty_results(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     y = torch.empty_like(x, memory_format=layout_of(x))
     # float64: what float32 loses of a mean far from zero would show in y.
     mean = x.new_empty((x.shape[1],), dtype=torch.float64)
     return y, mean, torch.empty_like(mean, dtype=_compute_dtype(x))
 
 
-def _backward_fake(
-    grad, x, weight, bias, mean, rstd, index, z, map, training, activation, need_x, need_w, need_b
-):
+def _empty_gradients(x, weight, bias, need_x, need_w, need_b) -> tuple[Tensor, Tensor, Tensor]:
     return (
         torch.empty_like(x, memory_format=layout_of(x)) if need_x else x.new_empty(0),
         torch.empty_like(weight) if need_w and weight is not None else x.new_empty(0),
         torch.empty_like(bias) if need_b and bias is not None else x.new_empty(0),
     )
+
+
+def _forward_fake(x, weight, bias, mean, var, index, z, map, training, momentum, eps, activation):
+    return _empty_results(x)
+
+
+def _backward_fake(
+    grad, x, weight, bias, mean, rstd, index, z, map, training, activation, need_x, need_w, need_b
+):
+    return _empty_gradients(x, weight, bias, need_x, need_w, need_b)
 
 
 def _all_but_channels(x: Tensor) -> list[int]:
@@ -58,9 +66,7 @@ def _rows(full: Tensor | None, index: Tensor, x: Tensor, otherwise: float) -> Te
 
 def _forward_python(x, weight, bias, mean, var, index, z, map, training, momentum, eps, activation):
     running = (mean, var)
-    y, mean, rstd = _forward_fake(
-        x, None, None, None, None, index, z, map, training, momentum, eps, 0
-    )
+    y, mean, rstd = _empty_results(x)
     if x.numel() == 0:
         return y, mean.zero_(), rstd.zero_()
     dummy = is_dummy(x, index, z, map)
@@ -108,22 +114,7 @@ def _normalized(x, weight, bias, mean, rstd, index) -> Tensor:
 def _backward_python(
     grad, x, weight, bias, mean, rstd, index, z, map, training, activation, need_x, need_w, need_b
 ):
-    grad_x, grad_weight, grad_bias = _backward_fake(
-        grad,
-        x,
-        weight,
-        bias,
-        None,
-        None,
-        None,
-        None,
-        None,
-        training,
-        activation,
-        need_x,
-        need_w,
-        need_b,
-    )
+    grad_x, grad_weight, grad_bias = _empty_gradients(x, weight, bias, need_x, need_w, need_b)
     if x.numel() == 0:
         return grad_x, grad_weight.zero_(), grad_bias.zero_()
     dummy = is_dummy(x, index, z, map)
