@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+from error_table import same, within_budget
 from harness import ops as harness_ops
 from torch.library import opcheck
 
@@ -14,7 +15,7 @@ import l0kernels as l0
 from l0kernels.functional import GateLayout, OpenLists, open_lists, sample_gates
 from l0kernels.gates.draw import Draw
 from l0kernels.ops.sample_gates import op, reference
-from l0kernels.testing import assert_within_budget, max_error, z_score
+from l0kernels.testing import max_error, z_score
 
 LAWS = ("hard_concrete", "bernoulli")
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
@@ -77,6 +78,11 @@ def textbook(log_alpha, key, beta=BETA, gamma=GAMMA, zeta=ZETA):
     return F.hardtanh(s * (zeta - gamma) + gamma, 0.0, 1.0)
 
 
+def decisions(z):
+    """1 for closed, -1 for fully open, 0 between."""
+    return (z == 0).int() - (z == 1).int()
+
+
 # ---- values ----
 
 
@@ -121,8 +127,7 @@ def test_ten_million_decisions_equal_the_reference(impl, law):
         key = make_key(seed, step)
         z, expected, _ = sample_gates(log_alpha, key, cost, layout, law)
         exact, exact_expected, _ = reference.sample_gates(log_alpha, key, cost, layout, law)
-        assert torch.equal(z == 0, exact == 0)
-        assert torch.equal(z == 1, exact == 1)
+        same("sample_gates", decisions(z), decisions(exact))
         assert max_error(z, exact) <= torch.finfo(torch.float32).eps
         assert float(expected) == pytest.approx(float(exact_expected), rel=1e-6)
 
@@ -277,8 +282,10 @@ def test_gradients_within_budget(impl, law):
     with l0.use_impl("reference"):
         exact = draw(log_alpha.double(), law, cost=cost.double(), grad_z=grad_z.double())
     plain = exact.grad.float()
-    assert_within_budget(drawn.grad, exact.grad, plain)
-    assert_within_budget(drawn.expected, exact.expected, exact.expected.float())
+    within_budget("sample_gates", "gates", drawn.grad, exact.grad, plain)
+    within_budget("sample_gates", "forward", drawn.z, exact.z, exact.z.float())
+    within_budget("sample_gates", "forward", drawn.expected, exact.expected, exact.expected.float())
+    same("sample_gates", decisions(drawn.z), decisions(exact.z))
 
 
 @pytest.mark.parametrize("law", LAWS)
@@ -480,6 +487,7 @@ def random_layout(sizes):
         born = torch.randint(gates + 1, (width,)).tolist()
         extra = torch.randint(gates + 1, (width,)).tolist()
         ports += [(born, None), (sorted(born), extra), ([gates] * width, extra)]
+    ports.append((range(2000), [gates] * 1999 + [0]))
     return make_layout(sizes, ports)
 
 
@@ -504,6 +512,12 @@ def test_one_open_gate_anywhere(impl):
         z = torch.zeros(71)
         z[[opened, 70]] = 1.0
         check_lists(open_lists(z, layout), z, layout)
+
+
+def test_the_last_gate_is_kept_whatever_its_value(impl):
+    for name in ("concatenated", "extra gates of inputs"):
+        z = torch.zeros(LAYOUTS[name].group_offsets[-1] + 1)
+        check_lists(open_lists(z, LAYOUTS[name]), z, LAYOUTS[name])
 
 
 def test_a_product_that_underflows_is_closed(impl):
@@ -544,7 +558,13 @@ def test_nan_is_reported(impl, gates):
         take(log_alpha)
 
 
-BAD_KEYS = [(-1, 0, "seed"), (0, -1, "step"), (0, 1 << 32, "step"), (-(1 << 63), 0, "seed")]
+BAD_KEYS = [
+    (-1, 0, "seed"),
+    (0, -1, "step"),
+    (0, 1 << 32, "step"),
+    (-(1 << 63), 0, "seed"),
+    (-1, -1, "seed"),
+]
 
 
 @pytest.mark.parametrize("seed, step, message", BAD_KEYS)
