@@ -29,25 +29,43 @@ def max_error(actual: Tensor, exact: Tensor) -> float:
     return float(difference.masked_fill(same, 0).nan_to_num(nan=math.inf, posinf=math.inf).max())
 
 
-def assert_within_budget(actual: Tensor, exact: Tensor, plain: Tensor, factor: float = 2.0) -> None:
-    """Asserts that a kernel errs at most twice as much as plain PyTorch in the same dtype.
+def error_ratio(actual: Tensor, exact: Tensor, plain: Tensor) -> float:
+    """Returns the error of a kernel over that of plain PyTorch in the same dtype.
 
     Args:
         actual: the kernel's result.
         exact: the result computed in float64.
         plain: PyTorch's result in the kernel's dtype; one rounding unit of the largest exact
             value is added to its error, as it may be exact by luck.
+    """
+    error, budget = max_error(actual, exact), _plain_error(actual, exact, plain)
+    if error in (0, budget):
+        return float(error != 0)
+    return error / budget if budget else math.inf
+
+
+def assert_within_budget(actual: Tensor, exact: Tensor, plain: Tensor, factor: float = 2.0) -> None:
+    """Asserts that a kernel errs at most twice as much as plain PyTorch in the same dtype.
+
+    Args:
+        actual: the kernel's result.
+        exact: the result computed in float64.
+        plain: PyTorch's result in the kernel's dtype; see `error_ratio`.
         factor: how many times PyTorch's error is allowed.
 
     Raises:
         AssertionError: the error is larger; the message has both.
     """
+    if not error_ratio(actual, exact, plain) <= factor:
+        budget = factor * _plain_error(actual, exact, plain)
+        error = max_error(actual, exact)
+        raise AssertionError(f"expected an error of at most {budget:.3g}; got {error:.3g}")
+
+
+def _plain_error(actual: Tensor, exact: Tensor, plain: Tensor) -> float:
     finite = exact[exact.isfinite()].abs().double()
     unit = torch.finfo(actual.dtype).eps * (float(finite.max()) if finite.numel() else 0.0)
-    budget = factor * (max_error(plain, exact) + unit)
-    error = max_error(actual, exact)
-    if not error <= budget:
-        raise AssertionError(f"expected an error of at most {budget:.3g}; got {error:.3g}")
+    return max_error(plain, exact) + unit
 
 
 def z_score(successes: int, trials: int, probability: float) -> float:

@@ -3,7 +3,7 @@
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 # Before torch is imported: spinning threads make timings flip from run to run.
@@ -14,6 +14,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from error_table import note_outcome, write  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -47,3 +48,16 @@ def data_dir() -> Path:
     if not os.environ.get("L0K_DATA"):
         pytest.skip("L0K_DATA is not set: no folder with real data sets")
     return Path(os.environ["L0K_DATA"])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    note_outcome(item, report)
+    return report
+
+
+def pytest_sessionfinish() -> None:
+    write()

@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 import torch.nn.functional as F
+from error_table import within_budget
 from torch.library import opcheck
 
 import l0kernels as l0
 from l0kernels.functional import GateLayout, gated_conv2d, gated_linear
 from l0kernels.ops.sample_gates import reference as sample_gates
-from l0kernels.testing import assert_within_budget
 
 DTYPES = [
     (torch.float64, torch.float64),
@@ -176,13 +176,15 @@ def check(impl, problem, upstream=None):
     forward = [
         dense(p, *leaves_of(p)).detach() for p in (exact_problem, problem)
     ]  # with relu of its own
-    assert_within_budget(actual[0], forward[0], forward[1])
-    for mine, true, other in zip(actual[1:], exact[1:], plain[1:], strict=True):
+    op = "gated_linear" if problem.window is None else "gated_conv2d"
+    within_budget(op, "forward", actual[0], forward[0], forward[1])
+    passes = ("dgrad", "wgrad", "wgrad", "gates")
+    for what, mine, true, other in zip(passes, actual[1:], exact[1:], plain[1:], strict=True):
         if mine is None or true is None:
             assert true is None or bool((true == 0).all())
             assert mine is None or bool((mine == 0).all())
             continue
-        assert_within_budget(mine, true, other)
+        within_budget(op, what, mine, true, other)
     check_zeros(problem, *actual)
     check_layouts(impl, problem, *actual)
     return actual
