@@ -41,12 +41,14 @@ class Task:
         batch: examples per step.
         device: where it runs.
         seed: of weights, data and gates.
+        amp: dtype of autocast around forward and loss; None: no autocast.
     """
 
     network: Network
     batch: int
     device: torch.device
     seed: int = 0
+    amp: torch.dtype | None = None
 
 
 def log_alpha_for(keep: float) -> float:
@@ -70,6 +72,7 @@ class Arm:
             optimizer, but with learning rate 0: the open fraction stays where it was set.
         x: input.
         y: labels.
+        amp: dtype of autocast around forward and loss in `step`; None: no autocast.
     """
 
     def __init__(
@@ -79,8 +82,10 @@ class Arm:
         gates: Iterable[nn.Parameter],
         x: Tensor,
         y: Tensor,
+        amp: torch.dtype | None = None,
     ):
         self.net, self.loss, self.gates, self.x, self.y = net, loss, list(gates), x, y
+        self.amp = amp
         own = set(self.gates)
         weights = [p for p in net.parameters() if p not in own]
         self.trained = [*weights, *self.gates]
@@ -102,7 +107,8 @@ class Arm:
 
     def step(self) -> None:
         """Draw, forward, penalty, backward and optimizer: all that a training step does."""
-        loss = self.loss(self.x, self.y)
+        with torch.autocast(self.x.device.type, self.amp, enabled=self.amp is not None):
+            loss = self.loss(self.x, self.y)
         for parameter, view in zip(self.trained, self.views, strict=True):
             parameter.grad = view.grad = None
         loss.backward()
@@ -162,7 +168,7 @@ def oracle_arm(task: Task, net: nn.Module) -> Arm:
     x, y = (t.to(task.device) for t in task.network.example(task.batch, task.seed))
     net, x = best_layout(net, x)
     net = net.to(task.device).train()
-    return Arm(net, lambda x, y: F.cross_entropy(net(x), y), [], x, y)
+    return Arm(net, lambda x, y: F.cross_entropy(net(x), y), [], x, y, task.amp)
 
 
 class Oracle:
@@ -229,6 +235,7 @@ def plain_arm(task: Task, variant: str, net: nn.Module, x: Tensor, y: Tensor) ->
         gated.gate_parameters(),
         x,
         y,
+        task.amp,
     )
 
 
@@ -240,7 +247,7 @@ def our_arm(task: Task, net: nn.Module, x: Tensor, y: Tensor) -> Arm:
     expected = {g.producer: w for g, w in zip(task.network.groups, widths, strict=True)}
     if got != expected:
         raise RuntimeError(f"expected convert to gate {expected}, got {got}")
-    return Arm(net, lambda x, y: our_loss(net, x, y), [gates.log_alpha], x, y)
+    return Arm(net, lambda x, y: our_loss(net, x, y), [gates.log_alpha], x, y, task.amp)
 
 
 def our_loss(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 
 from . import models, networks
 from .arms import VARIANTS
-from .step import Setting, measure, table, write
+from .step import AMP, Setting, measure, table, write
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +46,7 @@ def add_step(kinds: Any) -> None:
     )
     step.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     step.add_argument("--device", default=default.device, help="cpu or cuda (default: cpu)")
+    step.add_argument("--amp", choices=AMP, default=default.amp, help="default: %(default)s")
     step.add_argument("--seed", type=int, default=default.seed, help="default: %(default)s")
     step.add_argument("--json", action="store_true", help="print JSON instead of the table")
     step.add_argument("--out", type=Path, help="folder for step.md, step.json, step.csv, step.png")
@@ -99,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def run_step(args: argparse.Namespace) -> int:
-    names = ("model", "batch", "keep", "rounds", "warmup", "variants", "device", "seed")
+    names = ("model", "batch", "keep", "rounds", "warmup", "variants", "device", "seed", "amp")
     report = measure(Setting(**{name: getattr(args, name) for name in names}))
     print(json.dumps(report.to_dict(), indent=1) if args.json else table(report))
     if args.out is not None:

@@ -17,6 +17,7 @@ from . import models
 from .arms import VARIANTS, Arm, Oracle, Task, make_arm, require_agreement
 from .timing import Spread, environment, interleave, paired, require_passive_wait, spread
 
+AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Name in tables: (over, under).
 RATIOS = {
     "S as written": ("masked-nchw", "ours"),
@@ -53,6 +54,7 @@ class Setting:
         variants: which of `arms.VARIANTS` to time.
         device: "cpu", "cuda" or "cuda:N".
         seed: of weights, data and gates.
+        amp: autocast around forward and loss: "none", "bf16" or "fp16" (without loss scaling).
     """
 
     model: str = "wrn-28-10"
@@ -63,6 +65,7 @@ class Setting:
     variants: tuple[str, ...] = VARIANTS
     device: str = "cpu"
     seed: int = 0
+    amp: str = "none"
 
 
 @dataclass
@@ -103,7 +106,11 @@ def measure(setting: Setting) -> Report:
     require_passive_wait()
     check(setting)
     task = Task(
-        models.network(setting.model), setting.batch, torch.device(setting.device), setting.seed
+        models.network(setting.model),
+        setting.batch,
+        torch.device(setting.device),
+        setting.seed,
+        AMP[setting.amp],
     )
     before = environment(setting.device)
     gated = {n: make_arm(task, n) for n in setting.variants if not n.startswith("oracle")}
@@ -122,6 +129,8 @@ def check(setting: Setting) -> None:
         raise ValueError(
             f"expected batch >= 1 and rounds >= 1, got {setting.batch} and {setting.rounds}"
         )
+    if setting.amp not in AMP:
+        raise ValueError(f"expected amp among {', '.join(AMP)}, got {setting.amp!r}")
     if torch.device(setting.device).type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(f"expected a CUDA device for {setting.device!r}, found none")
 
@@ -176,7 +185,8 @@ def table(report: Report) -> str:
 def title(report: Report) -> str:
     setting, where = report.setting, report.environment
     return (
-        f"{setting.model}, batch {setting.batch}, {setting.rounds} rounds; {where['device']}"
+        f"{setting.model}, batch {setting.batch}, autocast {setting.amp}, {setting.rounds} rounds;"
+        f" {where['device']}"
         f" ({where['cpu']}), {where['threads']} threads, torch {where['torch']}, l0kernels"
         f" {where['l0kernels']} ({where['git']}), OMP_WAIT_POLICY={where['OMP_WAIT_POLICY']}, load"
         f" average {where['load_average']} before, {where['load_average_after']} after"

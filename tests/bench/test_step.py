@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from l0kernels.bench import arms, step
+from l0kernels.bench import arms, models, step
 from l0kernels.bench.plot import STYLES
 from l0kernels.bench.timing import Spread, spread
 from l0kernels.cli import main
@@ -97,6 +98,17 @@ def test_oracles_end_the_round_after_ours(monkeypatch: pytest.MonkeyPatch):
     ):
         assert main([*QUICK, "--keep", ".5", "--variants", variants]) == 0
         assert rounds.pop() == (variants.split(","), last)
+
+
+@pytest.mark.parametrize("variant", [name for name in arms.VARIANTS if name != "oracle"])
+def test_steps_run_under_autocast(variant: str):
+    network = models.network("mlp-784-300-100")
+    task = arms.Task(network, 2, torch.device("cpu"), amp=torch.bfloat16)
+    arm = arms.make_arm(task, variant, 0.5)
+    dtypes: list[torch.dtype] = []
+    arm.net.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+    arm.step()
+    assert dtypes == [torch.bfloat16]
 
 
 def test_every_ratio_has_its_own_look():

@@ -7,10 +7,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from harness import build, ops
+from harness import build, offload, ops
 
 import l0kernels as l0
 from l0kernels import _ext
+
+
+ON_GPU = [pytest.param(f"{name} on a GPU", marks=pytest.mark.gpu) for name in offload.IMPLS]
 
 
 @pytest.fixture(scope="session")
@@ -44,6 +47,16 @@ def use_harness(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     ops.set_schedule(seed if seed < 0 else seed + zlib.crc32(request.node.name.encode()))
 
 
+def use_gpu(name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if reason := offload.why_not(name):
+        pytest.skip(f"{name} kernels cannot run on this GPU: {reason}")
+    stem = stem_of(request.node)
+    if stem in ops.stems() and not offload.has_source(name, stem):
+        pytest.skip(f"{stem} has no {name} kernels")
+    for patch in offload.patches_of(name, ops.stems()):
+        monkeypatch.setattr(*patch)
+
+
 def use_python(monkeypatch: pytest.MonkeyPatch) -> None:
     for stem in ops.stems():
         for handle, _, _, function in ops.raw_ops(stem):
@@ -56,6 +69,10 @@ def select_impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         use_harness(request, monkeypatch)
         yield request.param
         return
+    if request.param.endswith(" on a GPU"):
+        use_gpu(request.param.removesuffix(" on a GPU"), request, monkeypatch)
+        yield request.param
+        return
     if request.param == "python":
         use_python(monkeypatch)
         yield request.param
@@ -66,14 +83,14 @@ def select_impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         yield request.param
 
 
-@pytest.fixture(params=["reference", "python", "cpp", "harness"])
+@pytest.fixture(params=["reference", "python", "cpp", "harness", *ON_GPU])
 def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The reference, the PyTorch stand-in for missing libraries, and the kernels: C++ and, run on
-    the CPU, CUDA."""
+    """The reference, the PyTorch stand-in for missing libraries, and the kernels: C++, CUDA
+    run on the CPU, and those of the GPU if there is one."""
     yield from select_impl(request, monkeypatch)
 
 
-@pytest.fixture(params=["python", "cpp", "harness"])
+@pytest.fixture(params=["python", "cpp", "harness", *ON_GPU])
 def op_impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """What runs behind the registered operators, whose backward pass is our own."""
     yield from select_impl(request, monkeypatch)

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m gpu``: everything that needs a GPU, in under 8 minutes, without a network.
+
+Builds the package for this Python, runs the tests on the GPU, a part of them under the CUDA
+sanitizers, then benchmarks and experiments. Writes <gpu>.md, <gpu>.csv and logs; fails where the
+build, the tests or a benchmark fail. Sanitizers that do not run on a machine are reported only.
+"""
+
+import argparse
+import importlib.util
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+from gpu.report import Facts, write
+from gpu.stages import Deadline, Result, Stage, run_stage, run_together
+
+ROOT = Path(__file__).resolve().parents[2]
+SECONDS = 470
+PYTHON = sys.executable
+SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
+CHECKED = "GPU and (test_shapes or test_more_than_one_block or test_larger_tiles or test_draws)"
+OPS = ("sample_gates", "pack_weight", "packed_norm", "gated_linear", "gated_conv2d")
+
+
+def build() -> Stage:
+    pip = [PYTHON, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-build-isolation"]
+    return Stage("build", [*pip, "-e", "."], 170, environment={"L0K_BUILD": "cuda"})
+
+
+def tests(logs: Path) -> list[Stage]:
+    pytest = [PYTHON, "-m", "pytest", "-q", "-rfEs", "-m", "gpu", "-p", "no:cacheprovider"]
+    workers = []
+    if importlib.util.find_spec("xdist"):
+        workers = ["-n", str(max(1, (os.cpu_count() or 2) - 4))]
+    large = "tests/gpu/test_large.py"
+    return [
+        Stage(
+            "tests",
+            [*pytest, *workers, f"--ignore={large}", f"--junitxml={logs / 'tests.xml'}"],
+            250,
+        ),
+        Stage("tests beyond 2^31 elements", [*pytest, large], 90),
+    ]
+
+
+def sanitizers() -> list[Stage]:
+    pytest = [PYTHON, "-m", "pytest", "-q", "-x", "-m", "gpu", "-p", "no:cacheprovider"]
+    return [
+        Stage(
+            tool,
+            ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=9", "--kernel-name-exclude"]
+            + ["regex=at::.*|.*cub.*|.*cutlass.*"]
+            + [*pytest, "tests/ops", "-k", CHECKED],
+            200,
+            # Only memory that is not kept for later use has bounds that a sanitizer knows.
+            environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+            required=False,
+        )
+        for tool in SANITIZERS
+    ]
+
+
+def benchmarks(quick: bool) -> list[Stage]:
+    rounds = "3" if quick else "15"
+    bench = [PYTHON, "-m", "l0kernels.cli", "bench", "step", "--device", "cuda", "--json"]
+    module = [PYTHON, "-m"]
+    steps = [
+        Stage(
+            f"step {model} {amp}",
+            [*bench, "--model", model, "--batch", "128", "--amp", amp, "--rounds", rounds]
+            + ["--keep", "1,.5,.25,.1"],
+            100,
+            figures=True,
+        )
+        for model, amp in (("wrn-28-10", "bf16"), ("vgg16", "none"))
+    ]
+    experiments = Stage(
+        "experiments", [*module, "l0kernels.bench.experiments", "--json"], 60, figures=True
+    )
+    ops = [
+        Stage(
+            f"op {name}",
+            [*module, f"l0kernels.bench.ops.{name}", "--device", "cuda", "--json"]
+            + ["--rounds", rounds],
+            40,
+            figures=True,
+        )
+        for name in OPS
+    ]
+    return [steps[0], experiments, *ops, steps[1]]
+
+
+def collect(only: str, logs: Path, quick: bool) -> list[Result]:
+    """Runs the stages whose names match, the tests and sanitizers beside each other."""
+    deadline = Deadline(SECONDS)
+
+    def wanted(stages: list[Stage]) -> list[Stage]:
+        return [stage for stage in stages if re.search(only, stage.name)]
+
+    results = [run_stage(stage, ROOT, logs, deadline) for stage in wanted([build()])]
+    results += run_together(wanted([*tests(logs), *sanitizers()]), ROOT, logs, deadline)
+    for stage in wanted(benchmarks(quick)):
+        results.append(run_stage(stage, ROOT, logs, deadline))
+    return results
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns 1 if a required stage failed."""
+    parser = argparse.ArgumentParser(prog="python -m gpu", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("bench/results"))
+    parser.add_argument("--logs", type=Path, default=Path("runs/gpu"))
+    parser.add_argument("--only", default="", help="regular expression: names of stages")
+    parser.add_argument("--quick", action="store_true", help="few rounds of the benchmarks")
+    parser.add_argument("--commit", help="what is measured, where there is no git")
+    options = parser.parse_args(arguments)
+    facts = Facts.of_this_machine(options.commit)
+    if facts is None:
+        print("make gpu: torch finds no CUDA device here", file=sys.stderr)
+        return 1
+    options.logs.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    results = collect(options.only, options.logs.resolve(), options.quick)
+    print(write(options.out, facts, results, time.monotonic() - start))
+    return int(any(result.failed for result in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
