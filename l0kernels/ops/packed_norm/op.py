@@ -241,10 +241,13 @@ def packed_norm(
         training mode. RuntimeError: an index out of bounds or twice (on a GPU this is not
         checked: nothing waits for the kernels).
 
-    Cost: forward reads x twice in training mode (once in eval mode) and writes y; backward reads x
-    and dL/dy twice and writes dx. [128, 160, 32, 32] in bfloat16, 21.0 M numbers: 126 MB forward,
-    210 MB backward, so at least 26 us and 44 us at the 4.8 TB/s of an H200; about 9 and 16
-    operations per number are 0.19 and 0.34 GFLOP, 3 us and 5 us of its float32 units.
+    Cost on a GPU, three launches each way; memory limits them. With m numbers of b bytes, forward
+    takes the moments (b m bytes, 4 m FLOP; none in eval mode), what follows for each channel
+    (about 100 bytes per channel, a launch is what it costs), and y (2 b m bytes, 4 m FLOP).
+    Backward takes the sums (2 b m bytes, 8 m FLOP), what follows, and dx (3 b m bytes, 9 m FLOP).
+    [128, 160, 32, 32] in bfloat16, 21.0 M numbers: 42 and 84 MB forward, 84 and 126 MB backward,
+    so at least 10 and 20 us, 20 and 29 us on an H200 (4.3 TB/s); its float32 units need 6 us at
+    most. Counted, not measured.
 
     Source: Ioffe and Szegedy, "Batch normalization" (ICML 2015), algorithm 1, with the running
     averages of `torch.nn.functional.batch_norm`.
