@@ -2,8 +2,9 @@
 """``python -m gpu``: everything that needs a GPU, in under 8 minutes, without a network.
 
 Builds the package for this Python, runs the tests on the GPU, a part of them under the CUDA
-sanitizers, then benchmarks and experiments. Writes <gpu>.md, <gpu>.csv and logs; fails where the
-build, the tests or a benchmark fail. Sanitizers that do not run on a machine are reported only.
+sanitizers, then benchmarks and experiments. Writes <gpu>.md, <gpu>.csv, <gpu>-tests.json and
+logs; fails where the build, a test or a benchmark fails. Sanitizers that do not run on a machine
+are reported only.
 """
 
 import argparse
@@ -13,6 +14,8 @@ import re
 import sys
 import time
 from pathlib import Path
+
+import error_table
 
 from gpu.report import Facts, write
 from gpu.stages import Deadline, Result, Stage, run_stage, run_together
@@ -41,6 +44,7 @@ def tests(logs: Path) -> list[Stage]:
             "tests",
             [*pytest, *workers, f"--ignore={large}", f"--junitxml={logs / 'tests.xml'}"],
             250,
+            environment={"L0K_TEST_RECORDS": str(logs / "records")},
         ),
         Stage("tests beyond 2^31 elements", [*pytest, large], 90),
     ]
@@ -123,8 +127,11 @@ def main(arguments: list[str] | None = None) -> int:
     options.logs.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     results = collect(options.only, options.logs.resolve(), options.quick)
-    print(write(options.out, facts, results, time.monotonic() - start))
-    return int(any(result.failed for result in results))
+    records = error_table.load(filter(Path.exists, [options.logs / "records"]))
+    print(write(options.out, facts, results, records, time.monotonic() - start))
+    defects = [defect for row in records for defect in row.defects()]
+    print(*defects, sep="\n")
+    return int(bool(defects) or any(result.failed for result in results))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import error_table
+
 from gpu.stages import Result
 
 
@@ -78,18 +80,28 @@ def said(command: list[str], pattern: str = ".+") -> str:
     return found[0] if found else "unknown"
 
 
-def write(folder: Path, facts: Facts, results: list[Result], seconds: float) -> str:
-    """Writes <gpu>.md and <gpu>.csv; returns the report.
+def write(
+    folder: Path,
+    facts: Facts,
+    results: list[Result],
+    records: list[error_table.Row],
+    seconds: float,
+) -> str:
+    """Writes <gpu>.md, <gpu>.csv and <gpu>-tests.json; returns the report.
 
     Args:
-        folder: for both.
+        folder: for all three.
         facts: where it ran.
         results: of all stages.
+        records: what the tests of operators noted.
         seconds: the whole run took.
     """
     folder.mkdir(parents=True, exist_ok=True)
     slug = re.sub(r"\W+", "-", facts.gpu.lower()).strip("-")
     text = markdown(facts, results, seconds)
+    if records:
+        text += f"\n## errors of the operators\n\n{error_table.markdown(records)}"
+        error_table.save(folder / f"{slug}-tests.json", records)
     (folder / f"{slug}.md").write_text(text, encoding="utf-8")
     (folder / f"{slug}.csv").write_text(as_csv(facts, results), encoding="utf-8")
     return text
