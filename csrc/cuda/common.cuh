@@ -67,7 +67,6 @@ constexpr unsigned kFullWarp = 0xFFFFFFFFu;
 
 // ---- launches ----
 
-constexpr size_t kDefaultSharedBytes = 48 << 10;  // more must be asked for
 constexpr size_t kMaxParamsBytes = 32764;  // from compute capability 7.0 and CUDA 12.1 on
 
 template <typename T>
@@ -121,7 +120,8 @@ template <typename Params>
 void launch(void (*kernel)(Params), const char* name, dim3 grid, dim3 block, size_t shared_bytes,
             Stream stream, const typename AsIs<Params>::Type& params) {
   static_assert(std::is_trivially_copyable_v<Params> && sizeof(Params) <= kMaxParamsBytes);
-  if (shared_bytes > kDefaultSharedBytes) {
+  // Unasked, a block gets 48 KiB less its static shared memory.
+  if (shared_bytes > 0) {
     check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     static_cast<int>(shared_bytes)),
                name);
