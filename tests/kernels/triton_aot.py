@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles the Triton kernels for GPUs that are not there, and reads what they need.
+
+The operators themselves are called, with small tensors, so that alignment, options and tiles are
+those of a real launch; only the launch is left out. `CASES` has calls that make every choice which
+the operators can make.
+"""
+
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from importlib.util import find_spec
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from kernels import sass
+from kernels.cuda_aot import ROOT, Resources, parse_ptxas
+from kernels.table import Row, Skipped
+
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90a": ("cuda", 90, 32),
+    "sm_100a": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+AMD_KEY = {
+    "MFMA": r"v_mfma_\w+",
+    "FMA64": r"v_fmac?_f64\w*",
+    "LOAD": r"global_load_(?:u?byte|[us]?short|dword)\b",
+    "LOAD.128": r"global_load_dwordx4",
+    "ATOM": r"(?:global|flat|ds)_atomic\w*",
+}
+ATOMICS = "ATOM"
+
+Case = tuple[str, Callable[[], Any]]  # what it is, the call
+
+
+# ---- calls ----
+
+
+def sample_gates_cases() -> Iterator[Case]:
+    from l0kernels.ops.sample_gates import triton as kernels
+
+    key, offsets = torch.tensor([1, 2]), torch.tensor([0, 8])
+    for dtype in (torch.float32, torch.float64):
+        gates = torch.zeros(8, dtype=dtype)
+        grad_z, grad_expected = torch.zeros(9, dtype=dtype), torch.zeros((), dtype=dtype)
+        for features in (8, kernels.LIST_BLOCKS[0][0] + 1):
+            ports = (offsets, torch.zeros(2, features, dtype=torch.int64), offsets)
+            for law in (0, 1):
+                arguments = (gates, key, gates, *ports, law, 0.5, -0.1, 1.1)
+                yield f"{_name(dtype)} law {law}", _call(kernels.sample_gates, *arguments)
+            yield f"{_name(dtype)} alone", _call(kernels.open_lists, grad_z, *ports)
+        for law in (0, 1):
+            for which, grads in {
+                "z, expected": (grad_z, grad_expected),
+                "z": (grad_z, None),
+                "expected": (None, grad_expected),
+            }.items():
+                arguments = (gates, key, gates, *grads, law, 0.5, -0.1, 1.1)
+                config = f"{_name(dtype)} law {law} from {which}"
+                yield config, _call(kernels.sample_gates_backward, *arguments)
+
+
+def pack_weight_cases() -> Iterator[Case]:
+    from l0kernels.ops.pack_weight import op
+    from l0kernels.ops.pack_weight import triton as kernels
+
+    pairs = [(weight, packed) for weight, to in op._OUTPUT_DTYPES.items() for packed in to]
+    for dtype, packed in pairs:
+        for width in (8, kernels.TILES[0][1] + 1):
+            for count in (1, kernels.WEIGHTS) if packed == torch.float32 else (1,):
+                yield from _pack_cases(kernels, dtype, packed, count, width)
+    # The gates of more weights than one launch takes.
+    yield from _pack_cases(kernels, torch.float32, torch.float32, kernels.WEIGHTS + 1, 8)
+
+
+def _pack_cases(
+    kernels: Any, dtype: torch.dtype, packed: torch.dtype, count: int, width: int
+) -> Iterator[Case]:
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    weights = [torch.zeros(8, width, dtype=dtype) for _ in range(count)]
+    grads = [torch.zeros(8, width, dtype=packed) for _ in range(count)]
+    lists = (torch.ones(9, dtype=compute), torch.arange(width), torch.zeros(2, width).long())
+    arguments = (weights, *lists, [0, 8, 0, width] * count)
+    config = f"{_name(dtype)} to {_name(packed)}, {count} weights"
+    yield config, _call(kernels.pack_weights, *arguments, packed)
+    for need_z in (False, True):
+        call = _call(kernels.pack_weights_backward, grads, *arguments, [True] * count, need_z)
+        yield config, call
+
+
+CASES = {"sample_gates": sample_gates_cases, "pack_weight": pack_weight_cases}
+
+
+def _call(function: Callable, *arguments: Any) -> Callable[[], Any]:
+    return lambda: function(*arguments)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# ---- compilation ----
+
+
+class AbsentGpu:
+    """What Triton asks a driver before it compiles."""
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_only(arch: str) -> list[tuple[str, str, Any]]:
+    """From now on this process compiles kernels for `arch` and launches none.
+
+    Returns:
+        A list to which every call of a kernel adds (name, constants, compiled kernel).
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    found = []
+    launch = JITFunction.run
+
+    def run(function, *arguments, grid, warmup, **options):
+        if TARGETS[arch][0] == "hip":
+            options.pop("maxnreg", None)  # PyTorch for AMD GPUs would not have asked for it
+        kernel = launch(function, *arguments, grid=grid, warmup=True, **options)
+        constants = [f"{key}={value}" for key, value in options.items() if key.isupper()]
+        found.append((function.fn.__name__, " ".join(constants), kernel))
+        return kernel
+
+    driver.set_active(AbsentGpu(GPUTarget(*TARGETS[arch])))
+    JITFunction.run = run
+    return found
+
+
+def rows_of(arch: str) -> list[Row]:
+    """The rows of one architecture; needs a process of its own."""
+    os.environ.pop("TRITON_INTERPRET", None)
+    kernels = compile_only(arch)
+    found: dict[tuple[str, str, str], Row] = {}
+    for stem, cases in CASES.items():
+        source = f"l0kernels/ops/{stem}/triton.py"
+        for config, call in cases():
+            kernels.clear()
+            call()
+            for name, constants, kernel in kernels:
+                key = (source, name, f"{config}, {constants}")
+                if key not in found:
+                    found[key] = _row(arch, *key, kernel)
+    return list(found.values())
+
+
+def _row(arch: str, source: str, name: str, config: str, kernel: Any) -> Row:
+    read = _read_amd if "amdgcn" in kernel.asm else _read_nvidia
+    resources, instructions = read(kernel)
+    problems = []
+    if ATOMICS in instructions:
+        problems.append("has atomics: all sums have one order")
+    if kernel.metadata.enable_fp_fusion and "sample_gates" in source:
+        problems.append("may fuse products with sums, which changes decisions")
+    return Row(
+        backend="triton",
+        source=source,
+        kernel=name,
+        config=config,
+        arch=arch,
+        threads=kernel.metadata.num_warps * TARGETS[arch][2],
+        registers=resources.registers,
+        spilled=resources.spilled,
+        shared=kernel.metadata.shared,
+        instructions=instructions,
+        problems=tuple(problems),
+    )
+
+
+def _read_nvidia(kernel: Any) -> tuple[Resources, dict[str, int]]:
+    from triton import knobs
+
+    ptx = kernel.asm["ptx"]
+    target = re.search(r"\.target\s+(sm_\w+)", ptx)
+    assert target is not None
+    is_new = int(re.sub(r"\D", "", target[1])) >= 100
+    tool = knobs.nvidia.ptxas_blackwell if is_new else knobs.nvidia.ptxas
+    fusion = [] if kernel.metadata.enable_fp_fusion else ["--fmad=false"]
+    with tempfile.TemporaryDirectory() as folder:
+        source, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
+        source.write_text(ptx, encoding="utf-8")
+        command = [tool.path, "-v", *fusion, f"--gpu-name={target[1]}", str(source)]
+        done = subprocess.run(
+            [*command, "-o", str(cubin)], capture_output=True, text=True, check=True
+        )
+        counts = sass.count(sass.disassemble(cubin))
+    (resources,) = parse_ptxas(done.stderr).values()
+    (instructions,) = counts.values()
+    return resources, instructions
+
+
+def _read_amd(kernel: Any) -> tuple[Resources, dict[str, int]]:
+    text = kernel.asm["amdgcn"]
+
+    def field(name: str) -> int:
+        found = re.search(rf"^\s*\.{name}:\s+(\d+)", text, re.MULTILINE)
+        return int(found[1]) if found else 0
+
+    spilled = 4 * (field("vgpr_spill_count") + field("sgpr_spill_count"))
+    counts = {name: len(re.findall(rf"\b{key}", text)) for name, key in AMD_KEY.items()}
+    return Resources(field("vgpr_count"), spilled), {k: n for k, n in counts.items() if n}
+
+
+def rows(root: Path = ROOT) -> list[Row]:
+    """Every Triton kernel in every configuration on every architecture.
+
+    Raises:
+        Skipped: Triton is not installed.
+        RuntimeError: an operator has Triton kernels that nothing here calls.
+    """
+    if find_spec("triton") is None:
+        raise Skipped("Triton is not installed: skipped")
+    stems = {path.parent.name for path in root.glob("l0kernels/ops/*/triton.py")}
+    if missing := sorted(stems - CASES.keys()):
+        raise RuntimeError(f"no cases for the Triton kernels of {', '.join(missing)}")
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+        return [row for found in pool.map(rows_of, TARGETS) for row in found]

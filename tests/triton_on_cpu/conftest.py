@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests of Triton kernels in Triton's interpreter.
+
+A process interprets all its kernels or none: Triton decides when it decorates them. So these tests
+need TRITON_INTERPRET=1 from the start. Without it, test_in_interpreter.py runs them in processes
+of their own, and nothing else is collected here. To debug one:
+`TRITON_INTERPRET=1 python -m pytest tests/triton_on_cpu -k name`.
+
+The folder is not named triton because it would be taken for the package where that is missing.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+
+INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
+STARTER = "test_in_interpreter.py"
+MOST_GATES = 5000
+REUSED = ["ops.test_pack_weight", "ops.test_sample_gates"]
+
+collect_ignore = [path.name for path in Path(__file__).parent.glob("test_*.py")]
+if INTERPRETS:
+    from triton_on_cpu import interpreter
+
+    interpreter.install()
+    pytest.register_assert_rewrite(*REUSED)
+    collect_ignore = [STARTER]
+else:
+    collect_ignore.remove(STARTER)
+
+
+@pytest.fixture(scope="session")
+def need_cpp() -> None:
+    from l0kernels import _ext
+
+    if not _ext.cpp_available():
+        pytest.skip(f"the C++ ops are not there: {_ext.why_not()}")
+
+
+@pytest.fixture
+def impl(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Puts the Triton kernels behind the operators, whatever a test wants to be run by."""
+    import torch
+    from torch._ops import OpOverload
+
+    from l0kernels.ops.pack_weight import op as pack_weight_op
+    from l0kernels.ops.pack_weight import triton as pack_weight
+    from l0kernels.ops.sample_gates import op as sample_gates_op
+    from l0kernels.ops.sample_gates import triton as sample_gates
+
+    for module, kernels in ((pack_weight_op, pack_weight), (sample_gates_op, sample_gates)):
+        for name, handle in list(vars(module).items()):
+            if isinstance(handle, OpOverload):
+                raw_name = handle._schema.name.split("::")[1]
+                monkeypatch.setattr(module, name, torch.no_grad()(getattr(kernels, raw_name)))
+    return "triton"
+
+
+@pytest.fixture
+def op_impl(impl: str) -> str:
+    return impl
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leaves out sizes that take the interpreter minutes and reach no other code."""
+    items[:] = [
+        item
+        for item in items
+        if not (isinstance(item, pytest.Function) and _size(item) > MOST_GATES)
+    ]
+
+
+def _size(item: pytest.Function) -> int:
+    size = item.callspec.params.get("gates", 0) if hasattr(item, "callspec") else 0
+    return size if isinstance(size, int) else 0
