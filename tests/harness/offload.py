@@ -107,4 +107,6 @@ def _registered(impl: str, stem: str, handle: OpOverload, fake: Callable) -> OpO
         if impl == "triton":
             kernel = getattr(importlib.import_module(f"l0kernels.ops.{stem}.triton"), name)
         library.impl(name, torch.no_grad()(offloaded(handle, kernel)), "CPU")
+        # Operators that stand in for others call them with tensors that are there already.
+        library.impl(name, torch.no_grad()(kernel), "CUDA")
     return getattr(space, name).default
