@@ -140,8 +140,8 @@ def _draw_of_kept(gates: Gates, layers: list[GatedLayer], values: Tensor) -> Dra
     group_offsets, maps, port_offsets = gates.layout
     born = torch.stack((maps[0], torch.full_like(maps[1], gates.count)))
     layout = GateLayout(group_offsets, born, port_offsets)
-    selects = [False] * len(gates.port_maps)
-    return Draw(z, open_lists(z, layout), layout, selects, False, gates.log_alpha._version)
+    places = gates.port_starts, [False] * len(gates.port_maps)
+    return Draw(z, open_lists(z, layout), *places, False, gates.log_alpha._version)
 
 
 def _is_unused(gates: Gates, layers: list[GatedLayer], z: Tensor) -> Tensor:

@@ -58,6 +58,7 @@ class Gates(nn.Module):
     """
 
     law: ClassVar[str]
+    _together: bool | None = None
     log_alpha: nn.Parameter
     step: Tensor
     seed: Tensor
@@ -89,6 +90,7 @@ class Gates(nn.Module):
         empty = torch.zeros(2, 0, dtype=torch.int64)
         self.layout = GateLayout(offsets, empty, torch.zeros(1, dtype=torch.int64))
         self.port_maps: list[Tensor] = []
+        self.port_starts: list[int] = []
         self.port_selects: list[bool] = []
         self.port_arrivals: list[list[tuple[int, int]] | None] = []
         self._ports: dict[tuple[str, ...], int] = {}
@@ -99,9 +101,12 @@ class Gates(nn.Module):
         self._cost = self._cost_of(self._lam, self.unit_weights).float()
         self._draw: Draw | None = None
         self._awaiting: Draw | None = None
-        self._projected = -1
+        # Versions of log_alpha at which it is as the method, or having been frozen, wants it.
+        self._projected, self._restored = -1, -1
         self._frozen_at: Tensor | None = None
         self._graphs: weakref.WeakSet[Graph] = weakref.WeakSet()
+        # What each layer packed to last, None if it packed nothing; and None until a forward.
+        self.layers: weakref.WeakKeyDictionary[Any, torch.dtype | None] | None = None
         self._held = 0
 
     # What a method supplies.
@@ -163,7 +168,9 @@ class Gates(nn.Module):
         """
         self._check_free("unfreeze")
         if self._frozen_at is not None:
-            self._settle()
+            if not self.log_alpha.equal(self._frozen_at):  # writes through .data have no version
+                with torch.no_grad():
+                    self.log_alpha.copy_(self._frozen_at)
             self._freeze_at(None)
 
     def _check_free(self, what: str) -> None:
@@ -171,7 +178,7 @@ class Gates(nn.Module):
             raise RuntimeError(f"{what}: expected to be outside hold and expected_loss")
 
     def _freeze_at(self, values: Tensor | None) -> None:
-        self._frozen_at = values
+        self._frozen_at, self._restored = values, self.log_alpha._version
         self._draw = None
 
     # Structure.
@@ -218,6 +225,7 @@ class Gates(nn.Module):
         if not layers:
             raise ValueError("attach: expected a model with layers that use these gates, got none")
         self._plan_ports(layers)
+        self.layers = None
         names = {module: name for name, module in root.named_modules()}
         norms = [m for m in layers if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self._norms = [tuple(names[norm].split(".")) for norm in norms]
@@ -252,6 +260,7 @@ class Gates(nn.Module):
             layer.out_port = -1 if layer.out_gate is None else self.port_of(layer.out_gate)
         device = self.log_alpha.device
         ends = torch.tensor([0, *(m.shape[1] for m in self.port_maps)]).cumsum(0)
+        self.port_starts = ends.tolist()[:-1]
         self.layout = GateLayout(
             self.layout.group_offsets.to(device),
             torch.cat(self.port_maps, 1).to(device),
@@ -317,7 +326,8 @@ class Gates(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # A draw belongs to one graph: it is never copied or pickled.
         state = self.__dict__.copy()
-        state.update(_draw=None, _awaiting=None, _held=0, _projected=-1)
+        state.update(_draw=None, _awaiting=None, _held=0, layers=None)
+        state.update(_projected=-1, _restored=-1)
         del state["_graphs"]
         return state
 
@@ -379,6 +389,38 @@ class Gates(nn.Module):
     def forward(self, x: Any) -> Any:
         return x
 
+    # Packing.
+
+    @property
+    def together(self) -> bool:
+        """Whether layers pack in one call for the model, and norms run as one operator: on a GPU,
+        where each launch counts, unless compiled.
+        """
+        on = self.log_alpha.is_cuda if self._together is None else self._together
+        return on and not torch.compiler.is_compiling()
+
+    def span(self, port: int, draw: Draw) -> tuple[int, int]:
+        """Where the packed features of a port lie in the lists of a draw; (-1, 0) for no port."""
+        return (-1, 0) if port < 0 else (self.port_starts[port], draw.counts[port])
+
+    def begin_forward(self, root: nn.Module) -> None:
+        """Have the layers of the model pack anew, also under a draw that is held: parameters may
+        have changed since.
+        """
+        from l0kernels.nn.packing import layers_of
+
+        self._drop_shares()
+        if self.layers is None:
+            self.layers = layers_of(root, self)
+
+    def _drop_shares(self) -> None:
+        if self._draw is None or self.layers is None:
+            return
+        for shares in self._draw.shares.values():
+            for layer in shares:
+                self.layers[layer] = None
+        self._draw.shares.clear()
+
     # Draws.
 
     def current_draw(self) -> Draw:
@@ -397,7 +439,7 @@ class Gates(nn.Module):
             )
         if not torch.compiler.is_compiling():
             self._check_mode(draw)
-            if _in_backward():
+            if in_backward():
                 self._check_recomputation(draw)
             elif draw.differentiable and not torch.is_grad_enabled():
                 draw.awaits_backward = True
@@ -443,6 +485,7 @@ class Gates(nn.Module):
             )
 
     def _set_draw(self, draw: Draw) -> None:
+        self._drop_shares()
         if self._draw is not None and self._draw.awaits_backward:
             self._awaiting = self._draw
         self._draw = draw
@@ -462,7 +505,8 @@ class Gates(nn.Module):
             self.draw_given(_Constant.apply(self.log_alpha, self._checked_deterministic()))
         else:
             self.step.add_(1)
-            self._set_draw(self._sample(self._cost))
+            z, expected, lists, key = self._sample(self._cost)
+            self._set_draw(self._make_draw(z, lists, expected, (self.log_alpha, key)))
 
     @torch.no_grad()
     def _checked_deterministic(self) -> Tensor:
@@ -493,30 +537,32 @@ class Gates(nn.Module):
         drawn_from: tuple[Tensor, Tensor] | None = None,
     ) -> Draw:
         version = self.log_alpha._version
-        selects = self.port_selects
-        return Draw(z, lists, self.layout, selects, self.training, version, expected, drawn_from)
+        places = self.port_starts, self.port_selects
+        return Draw(z, lists, *places, self.training, version, expected, drawn_from)
 
-    def _sample(self, cost: Tensor) -> Draw:
+    def _sample(self, cost: Tensor) -> tuple[Tensor, Tensor, OpenLists, Tensor]:
+        """Values, expected cost and lists of the present step, and the key they came from."""
         if self.training:
             self._settle()
         key = torch.stack((self.seed, self.step))
         # The masked reference shares the engine's draws; only its layers are plain PyTorch.
         with use_impl("auto" if current_impl() == "reference" else current_impl()):
-            z, expected, lists = sample_gates(self.log_alpha, key, cost, self.layout, self.law)
-        return self._make_draw(z, lists, expected, (self.log_alpha, key))
+            return *sample_gates(self.log_alpha, key, cost, self.layout, self.law), key
 
     @torch.no_grad()
     def _settle(self) -> None:
         """Bring log_alpha to where the method, or having been frozen, wants it.
 
-        It is written only if it has moved: a graph of the same values may wait for backward.
+        It is written only if it has been written to since: a graph of the same values may wait
+        for backward. Versions say so; to compare values would be to wait for a GPU.
         """
-        if self._frozen_at is not None:
-            if not self.log_alpha.equal(self._frozen_at):
-                self.log_alpha.copy_(self._frozen_at)
-        elif self.log_alpha._version != self._projected:
+        version = self.log_alpha._version
+        if self._frozen_at is None and version != self._projected:
             self.project()
             self._projected = self.log_alpha._version
+        if self._frozen_at is not None and version != self._restored:
+            self.log_alpha.copy_(self._frozen_at)
+            self._restored = self.log_alpha._version
 
     @contextmanager
     def holding(self) -> Iterator[None]:
@@ -583,7 +629,14 @@ class Gates(nn.Module):
         lams = self._lam if lam is None else per_group("lam", lam, self.names)
         sizes = self.unit_flops if per == "flop" else self.unit_weights
         assert sizes is not None
-        return self._expected(self._cost_of(lams, sizes).to(self.log_alpha))
+        return self._expected(self._on_device(self._cost_of(lams, sizes)))
+
+    def _on_device(self, values: Tensor) -> Tensor:
+        """Values of the host as ``log_alpha`` has them; it does not wait for a GPU."""
+        values = values.to(self.log_alpha.dtype)
+        if self.log_alpha.device.type == "cuda":
+            values = values.pin_memory()
+        return values.to(self.log_alpha.device, non_blocking=True)
 
     def _is_current(self, draw: Draw) -> bool:
         differentiable = draw.differentiable or not torch.is_grad_enabled()
@@ -593,9 +646,8 @@ class Gates(nn.Module):
         if self.frozen:
             value = (cost.double() * self.open_probability()).sum()
             return _Constant.apply(self.log_alpha, value.to(cost.dtype))
-        expected = self._sample(cost).expected
-        assert expected is not None
-        return expected
+        # No draw is made of it, whose counts the host would wait for.
+        return self._sample(cost)[1]
 
     def expected_open(self) -> dict[str, float]:
         """Expected number of open units per group under the training law."""
@@ -625,7 +677,8 @@ class _Constant(torch.autograd.Function):
         return grads[0].new_zeros(ctx.shape), None
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
+    """Whether autograd is running a backward pass now: layers are recomputed."""
     return torch._C._current_graph_task_id() != -1
 
 
@@ -636,10 +689,12 @@ def draw_before_forward(root: nn.Module, args: Any) -> None:
     compiling = torch.compiler.is_compiling()
     if not compiling:
         _check_norms(root, gates._norms)
-    if not compiling and _in_backward():
+    if not compiling and in_backward():
         gates.keep_for_recomputation()
     elif not gates._held:
         _draw(gates)
+    if not compiling:
+        gates.begin_forward(root)
 
 
 def _check_norms(root: nn.Module, places: list[tuple[str, ...]]) -> None:

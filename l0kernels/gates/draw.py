@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from l0kernels.functional import GateLayout, OpenLists
+from l0kernels.functional import OpenLists
 from l0kernels.ops.sample_gates.reference import check_draw
 
 
@@ -26,7 +27,7 @@ class Draw:
     Args:
         z: values of all gates and a final 1 for "no gate", shape [gates + 1].
         lists: packed features of all ports, see ``functional.OpenLists``.
-        layout: the ports.
+        starts: where each port starts in them.
         selects: for each port, whether it drops features that arrive.
         training: mode of the gates.
         version: version of log_alpha that was drawn from.
@@ -43,7 +44,7 @@ class Draw:
         self,
         z: Tensor,
         lists: OpenLists,
-        layout: GateLayout,
+        starts: Sequence[int],
         selects: list[bool],
         training: bool,
         version: int,
@@ -58,11 +59,11 @@ class Draw:
         self.expected = expected
         self.training = training
         self.version = version
-        starts = layout.port_offsets.tolist()
-        self.counts: list[int] = lists.counts.tolist()
+        self.counts = _on_host(lists.counts)
         if min(self.counts, default=0) < 0:
             _raise_for(drawn_from)
         spans = list(zip(starts, self.counts, selects, strict=False))
+        self.lists = lists
         self.index = [lists.index.narrow(0, start, count) for start, count, _ in spans]
         # Where the packed features stand among those that arrive; None where all are packed.
         self.position = [
@@ -71,6 +72,8 @@ class Draw:
         ]
         # What layers packed, to be used again; None where every forward packs anew.
         self.packed: dict[Any, tuple[Tensor, Tensor | None]] | None = None
+        # What one call packed for all layers and they have not taken yet, with gradients or not.
+        self.shares: dict[bool, dict[Any, Any]] = {}
         # Ran without gradients, as reentrant checkpointing does, and not yet again in backward.
         self.awaits_backward = False
         self.graph = Graph()
@@ -78,6 +81,20 @@ class Draw:
             z.register_hook(self.graph.hold)
         if "torch._dynamo" in sys.modules:
             _mark_dynamic(self.index + [p for p in self.position if p is not None])
+
+
+def _on_host(counts: Tensor) -> list[int]:
+    """The counts as integers: the only thing in a training step that the host waits for."""
+    if counts.device.type != "cuda":
+        return counts.tolist()
+    host = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)
+    host.copy_(counts, non_blocking=True)
+    # Not for all that the stream has to do, and no other way of waiting goes unnoticed by
+    # torch.cuda.set_sync_debug_mode.
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(counts.device))
+    copied.synchronize()
+    return host.tolist()
 
 
 def _raise_for(drawn_from: tuple[Tensor, Tensor] | None) -> NoReturn:

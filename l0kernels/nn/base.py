@@ -14,6 +14,7 @@ from l0kernels.functional import pack_weight
 from l0kernels.gates.base import Gates
 from l0kernels.gates.draw import Draw
 from l0kernels.gates.ref import GateRef
+from l0kernels.nn import packing
 
 
 class GatedLayer(nn.Module):
@@ -32,6 +33,8 @@ class GatedLayer(nn.Module):
     in_port: int = -1
     out_port: int = -1
     depthwise: bool = False
+    # Whether its parameters are not packed with those of other layers.
+    packs_alone: ClassVar[bool] = False
     # Whether the weight is stored [in, out, ...] instead of [out, in, ...].
     stored_in_out: bool = False
 
@@ -127,7 +130,14 @@ class GatedLayer(nn.Module):
 
         The weight has the layer's own layout.
         """
-        return self._once(draw, _compute_dtype(self.weight), self._pack)
+        return self._once(draw, self.compute_dtype(), self._pack)
+
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype autocast would give the layer; it casts other than fp32 weights by itself."""
+        device = self.weight.device.type
+        if torch.is_autocast_enabled(device) and self.weight.dtype == torch.float32:
+            return torch.get_autocast_dtype(device)
+        return self.weight.dtype
 
     def _once(
         self, draw: Draw, what: Any, pack: Callable[[Draw], tuple[Tensor, Tensor | None]]
@@ -142,7 +152,11 @@ class GatedLayer(nn.Module):
         return draw.packed[key]
 
     def _pack(self, draw: Draw) -> tuple[Tensor, Tensor | None]:
-        dtype = _compute_dtype(self.weight)
+        gates = self.gates
+        assert gates is not None
+        if gates.together:
+            return packing.take(self, gates, draw)
+        dtype = self.compute_dtype()
         weight = self._pack_one(self._out_in(self.weight), draw, dtype, columns=True)
         bias = None if self.bias is None else self._pack_one(self.bias, draw, dtype, columns=False)
         return self._out_in(weight), bias
@@ -200,11 +214,3 @@ def _scale(gates: Gates | None, port: int, draw: Draw) -> Tensor:
     assert gates is not None
     made, extra = gates.port_maps[port]
     return draw.z[made] * draw.z[extra] if gates.port_selects[port] else draw.z[made]
-
-
-def _compute_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype autocast would give the layer; it casts other than fp32 weights by itself."""
-    device = weight.device.type
-    if torch.is_autocast_enabled(device) and weight.dtype == torch.float32:
-        return torch.get_autocast_dtype(device)
-    return weight.dtype

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from l0kernels._config import current_impl
+from l0kernels.functional import packed_norm
 from l0kernels.gates.draw import Draw
 from l0kernels.gates.ref import GateRef
 from l0kernels.nn.base import GatedLayer
@@ -32,6 +33,8 @@ class _GatedBatchNorm(GatedLayer, nn.modules.batchnorm._BatchNorm):
         ValueError: the gate has another number of features than the layer.
     """
 
+    packs_alone = True
+
     def __init__(
         self, num_features: int, *args: Any, out_gate: GateRef | None = None, **kwargs: Any
     ) -> None:
@@ -53,6 +56,9 @@ class _GatedBatchNorm(GatedLayer, nn.modules.batchnorm._BatchNorm):
         self._check_input_dim(input)
         draw = self.current_draw()
         masked = current_impl() == "reference"
+        assert self.gates is not None
+        if self.gates.together and not masked and draw.packed is None:
+            return self._in_one(input, draw)
         weight, bias = self.weight, self.bias
         if weight is not None and not masked:
             weight, bias = self.packed_parameters(draw)
@@ -74,6 +80,28 @@ class _GatedBatchNorm(GatedLayer, nn.modules.batchnorm._BatchNorm):
         self._keep_statistics(index, is_open, mean, var)
         return out
 
+    def _in_one(self, x: Tensor, draw: Draw) -> Tensor:
+        """All of it as one operator, which reads parameters and statistics at their full shape."""
+        index = draw.index[self.out_port]
+        if x.shape[1] != index.numel():
+            raise ValueError(
+                f"{type(self).__name__}: expected {index.numel()} features, got {x.shape[1]}"
+            )
+        assert self.gates is not None
+        return packed_norm(
+            x,
+            self.weight,
+            self.bias,
+            self.running_mean,
+            self.running_var,
+            index,
+            draw.z.detach(),
+            self.gates.port_maps[self.out_port],
+            self.training or self.running_mean is None,
+            self._count_batch(),
+            self.eps,
+        )
+
     def _features(self, draw: Draw) -> tuple[Tensor, Tensor]:
         """The features of this run, packed or all, and which of them are open."""
         if current_impl() != "reference":
@@ -91,11 +119,9 @@ class _GatedBatchNorm(GatedLayer, nn.modules.batchnorm._BatchNorm):
         # Statistics of closed units may be Inf or NaN; some are packed to keep the width.
         return torch.where(is_open, mean, 0.0), torch.where(is_open, var, 1.0)
 
-    def _pack(self, draw: Draw) -> tuple[Tensor, Tensor | None]:
-        # Normalisation stays in the dtype of its parameters under autocast.
-        assert self.bias is not None
-        weight = self._pack_one(self.weight, draw, self.weight.dtype, columns=False)
-        return weight, self._pack_one(self.bias, draw, self.bias.dtype, columns=False)
+    def compute_dtype(self) -> torch.dtype:
+        """That of its parameters: normalisation stays in it under autocast."""
+        return self.weight.dtype
 
     def _count_batch(self) -> float:
         """Count the batch and return the averaging factor of this update."""

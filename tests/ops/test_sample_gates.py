@@ -546,8 +546,9 @@ def take(log_alpha, key=None, layout=None):
     layout = make_layout([log_alpha.shape[0]]) if layout is None else layout
     cost = torch.ones_like(log_alpha)
     z, expected, lists = sample_gates(log_alpha, key, cost, layout, "hard_concrete")
-    selects = [False] * (layout.port_offsets.shape[0] - 1)
-    return Draw(z, lists, layout, selects, True, 0, expected, (log_alpha, key))
+    starts = layout.port_offsets.tolist()[:-1]
+    selects = [False] * len(starts)
+    return Draw(z, lists, starts, selects, True, 0, expected, (log_alpha, key))
 
 
 @pytest.mark.parametrize("gates", [30, 20000])

@@ -210,18 +210,32 @@ class _PackWeight(torch.autograd.Function):
         )
 
 
+def _versions(tensors) -> list[int]:
+    """Version counters; tensors of inference mode have none, and no backward pass either."""
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
 class _PackWeights(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, index, maps, spans, dtype, *weights):
-        ctx.save_for_backward(z, index, maps, *weights)
-        ctx.spans = spans
+        # Plain references instead of saved tensors: parts of one call may be used by several
+        # backward passes, and recomputation in backward must find as many saved tensors as there
+        # were, whether it makes the call or not.
+        ctx.inputs, ctx.spans = (z, index, maps, *weights), spans
+        if not torch.compiler.is_compiling():  # compiled graphs save and check these themselves
+            ctx.versions = _versions(ctx.inputs)
         ctx.set_materialize_grads(False)
         return tuple(_LIST_FORWARD(weights, z, index, maps, spans, dtype))
 
     @staticmethod
     @_registry.once_differentiable
     def backward(ctx, *grads):  # type: ignore[override]
-        z, index, maps, *weights = ctx.saved_tensors
+        if not torch.compiler.is_compiling() and _versions(ctx.inputs) != ctx.versions:
+            raise RuntimeError(
+                "pack_weights: expected weights and gates as they were packed, got some modified "
+                "in place since; run backward before the optimizer step"
+            )
+        z, index, maps, *weights = ctx.inputs
         need_z, _, _, _, _, *need_weights = ctx.needs_input_grad
         need_z = need_z and any(grad is not None for grad in grads)
         spans = _grouped(ctx.spans)

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packed parameters of all layers of a model from one call."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from l0kernels.functional import pack_weights
+from l0kernels.gates.base import Gates, in_backward
+from l0kernels.gates.draw import Draw
+
+if TYPE_CHECKING:
+    from l0kernels.nn.base import GatedLayer
+
+Packed = tuple[Tensor, Tensor | None]
+
+
+class Share(NamedTuple):
+    """What a call for the whole model packed for one layer.
+
+    Args:
+        packed: weight and bias.
+        dtype: of them.
+        sources: what they were packed from.
+        versions: of the sources at that time.
+    """
+
+    packed: Packed
+    dtype: torch.dtype
+    sources: Packed
+    versions: tuple[int, ...]
+
+    def serves(self, layer: GatedLayer, dtype: torch.dtype) -> bool:
+        """Whether the layer would pack the same by itself now."""
+        weight, bias = layer.weight, layer.bias
+        return (
+            dtype == self.dtype
+            and weight is self.sources[0]
+            and bias is self.sources[1]
+            and _versions(weight, bias) == self.versions
+        )
+
+
+def layers_of(
+    root: nn.Module, gates: Gates
+) -> weakref.WeakKeyDictionary[GatedLayer, torch.dtype | None]:
+    """The layers of a model that pack together, and the dtype that each would pack to now."""
+    from l0kernels.nn.base import GatedLayer
+
+    found = weakref.WeakKeyDictionary()
+    for module in root.modules():
+        if isinstance(module, GatedLayer) and module.gates is gates and not module.packs_alone:
+            found[module] = module.compute_dtype()
+    return found
+
+
+def take(layer: GatedLayer, gates: Gates, draw: Draw) -> Packed:
+    """The packed parameters of a layer, as a part of one call for the whole model.
+
+    The first layer that asks in a forward makes the call, with what each layer packed to last
+    time. Every layer takes its part once. A layer that asks again, for a second use in a forward
+    or to be recomputed in backward, packs alone; so does one whose dtype or parameters are not
+    what the call found. Hence no graph is used by two backward passes that would not be without
+    the call, and memory is freed as if there were none.
+    """
+    dtype = layer.compute_dtype()
+    share = None
+    if gates.layers is not None and layer in gates.layers and not in_backward():
+        gates.layers[layer] = dtype
+        shares = draw.shares.get(torch.is_grad_enabled())
+        if shares is None:
+            shares = draw.shares[torch.is_grad_enabled()] = _pack_model(gates, draw)
+        share = shares.pop(layer, None)
+    if share is None or not share.serves(layer, dtype):
+        return pack({layer: dtype}, gates, draw)[layer]
+    return share.packed
+
+
+def _pack_model(gates: Gates, draw: Draw) -> dict[GatedLayer, Share]:
+    assert gates.layers is not None
+    wanted = {
+        layer: dtype
+        for layer, dtype in gates.layers.items()
+        if dtype is not None and _can_become(layer.weight.dtype, dtype)
+    }
+    return {
+        layer: Share(
+            packed,
+            wanted[layer],
+            (layer.weight, layer.bias),
+            _versions(layer.weight, layer.bias),
+        )
+        for layer, packed in pack(wanted, gates, draw).items()
+    }
+
+
+def pack(
+    wanted: Mapping[GatedLayer, torch.dtype], gates: Gates, draw: Draw
+) -> dict[GatedLayer, Packed]:
+    """Packs the parameters of layers, those of equal dtypes in one call.
+
+    Args:
+        wanted: the dtype of each layer's packed parameters.
+        gates: of the layers.
+        draw: says what is open.
+    """
+    calls: dict[tuple[torch.dtype, torch.dtype], list[_Part]] = {}
+    for layer, dtype in wanted.items():
+        for part in _parts_of(layer, gates, draw):
+            calls.setdefault((part.full.dtype, dtype), []).append(part)
+    found: dict[tuple[GatedLayer, str], Tensor] = {}
+    for (_, dtype), parts in calls.items():
+        full, spans = [part.full for part in parts], [part.span for part in parts]
+        results = pack_weights(full, draw.z, draw.lists.index, gates.layout.maps, spans, dtype)
+        for part, packed in zip(parts, results, strict=True):
+            found[part.layer, part.name] = packed
+    # A bias of which nothing is packed stays the parameter, which layers cast themselves.
+    return {
+        layer: (layer._out_in(found[layer, "weight"]), found.get((layer, "bias"), layer.bias))
+        for layer in wanted
+    }
+
+
+class _Part(NamedTuple):
+    layer: GatedLayer
+    name: str
+    full: Tensor
+    span: tuple[int, int, int, int]
+
+
+def _parts_of(layer: GatedLayer, gates: Gates, draw: Draw) -> Iterator[_Part]:
+    rows, cols = gates.span(layer.out_port, draw), gates.span(layer.in_port, draw)
+    yield _Part(layer, "weight", layer._out_in(layer.weight), (*rows, *cols))
+    if layer.bias is not None and layer.out_port >= 0:
+        yield _Part(layer, "bias", layer.bias, (*rows, -1, 0))
+
+
+def _versions(weight: Tensor, bias: Tensor | None) -> tuple[int, ...]:
+    """Version counters; tensors of inference mode have none."""
+    return tuple(0 if t is None or t.is_inference() else t._version for t in (weight, bias))
+
+
+def _can_become(source: torch.dtype, dtype: torch.dtype) -> bool:
+    half = (torch.bfloat16, torch.float16)
+    return source == dtype or (source == torch.float32 and dtype in half)
