@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import argparse
+import math
 import multiprocessing
 import os
 import queue
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,14 @@ from fuzz.search import Failure, Search
 SEEDS_APART = 1_000_000
 
 
-def work(number: int, count: int, seed: int, folder: Path, results: Any) -> None:
+def work(number: int, count: int, seed: int, minutes: float, folder: Path, results: Any) -> None:
     """One process: reports every case, then its totals.
 
     Args:
         number: of the process.
         count: cases to run.
         seed: of the whole search.
+        minutes: after which no new case begins.
         folder: for the database of failing cases.
         results: queue that gets (number, None) for each case, then (number, totals).
     """
@@ -35,11 +38,14 @@ def work(number: int, count: int, seed: int, folder: Path, results: Any) -> None
     torch.use_deterministic_algorithms(True)
     database = DirectoryBasedExampleDatabase(folder / f"database-{number}")
     parent = multiprocessing.parent_process()
+    end = time.monotonic() + 60 * minutes
 
     def tick(count: int) -> None:
         if parent is not None and not parent.is_alive():
             os._exit(1)  # killed: nobody waits for the results
         results.put((number, None))
+        if time.monotonic() > end:
+            search.stop()
 
     search = Search(database=database, tick=tick)
     search.run(count, seed + number * SEEDS_APART)
@@ -74,6 +80,7 @@ def main() -> int:
     """The command line; returns 1 where a case was wrong."""
     parser = argparse.ArgumentParser(prog="python -m fuzz", description=__doc__)
     parser.add_argument("--cases", type=int, default=20_000)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="end earlier than that")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/fuzz"))
@@ -87,7 +94,14 @@ def main() -> int:
     processes = [
         context.Process(
             target=work,
-            args=(i, each + (i < rest), arguments.seed, arguments.out, results),
+            args=(
+                i,
+                each + (i < rest),
+                arguments.seed,
+                arguments.minutes,
+                arguments.out,
+                results,
+            ),
             daemon=True,
         )
         for i in range(arguments.processes)

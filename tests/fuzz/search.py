@@ -69,11 +69,15 @@ class Search:
         """
         self._goal = count
         phases = [Phase.reuse, Phase.generate, Phase.shrink]
-        while self.count < count and len(self.failures) != most_failures:
+        while self.count < self._goal and len(self.failures) != most_failures:
             self._chunk(start, phases)
             start += 1
             # Failing cases of earlier searches have had their turn.
             phases = [Phase.generate, Phase.shrink]
+
+    def stop(self) -> None:
+        """End a run after the case in progress; a failing one is still made small."""
+        self._goal = self.count
 
     def _chunk(self, start: int, phases: list[Phase]) -> None:
         # In this order: ``seed`` alone would switch the database off.

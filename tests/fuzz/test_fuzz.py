@@ -187,6 +187,12 @@ def test_the_database_keeps_failing_cases(monkeypatch: pytest.MonkeyPatch):
     assert second.failures and second.count == 1
 
 
+def test_a_search_can_be_stopped():
+    search = Search(("1d",), tick=lambda count: search.stop() if count == 3 else None)
+    search.run(10, start=0)
+    assert search.tally.cases == 3
+
+
 def test_tallies_add_up():
     first, second = Search(("1d",)), Search(("1d",))
     first.run(4, start=0)
