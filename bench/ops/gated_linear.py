@@ -16,6 +16,7 @@ from ..timing import interleave, paired, spread
 
 SHAPES = ((800, 500, 128), (640, 640, 1024), (3072, 768, 512))
 FRACTIONS = (0.1, 0.5, 1.0)
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
 @dataclass
@@ -33,6 +34,9 @@ class Gates:
 
     def open_inputs(self) -> Tensor:
         return self.lists.index[: self.lists.counts[0]]
+
+    def open_outputs(self) -> Tensor:
+        return self.lists.index[self.inputs :][: self.lists.counts[1]]
 
 
 def make_gates(outputs: int, inputs: int, fraction: float, device: torch.device | str) -> Gates:
@@ -57,6 +61,14 @@ def make_gates(outputs: int, inputs: int, fraction: float, device: torch.device 
 
 
 @dataclass
+class Packed:
+    """A plain layer at the open widths: what it computes, and its leaves."""
+
+    run: Callable[[], Tensor]
+    leaves: list[Tensor]
+
+
+@dataclass
 class Problem:
     """One layer with relu; `x` holds the packed inputs and `wide_x` all of them."""
 
@@ -76,6 +88,15 @@ class Problem:
         scale = z[: self.gates.inputs].to(self.wide_x.dtype)
         y = F.linear(self.wide_x * scale, self.weight.to(self.wide_x.dtype), self.bias)
         return F.relu(y) * (z[self.gates.inputs : -1] != 0)
+
+    def packed(self) -> "Packed":
+        """The layer at the open widths, with nothing to gather: as fast as skipping can get."""
+        rows, cols = self.gates.open_outputs(), self.gates.open_inputs()
+        x, weight = self.x[:, : len(cols)].detach(), self.weight.detach()[rows][:, cols]
+        x, weight, bias = (
+            t.clone().requires_grad_() for t in (x, weight, self.bias.detach()[rows])
+        )
+        return Packed(lambda: F.relu(F.linear(x, weight, bias)), [x, weight, bias])
 
     def inputs(self, ours: bool) -> list[Tensor]:
         return [self.x if ours else self.wide_x, self.weight, self.bias, self.gates.z]
@@ -118,23 +139,27 @@ def measure_one(problem, rounds: int, device: torch.device | str = "cpu") -> dic
     """Times one problem, both passes of both arms in turn.
 
     Args:
-        problem: has `ours`, `plain` and `inputs`.
+        problem: has `ours`, `plain`, `packed` and `inputs`.
         rounds: how many times each is timed.
         device: where the problem lies.
     """
+    packed = problem.packed()
     steps = {
         "ours forward": problem.ours,
         "plain forward": problem.plain,
+        "packed forward": packed.run,
         "ours backward": backward_of(problem.ours(), problem.inputs(True)),
         "plain backward": backward_of(problem.plain(), problem.inputs(False)),
+        "packed backward": backward_of(packed.run(), packed.leaves),
     }
     times = interleave(steps, rounds, device=torch.device(device))
     row: dict = {}
     for direction in ("forward", "backward"):
-        ours, plain = f"ours {direction}", f"plain {direction}"
+        ours, plain, packed_too = (f"{arm} {direction}" for arm in ("ours", "plain", "packed"))
         row[direction] = {
             "us": 1e3 * spread(times[ours]).median,
             "times_slower": vars(paired(times, over=plain, under=ours)),
+            "over_oracle": vars(paired(times, over=ours, under=packed_too)),
         }
     return row
 
@@ -145,6 +170,7 @@ def measure(
     rounds: int = 30,
     device: torch.device | str = "cpu",
     make: Callable = make_problem,
+    dtype: torch.dtype = torch.float32,
 ) -> list[dict]:
     """Times every shape at every open fraction.
 
@@ -154,29 +180,34 @@ def measure(
         rounds: how many times each is timed.
         device: where it runs.
         make: draws a problem of a shape and a fraction.
+        dtype: of x and the parameters.
 
     Returns:
-        One row per problem: microseconds of our passes, and how many times slower the masked
-        dense layer is (medians of ratios within rounds).
+        One row per problem: microseconds of our passes, how many times slower the masked dense
+        layer is, and our time over that of the plain layer at the open widths (medians of ratios
+        within rounds).
     """
     rows = []
     for shape in shapes:
         for fraction in fractions:
             row = {"shape": list(shape), "open": fraction}
-            rows.append(row | measure_one(make(shape, fraction, device), rounds, device))
+            problem = make(shape, fraction, device, dtype)
+            rows.append(row | measure_one(problem, rounds, device))
     return rows
 
 
 def table(rows: list[dict]) -> str:
     """Formats the rows of `measure`."""
-    lines = [f"{'shape':<20} {'open':>5} {'fwd us':>9} {'masked':>9} {'bwd us':>9} {'masked':>9}"]
+    head = "".join(f" {way + ' us':>9} {'masked':>9} {'oracle':>9}" for way in ("fwd", "bwd"))
+    lines = [f"{'shape':<20} {'open':>5}{head}"]
     for row in rows:
         shape = "x".join(map(str, row["shape"]))
         line = f"{shape:<20} {row['open']:>5.2f}"
         for direction in ("forward", "backward"):
             part = row[direction]
             slower = f"{part['times_slower']['median']:.2f}x"
-            line += f" {part['us']:>9.1f} {slower:>9}"
+            oracle = f"{part['over_oracle']['median']:.2f}x"
+            line += f" {part['us']:>9.1f} {slower:>9} {oracle:>9}"
         lines.append(line)
     return "\n".join(lines)
 
@@ -196,13 +227,19 @@ def run(name: str, shape: str, make: Callable, shapes: Sequence[Sequence[int]]) 
     )
     parser.add_argument("--rounds", type=int, default=30, help="default: %(default)s")
     parser.add_argument("--device", default="cpu", help="default: %(default)s")
+    parser.add_argument("--dtype", choices=DTYPES, default="f32", help="default: %(default)s")
+    parser.add_argument("--batch", type=int, help="replaces the last number of each shape")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     options = parser.parse_args()
-    rows = measure(shapes, rounds=options.rounds, device=options.device, make=make)
+    if options.batch:
+        shapes = [(*one[:-1], options.batch) for one in shapes]
+    dtype = DTYPES[options.dtype]
+    rows = measure(shapes, rounds=options.rounds, device=options.device, make=make, dtype=dtype)
     if options.json:
         print(json.dumps(rows, indent=1))
     else:
-        print(f"{shape}, float32; masked: how many times slower than ours")
+        print(f"{shape}, {options.dtype}; masked: how many times slower than ours, oracle: our")
+        print("time over that of the plain layer at the open widths")
         print(table(rows))
 
 

@@ -53,7 +53,11 @@ class Problem:
 
 
 def make_problem(
-    shape: Sequence[int], layout: str, dtype: torch.dtype = torch.float32, training: bool = True
+    shape: Sequence[int],
+    layout: str,
+    dtype: torch.dtype = torch.float32,
+    training: bool = True,
+    device: torch.device | str = "cpu",
 ) -> Problem:
     """Draws activations, parameters and which features are packed.
 
@@ -62,22 +66,25 @@ def make_problem(
         layout: "channels_last" or "contiguous".
         dtype: of the activations; parameters are float32.
         training: by the batch's statistics, else by the running ones.
+        device: where it runs.
     """
-    x = torch.randn(*shape).to(dtype)
+    x = torch.randn(*shape, device=device).to(dtype)
     if layout == "channels_last" and x.dim() == 4:
         x = x.to(memory_format=torch.channels_last)
     features = max(FEATURES, shape[1])
-    return Problem(
-        x.requires_grad_(),
-        torch.rand(features).requires_grad_(),
-        torch.randn(features).requires_grad_(),
+    tensors = (
+        torch.rand(features),
+        torch.randn(features),
         torch.zeros(features),
         torch.ones(features),
         torch.randperm(features)[: shape[1]].sort().values,
         torch.ones(features + 1),
         torch.stack([torch.arange(features), torch.full((features,), features)]),
-        training,
     )
+    weight, bias, mean, var, index, z, feature_map = (tensor.to(device) for tensor in tensors)
+    for leaf in (x, weight, bias):
+        leaf.requires_grad_()
+    return Problem(x, weight, bias, mean, var, index, z, feature_map, training)
 
 
 def backward_of(y: Tensor, inputs: list[Tensor]) -> Callable[[], object]:
@@ -91,6 +98,7 @@ def measure(
     layouts: Sequence[str] = LAYOUTS,
     dtypes: Sequence[str] = tuple(DTYPES),
     rounds: int = 30,
+    device: torch.device | str = "cpu",
 ) -> list[dict]:
     """Times both passes of both arms in turn, in training mode and the forward pass in eval mode.
 
@@ -99,6 +107,7 @@ def measure(
         layouts: of "channels_last" and "contiguous"; 2-D activations are timed once.
         dtypes: of "f32" and "bf16".
         rounds: how many times each is timed.
+        device: where they run.
 
     Returns:
         One row per problem: microseconds of our passes, how many times slower PyTorch's are
@@ -109,13 +118,19 @@ def measure(
         for layout in layouts if len(shape) > 2 else ("contiguous",):
             for dtype in dtypes:
                 row = {"shape": list(shape), "layout": layout, "dtype": dtype}
-                rows.append(row | measure_one(shape, layout, DTYPES[dtype], rounds))
+                rows.append(row | measure_one(shape, layout, DTYPES[dtype], rounds, device))
     return rows
 
 
-def measure_one(shape: Sequence[int], layout: str, dtype: torch.dtype, rounds: int) -> dict:
+def measure_one(
+    shape: Sequence[int],
+    layout: str,
+    dtype: torch.dtype,
+    rounds: int,
+    device: torch.device | str = "cpu",
+) -> dict:
     """Times one shape; see `measure`."""
-    train, known = (make_problem(shape, layout, dtype, training) for training in (True, False))
+    train, known = (make_problem(shape, layout, dtype, mode, device) for mode in (True, False))
     steps = {
         "ours forward": train.ours,
         "plain forward": train.plain,
@@ -124,7 +139,7 @@ def measure_one(shape: Sequence[int], layout: str, dtype: torch.dtype, rounds: i
         "ours eval": known.ours,
         "plain eval": known.plain,
     }
-    times = interleave(steps, rounds)
+    times = interleave(steps, rounds, device=device)
     # Reads of x, reads of the gradient, writes of the result.
     moved = {"forward": 3 * train.x.nbytes, "backward": 5 * train.x.nbytes}
     moved["eval"] = 2 * train.x.nbytes
@@ -157,9 +172,12 @@ def main() -> None:
     """Prints the table, or JSON."""
     parser = argparse.ArgumentParser(prog="l0kernels.bench.ops.packed_norm", description=__doc__)
     parser.add_argument("--rounds", type=int, default=30, help="default: %(default)s")
+    parser.add_argument("--device", default="cpu", help="default: %(default)s")
+    parser.add_argument("--batch", type=int, help="replaces the first number of each shape")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     options = parser.parse_args()
-    rows = measure(rounds=options.rounds)
+    shapes = [(options.batch or batch, *rest) for batch, *rest in SHAPES]
+    rows = measure(shapes, rounds=options.rounds, device=options.device)
     if options.json:
         print(json.dumps(rows, indent=1))
     else:

@@ -4,7 +4,13 @@
 import pytest
 import torch
 
-from l0kernels.bench.ops import pack_weight, packed_norm, sample_gates
+from l0kernels.bench.ops import (
+    gated_conv2d,
+    gated_linear,
+    pack_weight,
+    packed_norm,
+    sample_gates,
+)
 
 
 @pytest.mark.parametrize("mode", pack_weight.MODES)
@@ -74,3 +80,38 @@ def test_norm_arms_are_timed():
     for row in rows:
         assert all(row[what]["us"] > 0 for what in ("forward", "backward", "eval"))
     assert len(packed_norm.table(rows).splitlines()) == 4
+
+
+@pytest.mark.parametrize("fraction", [0.3, 1.0])
+@pytest.mark.parametrize(
+    ("layer", "shape"), [(gated_linear, (20, 12, 5)), (gated_conv2d, (8, 6, 3, 5, 2))]
+)
+def test_arms_of_gated_layers_compute_the_same(layer, shape, fraction):
+    problem = layer.make_problem(shape, fraction)
+    rows, cols = problem.gates.open_outputs(), problem.gates.open_inputs()
+    scale = problem.gates.z[: problem.gates.inputs][cols].detach()
+    with torch.no_grad():  # the packed layer has no gates
+        problem.x[:, : len(cols)] *= scale.reshape(-1, *[1] * (problem.x.dim() - 2))
+        problem.gates.z[: problem.gates.inputs][cols] = 1
+        problem.wide_x[:, cols] = problem.x[:, : len(cols)]
+    packed = problem.packed()
+    y, plain, small = problem.ours(), problem.plain(), packed.run()
+    torch.testing.assert_close(y[:, : len(rows)], plain[:, rows])
+    torch.testing.assert_close(small, plain[:, rows])
+    upstream = torch.randn_like(small)
+    wide = torch.zeros_like(plain).index_copy(1, rows, upstream)
+    (ours,) = torch.autograd.grad(
+        y,
+        problem.weight,
+        torch.nn.functional.pad(upstream, [0, 0] * (y.dim() - 2) + [0, y.shape[1] - len(rows)]),
+    )
+    (masked,) = torch.autograd.grad(plain, problem.weight, wide)
+    (little,) = torch.autograd.grad(small, packed.leaves[1], upstream)
+    torch.testing.assert_close(ours, masked)
+    torch.testing.assert_close(little, masked[rows][:, cols])
+
+
+def test_table_of_gated_layers():
+    (row,) = gated_linear.measure([(20, 12, 5)], (0.5,), 1)
+    assert min(row["forward"]["us"], row["backward"]["over_oracle"]["median"]) > 0
+    assert len(gated_linear.table([row]).splitlines()) == 2
