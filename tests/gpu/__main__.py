@@ -25,7 +25,13 @@ SECONDS = 470
 PYTHON = sys.executable
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 CHECKED = "GPU and (test_shapes or test_more_than_one_block or test_larger_tiles or test_draws)"
-OPS = ("sample_gates", "pack_weight", "packed_norm", "gated_linear", "gated_conv2d")
+OPS = (
+    ("sample_gates", []),
+    ("pack_weight", []),
+    ("packed_norm", ["--batch", "128"]),
+    ("gated_linear", ["--batch", "8192", "--dtype", "bf16"]),
+    ("gated_conv2d", ["--batch", "128", "--dtype", "bf16"]),
+)
 
 
 def build() -> Stage:
@@ -68,33 +74,28 @@ def sanitizers() -> list[Stage]:
 
 
 def benchmarks(quick: bool) -> list[Stage]:
-    rounds = "3" if quick else "15"
+    rounds = ["--rounds", "3" if quick else "15"]
+    return [
+        _step("wrn-28-10", "bf16", rounds),
+        _module("experiments", "experiments", []),
+        *[_module(f"op {name}", f"ops.{name}", [*options, *rounds]) for name, options in OPS],
+        *[
+            _module(f"op {name} in Triton", f"ops.{name}", [*options, *rounds], impl="triton")
+            for name, options in OPS
+        ],
+        _step("vgg16", "none", rounds),
+    ]
+
+
+def _step(model: str, amp: str, rounds: list[str]) -> Stage:
     bench = [PYTHON, "-m", "l0kernels.cli", "bench", "step", "--device", "cuda", "--json"]
-    module = [PYTHON, "-m"]
-    steps = [
-        Stage(
-            f"step {model} {amp}",
-            [*bench, "--model", model, "--batch", "128", "--amp", amp, "--rounds", rounds]
-            + ["--keep", "1,.5,.25,.1"],
-            100,
-            figures=True,
-        )
-        for model, amp in (("wrn-28-10", "bf16"), ("vgg16", "none"))
-    ]
-    experiments = Stage(
-        "experiments", [*module, "l0kernels.bench.experiments", "--json"], 60, figures=True
-    )
-    ops = [
-        Stage(
-            f"op {name}",
-            [*module, f"l0kernels.bench.ops.{name}", "--device", "cuda", "--json"]
-            + ["--rounds", rounds],
-            40,
-            figures=True,
-        )
-        for name in OPS
-    ]
-    return [steps[0], experiments, *ops, steps[1]]
+    options = ["--model", model, "--batch", "128", "--amp", amp, "--keep", "1,.5,.25,.1"]
+    return Stage(f"step {model} {amp}", [*bench, *options, *rounds], 100, figures=True)
+
+
+def _module(name: str, module: str, options: list[str], impl: str = "auto") -> Stage:
+    command = [PYTHON, "-m", f"l0kernels.bench.{module}", "--device", "cuda", "--json", *options]
+    return Stage(name, command, 60, environment={"L0K_IMPL": impl}, figures=True)
 
 
 def collect(only: str, logs: Path, quick: bool) -> list[Result]:
