@@ -4,9 +4,13 @@
 import os
 from types import TracebackType
 
-from l0kernels import _ext
+import torch
+from torch import Tensor
+
+from l0kernels import _ext, _triton
 
 IMPLS = ("auto", "reference", "cpp", "triton", "cuda")
+_SERVES = {"cpp": "cpu", "cuda": "cuda"}  # the tensors that a compiled library takes
 
 
 def _check_name(name: str, source: str) -> str:
@@ -27,29 +31,42 @@ def current_impl() -> str:
 def why_unavailable(name: str) -> str:
     """Returns why an implementation cannot run here, or "" if it can.
 
-    Asked about "cuda" for the first time, it looks for a GPU.
+    Asked about "cuda" or "triton" for the first time, it looks for a GPU.
     """
     if name == "cpp":
         return _ext.load("cpp")
     if name == "cuda":
         return _ext.load("cuda") or _ext.why_no_gpu()
-    return "this version has no Triton kernels" if name == "triton" else ""
+    return _triton.why_not() if name == "triton" else ""
+
+
+def refuse(name: str, reason: str) -> RuntimeError:
+    """The error about an implementation that was asked for but cannot run."""
+    return RuntimeError(f"implementation {name!r} was asked for but cannot run: {reason}")
 
 
 def check_available(name: str) -> None:
     """Raises RuntimeError with the reason if an implementation cannot run here."""
     reason = why_unavailable(name)
     if reason:
-        raise RuntimeError(f"implementation {name!r} was asked for but cannot run: {reason}")
+        raise refuse(name, reason)
 
 
-def reference_asked() -> bool:
-    """Tells operators whether to run the reference; raises if the one asked for cannot run."""
+def reference_asked(tensor: Tensor) -> bool:
+    """Tells an operator whether to run the reference; raises if the one asked for cannot run.
+
+    Args:
+        tensor: any argument of the operator; all are on one device.
+    """
     if _impl == "auto":
         return False
     if _impl == "reference":
         return True
-    check_available(_impl)
+    if not torch.compiler.is_compiling():  # the looking around here cannot be traced
+        check_available(_impl)
+    device = tensor.device.type
+    if _SERVES.get(_impl, device) != device:
+        raise refuse(_impl, f"it takes {_SERVES[_impl]} tensors; got {device}")
     return False
 
 
@@ -57,12 +74,16 @@ class use_impl:  # noqa: N801 - reads as a function: `with use_impl("reference")
     """Runs the operators and gated layers inside a `with` block by one implementation.
 
     Args:
-        name: "auto" (the fastest that can run), "reference" (dense PyTorch with masks, the same
-            random draws), "cpp", "triton" or "cuda". Process-wide, not per thread.
+        name: "auto" (the compiled libraries; for what they lack on a GPU Triton, else PyTorch
+            operations), "reference" (dense PyTorch with masks, the same random draws), "cpp"
+            (CPU tensors), "cuda" (the compiled library, CUDA tensors) or "triton" (CUDA tensors;
+            CPU tensors where TRITON_INTERPRET=1 is set). Process-wide, not per thread. Backward
+            passes run by what is asked for when they run.
 
     Raises:
         ValueError: unknown name.
-        RuntimeError: the implementation cannot run here; the message says why.
+        RuntimeError: the implementation cannot run here, or, from an operator, not on such
+            tensors; the message says why.
     """
 
     def __init__(self, name: str) -> None:

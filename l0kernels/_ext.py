@@ -7,6 +7,7 @@ The libraries have no Python binding: loading one only adds implementations to
 
 import functools
 import json
+import logging
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 _PACKAGE = Path(__file__).resolve().parent
 _BUILD_INFO = _PACKAGE / "_build_info.json"
 _OLDEST_GPU = (8, 0)
+_LOG = logging.getLogger("l0kernels")
 
 
 @dataclass(frozen=True)
@@ -87,12 +89,23 @@ def why_no_gpu() -> str:
     """
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
+    return why_no_device()
+
+
+def why_no_device() -> str:
+    """Why no kernel of NVIDIA's or AMD's can run here; an empty string if one can."""
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
     found = torch.cuda.get_device_capability()
     if found < _OLDEST_GPU:
         return "expected a GPU of compute capability 8.0 or newer; got {}.{}".format(*found)
     return ""
+
+
+@functools.cache
+def note_triton() -> None:
+    """Logs once per process that Triton stands in for the CUDA ops, and why."""
+    _LOG.info("the CUDA ops are missing (%s); Triton kernels run instead", load("cuda"))
 
 
 @functools.cache

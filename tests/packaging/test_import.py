@@ -3,6 +3,8 @@
 
 import json
 
+import pytest
+
 HEAVY = ["triton", "matplotlib", "sklearn", "pandas", "PIL", "torch._inductor", "torch._dynamo"]
 
 LIGHT = f"""
@@ -43,6 +45,37 @@ def test_import_is_light(python):
     done = python("-c", LIGHT)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {"heavy": [], "cuda": False, "driver": False}
+
+
+NO_TRITON = """
+import sys
+sys.modules["triton"] = None
+import l0kernels as l0
+print(l0.info()["ops"]["pack_weight"]["triton"]["reason"])
+l0.use_impl("triton")
+"""
+
+
+@pytest.mark.parametrize("asked", ["cuda", "triton"])
+def test_import_is_light_whatever_is_asked_for(python, asked):
+    done = python("-c", LIGHT, L0K_IMPL=asked)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"heavy": [], "cuda": False, "driver": False}
+
+
+def test_info_does_not_import_triton(python):
+    code = "import sys, l0kernels; l0kernels.info(); print('triton' in sys.modules)"
+    done = python("-c", code)
+    assert done.stdout == "False\n", done.stderr
+
+
+def test_everything_but_triton_works_without_it(python):
+    done = python("-c", NO_TRITON)
+    assert done.stdout == "Triton is not installed (pip install triton)\n"
+    assert done.stderr.endswith(
+        "RuntimeError: implementation 'triton' was asked for but cannot run: "
+        "Triton is not installed (pip install triton)\n"
+    )
 
 
 def test_library_of_another_torch_is_explained_once_and_ops_still_work(python):

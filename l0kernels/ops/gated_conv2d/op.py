@@ -60,10 +60,12 @@ def _forward_python(
     activation,
 ):  # fmt: skip
     n_in, n_out, *axes = packed_axes(weight, index, counts, maps, in_span, out_span)
-    packed_weight = pack_weight._FORWARD(weight, z, *axes, x.dtype)
+    packed_weight = _registry.chosen(pack_weight._FORWARD)(weight, z, *axes, x.dtype)
     packed_bias = None
     if bias is not None:
-        packed_bias = pack_weight._FORWARD(bias, z, *axes[:2], None, None, x.dtype)
+        packed_bias = _registry.chosen(pack_weight._FORWARD)(
+            bias, z, *axes[:2], None, None, x.dtype
+        )
     size = output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)
     y = _channels_last(x, (x.shape[0], weight.shape[0], *size)).zero_()
     packed = y.narrow(1, 0, n_out)
@@ -84,7 +86,7 @@ def _backward_python(
     activation, need_x, need_weight, need_bias, need_z,
 ):  # fmt: skip
     n_in, n_out, *axes = packed_axes(weight, index, counts, maps, in_span, out_span)
-    packed_weight = pack_weight._FORWARD(weight, z, *axes, x.dtype)
+    packed_weight = _registry.chosen(pack_weight._FORWARD)(weight, z, *axes, x.dtype)
     grad = grad.narrow(1, 0, n_out)
     if activation == "relu":
         grad = grad.masked_fill(y.narrow(1, 0, n_out) <= 0, 0)
@@ -127,7 +129,7 @@ _BACKWARD = _registry.define(
 class _GatedConv2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, z, index, counts, maps, *options):
-        y = _FORWARD(x, weight, bias, z, index, counts, maps, *options)
+        y = _registry.chosen(_FORWARD)(x, weight, bias, z, index, counts, maps, *options)
         saved_y = y if options[-1] == "relu" else None
         ctx.save_for_backward(x, weight, saved_y, z, index, counts, maps)
         ctx.options = options
@@ -140,7 +142,7 @@ class _GatedConv2d(torch.autograd.Function):
         if grad is None:
             return (None,) * 13
         needs = ctx.needs_input_grad[:4]
-        grads = _BACKWARD(grad, *ctx.saved_tensors, *ctx.options, *needs)
+        grads = _registry.chosen(_BACKWARD)(grad, *ctx.saved_tensors, *ctx.options, *needs)
         return *(g if n else None for g, n in zip(grads, needs, strict=True)), *(None,) * 9
 
 
@@ -234,7 +236,7 @@ def gated_conv2d(
             f"with kernel {list(weight.shape[2:])}, padding {window[1]}, dilation {window[2]}"
         )
     arguments = (weight, bias, *lists, *window, activation)
-    if _config.reference_asked():
+    if _config.reference_asked(x):
         return reference.gated_conv2d(x, *arguments)
     return _GatedConv2d.apply(x, *arguments)
 

@@ -32,10 +32,12 @@ def _forward_python(x, weight, bias, z, index, counts, maps, in_span, out_span, 
     n_in, n_out, *axes = packed_axes(weight, index, counts, maps, in_span, out_span)
     packed_bias = None
     if bias is not None:
-        packed_bias = pack_weight._FORWARD(bias, z, *axes[:2], None, None, x.dtype)
+        packed_bias = _registry.chosen(pack_weight._FORWARD)(
+            bias, z, *axes[:2], None, None, x.dtype
+        )
     y = x.new_zeros((*x.shape[:-1], weight.shape[0]))
     with torch.autocast(x.device.type, enabled=False):
-        packed_weight = pack_weight._FORWARD(weight, z, *axes, x.dtype)
+        packed_weight = _registry.chosen(pack_weight._FORWARD)(weight, z, *axes, x.dtype)
         packed = F.linear(x.narrow(-1, 0, n_in), packed_weight, packed_bias)
     packed = spans.without_dummies(packed, -1, z, *axes[:2])
     y.narrow(-1, 0, n_out).copy_(packed.relu() if activation == "relu" else packed)
@@ -55,7 +57,7 @@ def _backward_python(
     grad_x, grad_packed = x.new_empty(0), None
     with torch.autocast(x.device.type, enabled=False):
         if need_x:
-            packed_weight = pack_weight._FORWARD(weight, z, *axes, x.dtype)
+            packed_weight = _registry.chosen(pack_weight._FORWARD)(weight, z, *axes, x.dtype)
             grad_x = torch.zeros_like(x, memory_format=torch.contiguous_format)
             packed = grad @ packed_weight
             grad_x.narrow(-1, 0, n_in).copy_(packed.reshape(*x.shape[:-1], n_in))
@@ -94,14 +96,18 @@ def unpack_gradients(
     need_weight, need_bias, need_z = needs
     grad_weight, grad_bias, grad_z = weight.new_empty(0), weight.new_empty(0), z.new_empty(0)
     if grad_packed is not None:
-        found = pack_weight._BACKWARD(grad_packed, weight, z, *axes, need_weight, need_z)
+        found = _registry.chosen(pack_weight._BACKWARD)(
+            grad_packed, weight, z, *axes, need_weight, need_z
+        )
         grad_weight = found[0] if need_weight else grad_weight
         grad_z = found[1] if need_z else grad_z
     if need_bias:
         shape_of_bias = weight.new_empty(weight.shape[0])
         total = grad.sum(0)
         gates = (z, *axes[:2], None, None)
-        grad_bias = pack_weight._BACKWARD(total, shape_of_bias, *gates, True, False)[0]
+        grad_bias = _registry.chosen(pack_weight._BACKWARD)(
+            total, shape_of_bias, *gates, True, False
+        )[0]
     return grad_weight, grad_bias, grad_z
 
 
@@ -125,7 +131,9 @@ _BACKWARD = _registry.define(
 class _GatedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, z, index, counts, maps, in_span, out_span, activation):
-        y = _FORWARD(x, weight, bias, z, index, counts, maps, in_span, out_span, activation)
+        y = _registry.chosen(_FORWARD)(
+            x, weight, bias, z, index, counts, maps, in_span, out_span, activation
+        )
         saved_y = y if activation == "relu" else None
         ctx.save_for_backward(x, weight, saved_y, z, index, counts, maps)
         ctx.options = (in_span, out_span, activation)
@@ -138,7 +146,7 @@ class _GatedLinear(torch.autograd.Function):
         if grad is None:
             return (None,) * 10
         needs = ctx.needs_input_grad[:4]
-        grads = _BACKWARD(grad, *ctx.saved_tensors, *ctx.options, *needs)
+        grads = _registry.chosen(_BACKWARD)(grad, *ctx.saved_tensors, *ctx.options, *needs)
         return *(g if n else None for g, n in zip(grads, needs, strict=True)), *(None,) * 6
 
 
@@ -218,6 +226,6 @@ def gated_linear(
         raise ValueError("x: expected shape [..., features]; got a number")
     arguments = (weight, bias, z, index, counts, maps, in_span, out_span, activation)
     spans.check(x, x.shape[-1], *arguments)
-    if _config.reference_asked():
+    if _config.reference_asked(x):
         return reference.gated_linear(x, *arguments)
     return _GatedLinear.apply(x, *arguments)

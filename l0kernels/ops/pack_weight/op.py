@@ -194,7 +194,7 @@ class _PackWeight(torch.autograd.Function):
     def forward(ctx, weight, z, rows, row_map, cols, col_map, dtype):
         ctx.save_for_backward(weight, z, rows, row_map, cols, col_map)
         ctx.set_materialize_grads(False)
-        return _FORWARD(weight, z, rows, row_map, cols, col_map, dtype)
+        return _registry.chosen(_FORWARD)(weight, z, rows, row_map, cols, col_map, dtype)
 
     @staticmethod
     @_registry.once_differentiable
@@ -202,7 +202,9 @@ class _PackWeight(torch.autograd.Function):
         need_weight, need_z = ctx.needs_input_grad[:2]
         if grad is None:
             return (None,) * 7
-        grad_weight, grad_z = _BACKWARD(grad, *ctx.saved_tensors, need_weight, need_z)
+        grad_weight, grad_z = _registry.chosen(_BACKWARD)(
+            grad, *ctx.saved_tensors, need_weight, need_z
+        )
         return (
             grad_weight if need_weight else None,
             grad_z if need_z else None,
@@ -225,7 +227,7 @@ class _PackWeights(torch.autograd.Function):
         if not torch.compiler.is_compiling():  # compiled graphs save and check these themselves
             ctx.versions = _versions(ctx.inputs)
         ctx.set_materialize_grads(False)
-        return tuple(_LIST_FORWARD(weights, z, index, maps, spans, dtype))
+        return tuple(_registry.chosen(_LIST_FORWARD)(weights, z, index, maps, spans, dtype))
 
     @staticmethod
     @_registry.once_differentiable
@@ -248,7 +250,7 @@ class _PackWeights(torch.autograd.Function):
         results: list[Tensor | None] = [None] * len(weights)
         if not chosen:
             return torch.zeros_like(z) if need_z else None, None, None, None, None, *results
-        *grad_weights, grad_z = _LIST_BACKWARD(
+        *grad_weights, grad_z = _registry.chosen(_LIST_BACKWARD)(
             [grads[i] for i in chosen],
             [weights[i] for i in chosen],
             z,
@@ -311,7 +313,7 @@ def pack_weight(
     """
     dtype = dtype or weight.dtype
     _check(weight, z, rows, row_map, cols, col_map, dtype)
-    if _config.reference_asked():
+    if _config.reference_asked(weight):
         return reference.pack_weight(weight, z, rows, row_map, cols, col_map, dtype)
     return _PackWeight.apply(weight, z, rows, row_map, cols, col_map, dtype)
 
@@ -367,7 +369,7 @@ def pack_weights(
         return []
     dtype = dtype or weights[0].dtype
     _check_list(weights, z, index, maps, spans, dtype)
-    if _config.reference_asked():
+    if _config.reference_asked(index):
         spans = [Span(*span) for span in spans]
         return reference.pack_weights(weights, z, index, maps, spans, dtype)
     flat = [number for span in spans for number in span]

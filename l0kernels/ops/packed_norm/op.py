@@ -160,7 +160,7 @@ _BACKWARD = _registry.define(
 class _PackedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, running_mean, running_var, index, z, feature_map, *how):
-        y, mean, rstd = _FORWARD(
+        y, mean, rstd = _registry.chosen(_FORWARD)(
             x, weight, bias, running_mean, running_var, index, z, feature_map, *how
         )
         # Two numbers per channel besides x; the sign that ReLU saw is computed again.
@@ -176,7 +176,7 @@ class _PackedNorm(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         if grad is None:
             return (None,) * 12
-        grads = _BACKWARD(grad, *ctx.saved_tensors, *ctx.how, *needs)
+        grads = _registry.chosen(_BACKWARD)(grad, *ctx.saved_tensors, *ctx.how, *needs)
         wanted = (g if need else None for g, need in zip(grads, needs, strict=True))
         return (*wanted, *(None,) * 9)
 
@@ -260,7 +260,7 @@ def packed_norm(
     }
     _check(x, parameters, index, z, feature_map, training, eps, activation)
     tensors = (x, weight, bias, running_mean, running_var, index, z, feature_map)
-    if _config.reference_asked():
+    if _config.reference_asked(x):
         return reference.packed_norm(*tensors, training, momentum, eps, activation)
     number = ACTIVATIONS.index(activation)
     return _PackedNorm.apply(*tensors, training, momentum, eps, number)

@@ -84,7 +84,9 @@ _LISTS = _registry.define(
 class _SampleGates(torch.autograd.Function):
     @staticmethod
     def forward(ctx, log_alpha, key, cost, group_offsets, maps, port_offsets, *law):
-        outputs = _FORWARD(log_alpha, key, cost, group_offsets, maps, port_offsets, *law)
+        outputs = _registry.chosen(_FORWARD)(
+            log_alpha, key, cost, group_offsets, maps, port_offsets, *law
+        )
         ctx.set_materialize_grads(False)
         # Plain references instead of saved tensors: a draw that is held serves several backward
         # passes, and autograd frees saved tensors after the first.
@@ -100,7 +102,7 @@ class _SampleGates(torch.autograd.Function):
             _check_unmodified(ctx)
         grad = None
         if grad_z is not None or grad_expected is not None:
-            grad = _BACKWARD(*ctx.inputs, grad_z, grad_expected, *ctx.law)
+            grad = _registry.chosen(_BACKWARD)(*ctx.inputs, grad_z, grad_expected, *ctx.law)
         return grad, *(None,) * 9
 
 
@@ -178,7 +180,7 @@ def sample_gates(
     """
     _check_draw(log_alpha, key, cost, law, beta, gamma, zeta)
     _check_layout(layout, log_alpha.device)
-    if _config.reference_asked():
+    if _config.reference_asked(log_alpha):
         return reference.sample_gates(log_alpha, key, cost, layout, law, beta, gamma, zeta)
     z, expected, index, position, counts = _SampleGates.apply(
         log_alpha, key, cost, *layout, _LAW_NUMBER[law], float(beta), float(gamma), float(zeta)
@@ -210,9 +212,9 @@ def open_lists(z: Tensor, layout: GateLayout) -> OpenLists:
     if z.dim() != 1 or z.shape[0] < 1:
         raise ValueError(f"z: expected shape [G + 1]; got {list(z.shape)}")
     _check_layout(layout, z.device)
-    if _config.reference_asked():
+    if _config.reference_asked(z):
         return reference.open_lists(z.detach(), layout)
-    return OpenLists(*_LISTS(z.detach(), *layout))
+    return OpenLists(*_registry.chosen(_LISTS)(z.detach(), *layout))
 
 
 def _check_draw(log_alpha, key, cost, law, beta, gamma, zeta) -> None:
