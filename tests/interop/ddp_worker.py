@@ -40,6 +40,7 @@ class Case:
         norms_train: norms use the statistics of each rank's batch.
         closed: all gates of the first group are closed.
         kind: network.
+        together: all weights are packed by one call, as on a GPU.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
@@ -53,6 +54,7 @@ class Case:
     norms_train: bool = False
     closed: bool = False
     kind: str = "norm"
+    together: bool = False
 
 
 UNUSED, STATIC = {"find_unused_parameters": True}, {"static_graph": True}
@@ -85,11 +87,21 @@ CASES: dict[str, Case] = {
     "frozen, bucket views": Case(VIEWS, frozen=SOME),
     "frozen, accumulated": Case(frozen=SOME, parts=2),
     "frozen, checkpointed": Case(frozen=SOME, checkpointed=True),
+    "packed together": Case(together=True),
+    "packed together, residual": Case(together=True, kind="residual"),
+    "packed together, norms in training mode": Case(together=True, norms_train=True),
+    "packed together, find unused": Case(UNUSED, together=True),
+    "packed together, static graph": Case(STATIC, together=True),
+    "packed together, bucket views": Case(VIEWS, together=True),
+    "packed together, accumulated": Case(together=True, parts=2),
+    "packed together, checkpointed": Case(together=True, checkpointed=True),
+    "packed together, frozen": Case(together=True, frozen=SOME),
 }
 
 
 def prepare(case: Case, seed: int) -> nn.Module:
     net = make(case.kind, seed)
+    net.l0._together = case.together
     if not case.norms_train:
         norms_in_eval(net)
     if case.checkpointed:
