@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tests of this folder once more with all weights of a model packed by one call, as on a GPU."""
+"""Tests of this folder once more, with all weights of a model packed by one call as on a GPU."""
 
 import pytest
 
