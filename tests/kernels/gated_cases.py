@@ -9,7 +9,7 @@ import torch
 
 Case = tuple[str, Callable[[], Any]]  # what it is, the call
 
-WIDTHS = {"wide": (72, 80), "narrow": (64, 40), "uneven": (20, 50)}
+WIDTHS = {"wide": (72, 80), "narrow": (64, 40), "uneven": (20, 50), "8": (8, 8), "1": (1, 1)}
 WINDOWS = {
     "3x3": ((3, 3), [1, 1], [1, 1], [1, 1]),
     "3x3 stride 2": ((3, 3), [2, 2], [1, 1], [1, 1]),
@@ -41,11 +41,9 @@ def gated_linear_cases() -> Iterator[Case]:
 
     few, many = kernels.IN_PLACE_ROWS, 4 * kernels.IN_PLACE_ROWS
     for pair in DTYPES:
-        for width in WIDTHS:
-            yield (
-                f"{_names(pair)} {width}",
-                _bind(call, *pair, many, width, True, "relu", True, False),
-            )
+        for width in ("wide", "narrow", "uneven"):
+            options = (many, width, True, "relu", True, False)
+            yield f"{_names(pair)} {width}", _bind(call, *pair, *options)
         yield f"{_names(pair)} in place", _bind(call, *pair, few, "wide", True, "relu", True, False)
         if pair[0] != torch.float32:
             for width in ("wide", "narrow"):
@@ -54,6 +52,10 @@ def gated_linear_cases() -> Iterator[Case]:
     for rows in (few, many):
         options = (*DTYPES[0], rows, "wide", False, "none", False, False)
         yield f"{_names(DTYPES[0])} all features", _bind(call, *options)
+    # Triton compiles anew where an argument is 1: strides in units of eight numbers, sizes.
+    for rows, width, packs in ((many, "8", True), (1, "1", False), (many, "1", False)):
+        options = (*DTYPES[0], rows, width, packs, "none", True, False)
+        yield f"{_names(DTYPES[0])} {rows} x {width}", _bind(call, *options)
 
 
 def gated_conv2d_cases() -> Iterator[Case]:

@@ -26,7 +26,8 @@ KEY = {
     "SHFL": r"SHFL\b",
     "LDL": r"LDL\b",  # local memory: spills and arrays that are indexed at run time
     "STL": r"STL\b",
-    "ATOM": r"(?:ATOM|ATOMG|ATOMS|RED|REDG)\b",
+    "ATOM": r"(?:ATOM|ATOMG|ATOMS|RED|REDG)\b(?!\.E\.EXCH)",
+    "EXCH": r"ATOMG\.E\.EXCH\b",
 }
 _KEY = {name: re.compile(pattern) for name, pattern in KEY.items()}
 _FUNCTION = re.compile(r"^\s*Function : (\S+)")
@@ -43,12 +44,12 @@ def cuobjdump() -> str | None:
     return shutil.which("cuobjdump")
 
 
-def disassemble(cubin: Path) -> str:
-    """The machine code of a cubin as text."""
+def disassemble(cubin: Path, *options: str) -> str:
+    """The machine code of a cubin as text, and what further options of cuobjdump give."""
     program = cuobjdump()
     if program is None:
         raise FileNotFoundError("cuobjdump not found: triton has it (pip install triton)")
-    command = [program, "-sass", str(cubin)]
+    command = [program, "-sass", *options, str(cubin)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 

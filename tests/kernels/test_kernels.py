@@ -2,6 +2,9 @@
 """`make kernels` reads resources right and fails where it must."""
 
 import json
+import re
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import pytest
 from kernels import __main__ as command
@@ -246,3 +249,45 @@ def test_no_nvcc_is_said(monkeypatch):
     monkeypatch.setattr(cuda_aot, "build_script", lambda: build)
     with pytest.raises(Skipped, match="no nvcc: skipped"):
         cuda_aot.rows()
+
+
+def triton_rows(arch):
+    """{config: row} of the planted kernels, compiled in a process of its own."""
+    pytest.importorskip("triton", reason="Triton is not installed (pip install triton)")
+    if sass.cuobjdump() is None:
+        pytest.skip("cuobjdump not found: triton has it")
+    from kernels import planted, triton_aot
+
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        rows = pool.submit(triton_aot.rows_of, arch, planted.CASES).result()
+    return {row.config.partition(",")[0]: row for row in rows}
+
+
+def test_triton_kernels_that_are_refused_on_hopper():
+    found = triton_rows("sm_90a")
+    assert found["good"].defects() == [] and found["good"].instructions["HGMMA"] >= 4
+    assert found["float32"].defects() == [] and "HGMMA" not in found["float32"].instructions
+    assert "HMMA" in found["short"].instructions
+    assert "has no HGMMA" in found["short"].defects()[0]
+    assert re.search(r"spills \d+ bytes", found["crowded"].defects()[0])
+    assert found["crowded"].instructions["STL"] > 0
+    assert "has atomics" in found["sum"].defects()[0]
+
+
+def test_triton_kernels_on_other_gpus():
+    found = triton_rows("sm_80")
+    assert "HMMA" in found["good"].instructions
+    assert found["good"].defects() == found["short"].defects() == []
+    found = triton_rows("gfx942")
+    assert "MFMA" in found["good"].instructions and found["good"].defects() == []
+    assert "has atomics" in found["sum"].defects()[0]
+
+
+def test_operators_without_cases_are_an_error(tmp_path):
+    pytest.importorskip("triton", reason="Triton is not installed (pip install triton)")
+    from kernels import triton_aot
+
+    (tmp_path / "l0kernels" / "ops" / "new_op").mkdir(parents=True)
+    (tmp_path / "l0kernels" / "ops" / "new_op" / "triton.py").touch()
+    with pytest.raises(RuntimeError, match="no cases for the Triton kernels of new_op"):
+        triton_aot.rows(tmp_path)

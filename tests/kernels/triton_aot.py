@@ -8,9 +8,8 @@ the operators can make.
 
 import os
 import re
-import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
 from multiprocessing import get_context
@@ -18,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kernels import sass
-from kernels.cuda_aot import ROOT, Resources, parse_ptxas
+from kernels import gated_cases, sass
+from kernels.cuda_aot import ROOT, Resources
 from kernels.table import Row, Skipped
 
 TARGETS = {
@@ -35,7 +34,7 @@ AMD_KEY = {
     "LOAD.128": r"global_load_dwordx4",
     "ATOM": r"(?:global|flat|ds)_atomic\w*",
 }
-ATOMICS = "ATOM"
+TENSOR_CORES = {"sm_80": "HMMA", "sm_90a": "HGMMA", "sm_100a": "UTCMMA", "gfx942": "MFMA"}
 
 Case = tuple[str, Callable[[], Any]]  # what it is, the call
 
@@ -95,7 +94,12 @@ def _pack_cases(
         yield config, call
 
 
-CASES = {"sample_gates": sample_gates_cases, "pack_weight": pack_weight_cases}
+CASES = {
+    "sample_gates": sample_gates_cases,
+    "pack_weight": pack_weight_cases,
+    "gated_linear": gated_cases.gated_linear_cases,
+    "gated_conv2d": gated_cases.gated_conv2d_cases,
+}
 
 
 def _call(function: Callable, *arguments: Any) -> Callable[[], Any]:
@@ -151,31 +155,27 @@ def compile_only(arch: str) -> list[tuple[str, str, Any]]:
     return found
 
 
-def rows_of(arch: str) -> list[Row]:
+def rows_of(arch: str, cases: Mapping[str, Callable[[], Iterator[Case]]] = CASES) -> list[Row]:
     """The rows of one architecture; needs a process of its own."""
     os.environ.pop("TRITON_INTERPRET", None)
     kernels = compile_only(arch)
-    found: dict[tuple[str, str, str], Row] = {}
-    for stem, cases in CASES.items():
-        source = f"l0kernels/ops/{stem}/triton.py"
-        for config, call in cases():
+    seen: set[str] = set()
+    found = []
+    for stem, calls in cases.items():
+        for config, call in calls():
             kernels.clear()
             call()
             for name, constants, kernel in kernels:
-                key = (source, name, f"{config}, {constants}")
-                if key not in found:
-                    found[key] = _row(arch, *key, kernel)
-    return list(found.values())
+                if kernel.hash not in seen:
+                    seen.add(kernel.hash)
+                    source = f"l0kernels/ops/{stem}/triton.py"
+                    found.append(_row(arch, source, name, f"{config}, {constants}", kernel))
+    return found
 
 
 def _row(arch: str, source: str, name: str, config: str, kernel: Any) -> Row:
     read = _read_amd if "amdgcn" in kernel.asm else _read_nvidia
     resources, instructions = read(kernel)
-    problems = []
-    if ATOMICS in instructions:
-        problems.append("has atomics: all sums have one order")
-    if kernel.metadata.enable_fp_fusion and "sample_gates" in source:
-        problems.append("may fuse products with sums, which changes decisions")
     return Row(
         backend="triton",
         source=source,
@@ -187,30 +187,36 @@ def _row(arch: str, source: str, name: str, config: str, kernel: Any) -> Row:
         spilled=resources.spilled,
         shared=kernel.metadata.shared,
         instructions=instructions,
-        problems=tuple(problems),
+        problems=tuple(_problems(arch, source, kernel, instructions)),
     )
 
 
-def _read_nvidia(kernel: Any) -> tuple[Resources, dict[str, int]]:
-    from triton import knobs
+def _problems(arch: str, source: str, kernel: Any, instructions: dict[str, int]) -> Iterator[str]:
+    # A tensor descriptor is handed to the hardware by an exchange.
+    if "ATOM" in instructions or ("EXCH" in instructions and "UTMALDG" not in instructions):
+        yield "has atomics: all sums have one order"
+    if kernel.metadata.enable_fp_fusion and "sample_gates" in source:
+        yield "may fuse products with sums, which changes decisions"
+    core = TENSOR_CORES[arch]
+    if multiplies_short_matrices(kernel.asm["ttir"]) and core not in instructions:
+        yield f"has no {core}: its products miss the tensor cores"
 
-    ptx = kernel.asm["ptx"]
-    target = re.search(r"\.target\s+(sm_\w+)", ptx)
-    assert target is not None
-    is_new = int(re.sub(r"\D", "", target[1])) >= 100
-    tool = knobs.nvidia.ptxas_blackwell if is_new else knobs.nvidia.ptxas
-    fusion = [] if kernel.metadata.enable_fp_fusion else ["--fmad=false"]
+
+def multiplies_short_matrices(ttir: str) -> bool:
+    """Whether a kernel, in Triton's first form, has matrix products of 16-bit numbers."""
+    return re.search(r"tt\.dot .*: tensor<[\dx]+x(?:bf16|f16)>", ttir) is not None
+
+
+def _read_nvidia(kernel: Any) -> tuple[Resources, dict[str, int]]:
     with tempfile.TemporaryDirectory() as folder:
-        source, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
-        source.write_text(ptx, encoding="utf-8")
-        command = [tool.path, "-v", *fusion, f"--gpu-name={target[1]}", str(source)]
-        done = subprocess.run(
-            [*command, "-o", str(cubin)], capture_output=True, text=True, check=True
-        )
-        counts = sass.count(sass.disassemble(cubin))
-    (resources,) = parse_ptxas(done.stderr).values()
-    (instructions,) = counts.values()
-    return resources, instructions
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(kernel.asm["cubin"])
+        text = sass.disassemble(cubin, "-res-usage")
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    assert usage is not None
+    (instructions,) = sass.count(text).values()
+    # Triton's kernels have no arrays: what is on the stack did not fit into registers.
+    return Resources(int(usage[1]), int(usage[2])), instructions
 
 
 def _read_amd(kernel: Any) -> tuple[Resources, dict[str, int]]:
