@@ -751,7 +751,7 @@ class Layer:
             strides, self.geometry.window, steps, firsts,
             BACKWARD=backward, IN_PLACE=in_place, RELU=relu, A_VEC=vec, OUT_VEC=out_vec,
             BM=tiles.rows, BN=tiles.columns, BK=tiles.depth,
-            num_warps=tiles.warps, num_stages=tiles.stages,
+            num_warps=tiles.warps, num_stages=tiles.stages, **_triton.at_most_registers(255),
         )  # fmt: skip
 
     def _packed_strides(self) -> Strides:
