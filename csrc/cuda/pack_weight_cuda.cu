@@ -837,8 +837,8 @@ Planned plan_pack(const Problem& problem, const Tensor& packed, Copies& copies) 
   const int64_t size = static_cast<int64_t>(weight.element_size());
   item.vectors = line_size % vector == 0 && is_multiple(item.result, 16);
   item.aligned = is_aligned(item.weight, item.weight_at, 16 / size, size);
-  return plan(item, problem.packed_rows() * problem.shape.lines, line_size,
-              item.vectors ? vector : 1, std::numeric_limits<int64_t>::max());
+  const int64_t lines = problem.packed_rows() * problem.shape.lines;
+  return plan(item, lines, line_size, item.vectors ? vector : 1, lines);  // no sums: any chunks
 }
 
 std::vector<Tensor> pack(const std::vector<Problem>& problems, const Shared& shared,
