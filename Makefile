@@ -11,6 +11,12 @@ INSTALL_INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -typ
 NVCC := $(or $(wildcard $(CUDA_HOME)/bin/nvcc),$(shell command -v nvcc 2>/dev/null),$(wildcard /usr/local/cuda/bin/nvcc))
 L0K_BUILD ?= $(if $(NVCC),cuda,cpu)
 
+# The oldest torch, and the triton that comes with it.
+COMPAT := .venv-compat
+LOADS := 'import sys; from l0kernels import _ext; sys.exit(_ext.load("cpp") or _ext.build_info()["cuda"] and _ext.load("cuda") or None)'
+COMPAT_TESTS := 'not harness and not million and not repeats and not instruction_set and not bench'
+COMPAT_INTERPRETED := 'test_shapes or test_dtypes or test_open_lists or test_gradients or test_lists_of'
+
 # Threads that spin while they wait make step times flip from run to run.
 export OMP_WAIT_POLICY := passive
 
@@ -21,26 +27,46 @@ override L0K_DATA := $(abspath $(L0K_DATA))
 export L0K_DATA
 endif
 
-.PHONY: help demo test kernels fuzz bench lint gpu clean
+.PHONY: help demo test kernels table compat fuzz bench lint gpu clean
 
 help:
 	@echo 'make demo     train LeNet-5 on digits, ours beside the masked reference; writes runs/demo'
 	@echo 'make test     all tests'
 	@echo 'make kernels  compile every GPU kernel, no GPU needed: registers, spills; writes runs/kernels'
+	@echo 'make table    after make test kernels: errors of every operator into bench/results and README.md'
+	@echo 'make compat   the same libraries and code under torch 2.11 and triton 3.6; makes .venv-compat, 5 GB'
 	@echo 'make fuzz     CASES=20000 random networks against an oracle; failing ones go to runs/fuzz'
 	@echo 'make bench    time training steps (writes runs/bench) and operators'
 	@echo 'make lint     ruff and pyright'
 	@echo 'make gpu      build, tests, sanitizers, benchmarks on a CUDA device in under 8 minutes, no network'
-	@echo 'make clean    remove .venv, build and runs'
+	@echo 'make clean    remove .venv, .venv-compat, build and runs'
 
 demo: $(STAMP)
 	$(RUN)/l0kernels train lenet5-hc --compare --seeds 0,1,2 --out runs/demo
 
 test: $(STAMP)
-	$(RUN)/python -m pytest -q -rs --durations=10
+	rm -rf runs/tests
+	L0K_TEST_RECORDS=$(abspath runs/tests) $(RUN)/python -m pytest -q -rs --durations=10
 
 kernels: $(STAMP)
 	PYTHONPATH=tests $(RUN)/python -m kernels --out runs/kernels
+
+table: $(STAMP)
+	PYTHONPATH=tests $(RUN)/python -m error_table runs/tests --kernels runs/kernels/table.json --save bench/results/cpu-tests.json
+	PYTHONPATH=tests $(RUN)/python -m error_table bench/results/*-tests.json --readme README.md
+
+# A copy of the package as it is installed, with the libraries that $(VENV) built: nothing is built here.
+# PYTHONSAFEPATH keeps the checkout from being found before it.
+compat: export PYTHONPATH := $(abspath build/compat):$(abspath tests)
+compat: export PYTHONSAFEPATH := 1
+compat: $(STAMP) $(COMPAT)/.installed
+	rm -rf build/compat && mkdir -p build/compat
+	cp -R l0kernels build/compat/ && cp -R bench build/compat/l0kernels/bench
+	$(COMPAT)/bin/python -m l0kernels.cli info
+	$(COMPAT)/bin/python -c $(LOADS)
+	$(COMPAT)/bin/python -m pytest -q -rs -p no:cacheprovider tests/ops tests/nn -k $(COMPAT_TESTS)
+	TRITON_INTERPRET=1 $(COMPAT)/bin/python -m pytest -q -rs -p no:cacheprovider tests/triton_on_cpu -k $(COMPAT_INTERPRETED)
+	$(COMPAT)/bin/python -m kernels --only Triton --out runs/compat-kernels
 
 CASES ?= 20000
 fuzz: $(STAMP)
@@ -65,11 +91,16 @@ gpu:
 	PYTHONPATH=tests $$python -m gpu $(GPU_OPTIONS)
 
 clean:
-	rm -rf $(VENV) build runs
+	rm -rf $(VENV) $(COMPAT) build runs
 
 # torch comes first: the build uses its headers, without the second copy that isolation would fetch.
 $(STAMP): $(INSTALL_INPUTS)
 	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install -q -c constraints.txt torch triton numpy setuptools ninja pybind11
 	L0K_BUILD=$(L0K_BUILD) $(RUN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[train,bench,export,hf,test,dev]'
+	touch $@
+
+$(COMPAT)/.installed: constraints-compat.txt
+	test -x $(COMPAT)/bin/python || $(PYTHON) -m venv $(COMPAT)
+	$(COMPAT)/bin/python -m pip install -q -c constraints-compat.txt torch triton numpy tqdm pytest hypothesis
 	touch $@

@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OPS = sorted(path.parent.name for path in ROOT.glob("l0kernels/ops/*/op.py"))
 KERNELS = ("PyTorch reference", "C++ CPU", "Triton", "CUDA C++")
 PASSES = ("forward", "dgrad", "wgrad", "gates")
+DTYPES = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 MOST = 2.0
 """How many times PyTorch's own error is allowed."""
 
@@ -228,7 +229,7 @@ def _cells(row: Row, known: set[str], built: list[str]) -> tuple[str, ...]:
         row.kernels,
         *errors,
         differences,
-        ", ".join(row.dtypes),
+        ", ".join(short for name, short in DTYPES.items() if name in row.dtypes),
         tests if row.status else "-",
         "; ".join(status) or "not run",
     )
@@ -254,6 +255,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--save", type=Path, help="file for the sum of the records")
     parser.add_argument("--readme", type=Path, help="file with the markers of the table")
     args = parser.parse_args(arguments)
+    for path in filter(None, [*args.records, args.kernels]):
+        if not path.exists():
+            parser.error(
+                f"expected {path}, which make test or make kernels writes; it is not there"
+            )
     rows = load(args.records)
     if args.kernels:
         rows += compiled(args.kernels)

@@ -9,6 +9,7 @@ import argparse
 import importlib
 import importlib.util
 import sys
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
@@ -17,12 +18,13 @@ from kernels.table import Row, Skipped, markdown, write
 PARTS = {"CUDA": "kernels.cuda_aot", "Triton": "kernels.triton_aot"}
 
 
-def collect() -> tuple[list[Row], dict[str, str], list[str]]:
+def collect(parts: Iterable[str] = PARTS) -> tuple[list[Row], dict[str, str], list[str]]:
     """All rows, what there is to say about each part, and what failed."""
     found: list[Row] = []
     facts = {"torch": metadata.version("torch")}
     failures: list[str] = []
-    for title, module in PARTS.items():
+    for title in parts:
+        module = PARTS[title]
         if importlib.util.find_spec(module) is None:
             continue
         try:
@@ -43,8 +45,10 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns 1 if anything failed."""
     parser = argparse.ArgumentParser(prog="python -m kernels", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/kernels"))
-    out = parser.parse_args(arguments).out
-    rows, facts, failures = collect()
+    parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS))
+    options = parser.parse_args(arguments)
+    out = options.out
+    rows, facts, failures = collect(options.only)
     write(out, rows, facts)
     print(markdown(rows))
     for name, value in facts.items():

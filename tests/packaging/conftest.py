@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 NOT_SOURCE = shutil.ignore_patterns(
-    ".git", ".venv", ".*_cache", "build", "dist", "runs", "*.egg-info", "__pycache__", "*.so"
+    ".git", ".venv*", ".*_cache", "build", "dist", "runs", "*.egg-info", "__pycache__", "*.so"
 )
 
 

@@ -3,6 +3,7 @@
 
 import re
 
+import error_table
 import pytest
 import torch
 from torch import nn
@@ -71,3 +72,11 @@ def test_layers_wired_by_hand(code, names):
     loss.backward()
     assert net(x).shape == (4, 10)
     assert names["g"].log_alpha.grad.abs().sum() > 0
+
+
+def test_errors_are_those_that_were_recorded(root):
+    files = sorted(root.glob("bench/results/*-tests.json"))
+    if not files:
+        pytest.skip("bench/results is not part of a source distribution")
+    text = (root / "README.md").read_text()
+    assert error_table.put_into(text, error_table.markdown(error_table.load(files))) == text
