@@ -269,6 +269,20 @@ def test_zoo_outputs_equal_masked_in_fp64(entry):
     check_equal(from_zoo(entry), ("all closed", "one open", "half"))
 
 
+@pytest.mark.parametrize("entry", zoo.entries(), ids=lambda e: e.name)
+def test_zoo_outputs_equal_masked_in_fp32(entry):
+    """Masked, packed and compact differ by rounding: 1e-5, relative in the Euclidean norm."""
+    net, inputs = from_zoo(entry)()
+    randomize(net)
+    set_gates(net.eval(), "half")
+    small = l0.compact(net, inputs)
+    with l0.use_impl("reference"):
+        masked = outputs(net, inputs)
+    for found in (outputs(net, inputs), outputs(small, inputs)):
+        for a, b in zip(masked, found, strict=True):
+            assert float((a - b).norm()) <= 1e-5 * float(a.norm()) > 0
+
+
 @pytest.mark.parametrize("name", ["vit", "bert", "llama"])
 def test_heads_and_neurons_of_transformers(name):
     make = from_zoo(zoo.entry(name), select=l0.select.heads | l0.select.inner)

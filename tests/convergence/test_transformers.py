@@ -80,6 +80,7 @@ def test_three_lines_and_it_trains(kind: str):
     masked = copy.deepcopy(net)
     ours = torch.tensor(train(net, batch, "auto"))
     theirs = torch.tensor(train(masked, batch, "reference"))
+    print(f"{kind}: loss {ours[:5].mean():.3f} at first, {ours[-10:].mean():.3f} at last")
     assert ours[-10:].mean() < 0.5 * ours[:5].mean()
     torch.testing.assert_close(
         ours.view(-1, 10).mean(1), theirs.view(-1, 10).mean(1), rtol=0.02, atol=1e-3

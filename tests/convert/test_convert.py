@@ -2,7 +2,10 @@
 """What convert gates, what it refuses and why, and how it leaves the model."""
 
 import copy
+import io
+import sys
 from collections.abc import Callable
+from typing import ClassVar
 
 import pytest
 import torch
@@ -174,6 +177,35 @@ def test_convert_is_deterministic():
         net = converted(Pair(F.relu), seed=5)
         found.append((net.l0.names, net.l0.refused, net.l0.log_alpha.detach().clone()))
     assert found[0][:2] == found[1][:2] and found[0][2].equal(found[1][2])
+
+
+class Bar:
+    """Stands for tqdm and counts."""
+
+    made: ClassVar[list["Bar"]] = []
+
+    def __init__(self, **options) -> None:
+        self.options, self.count = options, 0
+        self.made.append(self)
+
+    def update(self) -> None:
+        self.count += 1
+
+
+@pytest.mark.parametrize("interactive", [True, False])
+def test_progress_is_shown_to_people(interactive: bool, monkeypatch: pytest.MonkeyPatch):
+    module = sys.modules["l0kernels.convert"]
+    monkeypatch.setattr(module, "tqdm", Bar)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: interactive)
+    monkeypatch.setattr(Bar, "made", [])
+    torch.manual_seed(0)
+    converted(Pair(F.relu))
+    titles = {bar.options["desc"] for bar in Bar.made}
+    assert titles == {"finding groups", "checking packed against masked"}
+    for bar in Bar.made:
+        assert bar.options["disable"] is not interactive
+        assert bar.count == bar.options["total"] > 0
 
 
 def test_convert_leaves_parameters_modes_and_random_state_alone():

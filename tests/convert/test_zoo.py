@@ -28,6 +28,8 @@ HEADS = {
         4,
     ),
     "llama": ("model.layers.*.self_attn.", ("q_proj", "k_proj", "v_proj"), "o_proj", 4),
+    # Its forward splits query, key and value at fixed widths: heads close where they are read.
+    "gpt2": ("transformer.h.*.attn.", (), "c_proj", 4),
 }
 IN_FP32 = ("mobilenetv3", "unet", "densenet40", "signal", "convnext", "gpt2", "llama")
 
