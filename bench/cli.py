@@ -118,10 +118,16 @@ def run_networks(args: argparse.Namespace) -> int:
     names = ("only", "draws", "inputs", "rounds", "warmup")
     given = {n: v for n in names if (v := getattr(args, n)) is not None}
     setting = replace(networks.QUICK if args.quick else networks.Setting(), **given)
-    report = networks.measure(setting)
+    written: list[Path] = []
+
+    def keep(report: networks.Report) -> None:
+        """A run of an hour that is cut off leaves what it has measured."""
+        if args.out is not None:
+            written[:] = networks.write(report, args.out)
+
+    report = networks.measure(setting, keep)
     print(json.dumps(report.to_dict(), indent=1) if args.json else networks.table(report))
-    if args.out is not None:
-        written = networks.write(report, args.out)
+    if written:
         print("\n".join(str(path) for path in written), file=sys.stderr)
     if report.failed:
         print(f"failed: {', '.join(report.failed)}", file=sys.stderr)

@@ -116,6 +116,7 @@ class Row:
     examples: int | None = None
     prediction_gap: float | None = None
     onnx_error: float | None = None
+    masked_ms: float | None = None
     step_ms: float | None = None
     speedup: Spread | None = None
     oracle_ratio: Spread | None = None
@@ -289,7 +290,7 @@ class Subject:
             label=entry.name,
             last={"oracle": rebuilt.rebuild},
         )
-        row.step_ms = median(row.times["ours"])
+        row.masked_ms, row.step_ms = median(row.times["masked"]), median(row.times["ours"])
         row.speedup = paired(row.times, "masked", "ours")
         row.oracle_ratio = paired(row.times, "ours", "oracle")
 
@@ -331,8 +332,12 @@ def prediction_gap(entry: zoo.Entry, masked: Any, ours: Any) -> float:
     return gap
 
 
-def measure(setting: Setting) -> Report:
+def measure(setting: Setting, keep: Callable[[Report], object] = lambda report: None) -> Report:
     """Run over the zoo; a network that fails says so in its row and does not stop the others.
+
+    Args:
+        setting: what is measured.
+        keep: called after every network with all figures so far.
 
     Raises:
         ValueError: an unknown network, or numbers that are not positive.
@@ -349,10 +354,12 @@ def measure(setting: Setting) -> Report:
         for entry in chosen:
             rows.append(row := measure_row(entry, setting, bar))
             bar.update()
+            after = environment()["load_average"]
+            report = Report(setting, {**before, "load_average_after": after}, list(rows))
+            keep(report)
             parts = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in row.stages.items())
             bar.write(f"{row.name}: {row.elapsed:.0f} s ({parts})", file=sys.stderr)
-    after = environment()["load_average"]
-    return Report(setting, {**before, "load_average_after": after}, rows)
+    return report
 
 
 def measure_row(entry: zoo.Entry, setting: Setting, bar: Any) -> Row:
@@ -395,6 +402,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     ),
     "ONNX": lambda r: shown(r.onnx_error, ".1e"),
     "batch": lambda r: str(r.batch),
+    "masked step [ms]": lambda r: shown(r.masked_ms, ".1f"),
     "step [ms]": lambda r: shown(r.step_ms, ".1f"),
     "S": lambda r: shown(r.speedup, ""),
     "R": lambda r: shown(r.oracle_ratio, ""),

@@ -87,6 +87,19 @@ def test_table_has_a_full_line_per_network(finished: Path):
     assert "OMP_WAIT_POLICY=passive" in text and networks.CONTENT in text
 
 
+def test_a_run_that_is_cut_off_leaves_what_it_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    def once(entry: zoo.Entry, setting: networks.Setting, bar: object) -> networks.Row:
+        if entry.name == "lenet5":
+            raise KeyboardInterrupt
+        return networks.Row(entry.name, entry.batch)
+
+    monkeypatch.setattr(networks, "measure_row", once)
+    only = "mlp,signal,lenet5,unet"
+    assert main([*QUICK, "--only", only, "--out", str(tmp_path)]) == 130
+    rows = json.loads((tmp_path / "networks.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["mlp", "signal"]
+
+
 class Silent(nn.Module):
     """A network with nothing to gate."""
 
