@@ -241,7 +241,7 @@ def _layer_kernel(
     if IN_PLACE:
         feature, scale = _features(lists, columns, places, n_c)
     else:
-        feature, scale = places, tl.load(packed_columns + places)
+        feature, scale = places.to(tl.int64), tl.load(packed_columns + places)
     first_h = (class_h + window.padding[0]) * firsts[0] % steps[0]
     first_w = (class_w + window.padding[1]) * firsts[1] % steps[1]
     taps_w = (window.kernel[1] - first_w + steps[1] - 1) // steps[1]
@@ -293,7 +293,7 @@ def _weights(
     BACKWARD: tl.constexpr, IN_PLACE: tl.constexpr,
 ):  # fmt: skip
     """A block of the packed weight, [reduced, columns], at one kernel position."""
-    tap = weight + kh * strides.height + kw * strides.width
+    tap = weight + kh.to(tl.int64) * strides.height + kw.to(tl.int64) * strides.width
     if IN_PLACE:
         feature, scale = _features(lists, reduced, k, n_k)
         is_open = (scale != 0)[:, None] & (column_scale != 0)[None, :]
@@ -306,7 +306,7 @@ def _weights(
             factor = scale[:, None]
         values = tl.load(tap + place, mask=is_open, other=0.0).to(tl.float32) * factor
     elif BACKWARD:
-        values = tl.load(tap + k[:, None] * strides.out + column[None, :])
+        values = tl.load(tap + k.to(tl.int64)[:, None] * strides.out + column[None, :])
     else:
         values = tl.load(tap + k[:, None] + column[None, :] * strides.out)
     return values
@@ -322,7 +322,8 @@ def _tma_kernel(
     """`_layer_kernel` for strides of 1 and a packed weight; a block is a patch of BI x BH x BW.
 
     The descriptor of `a` ends at the packed features and at the image's borders, so what it reads
-    beyond is 0 without a mask.
+    beyond is 0 without a mask. Blocks are computed transposed: Triton leaves a patch that is
+    reshaped to rows in shared memory only as the second factor of a product.
     """
     n_k = _count(lists, reduced)
     n_c = _count(lists, columns)
@@ -355,24 +356,24 @@ def _tma_kernel(
         image = patch // (patches_h * patches_w) * BI
         h = patch // patches_w % patches_h * BH
         w = patch % patches_w * BW
-        acc = tl.zeros((BI * BH * BW, BN), tl.float32)
+        acc = tl.zeros((BN, BI * BH * BW), tl.float32)
         for step in range(window.kernel[0] * window.kernel[1] * depth):
             tap = step // depth
             k = step % depth * BK
             shift_h = tap // window.kernel[1] * window.dilation[0] - window.padding[0]
             shift_w = tap % window.kernel[1] * window.dilation[1] - window.padding[1]
             if BACKWARD:
-                left = a_tensor.load([image, h - shift_h, w - shift_w, k])
-                right = weight_tensor.load([tap * padded_out + k, column])
+                pixels = a_tensor.load([image, h - shift_h, w - shift_w, k])
+                weights = weight_tensor.load([tap * padded_out + k, column]).T
             else:
-                left = a_tensor.load([image, h + shift_h, w + shift_w, k])
-                right = weight_tensor.load([tap * padded_out + column, k]).T
-            acc = tl.dot(left.reshape(BI * BH * BW, BK), right, acc)
+                pixels = a_tensor.load([image, h + shift_h, w + shift_w, k])
+                weights = weight_tensor.load([tap * padded_out + column, k])
+            acc = tl.dot(weights, pixels.reshape(BI * BH * BW, BK).T, acc)
         scale = tl.load(packed_columns + column + tl.arange(0, BN))
         shift = None
         if bias is not None:
             shift = tl.load(bias + column + tl.arange(0, BN))
-        acc = _finished(acc, scale, shift, RELU).to(out.dtype.element_ty)
+        acc = _finished(acc.T, scale, shift, RELU).to(out.dtype.element_ty)
         out_tensor.store([image, h, w, column], acc.reshape(BI, BH, BW, BN))
     closed = tl.cdiv(out_width, BN) - tiles_c
     nothing = tl.zeros((BI, BH, BW, BN), out.dtype.element_ty)
