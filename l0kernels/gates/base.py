@@ -105,8 +105,8 @@ class Gates(nn.Module):
         self._projected, self._restored = -1, -1
         self._frozen_at: Tensor | None = None
         self._graphs: weakref.WeakSet[Graph] = weakref.WeakSet()
-        # What each layer packed to last, None if it packed nothing; and None until a forward.
-        self.layers: weakref.WeakKeyDictionary[Any, torch.dtype | None] | None = None
+        # Those that pack together, from the first forward on: see l0kernels.nn.packing.Members.
+        self.layers: weakref.WeakKeyDictionary[Any, dict[bool, torch.dtype | None]] | None = None
         self._held = 0
 
     # What a method supplies.
@@ -225,7 +225,7 @@ class Gates(nn.Module):
         if not layers:
             raise ValueError("attach: expected a model with layers that use these gates, got none")
         self._plan_ports(layers)
-        self.layers = None
+        self.layers = self._draw = None
         names = {module: name for name, module in root.named_modules()}
         norms = [m for m in layers if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self._norms = [tuple(names[norm].split(".")) for norm in norms]
@@ -416,9 +416,9 @@ class Gates(nn.Module):
     def _drop_shares(self) -> None:
         if self._draw is None or self.layers is None:
             return
-        for shares in self._draw.shares.values():
+        for mode, shares in self._draw.shares.items():
             for layer in shares:
-                self.layers[layer] = None
+                self.layers[layer][mode] = None
         self._draw.shares.clear()
 
     # Draws.

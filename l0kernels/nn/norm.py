@@ -129,7 +129,7 @@ class _GatedBatchNorm(GatedLayer, nn.modules.batchnorm._BatchNorm):
             return 0.0
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
-            if self.momentum is None:
+            if self.momentum is None:  # it waits for a GPU, as PyTorch's norm does
                 return 1.0 / float(self.num_batches_tracked)
         return 0.0 if self.momentum is None else self.momentum
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from l0kernels.functional import pack_weights
 from l0kernels.gates.base import Gates, in_backward
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from l0kernels.nn.base import GatedLayer
 
 Packed = tuple[Tensor, Tensor | None]
+Members = weakref.WeakKeyDictionary["GatedLayer", dict[bool, torch.dtype | None]]
+"""Layers, and what each packed to in its last forward with and without gradients; None: nothing."""
 
 
 class Share(NamedTuple):
@@ -46,16 +49,14 @@ class Share(NamedTuple):
         )
 
 
-def layers_of(
-    root: nn.Module, gates: Gates
-) -> weakref.WeakKeyDictionary[GatedLayer, torch.dtype | None]:
-    """The layers of a model that pack together, and the dtype that each would pack to now."""
+def layers_of(root: nn.Module, gates: Gates) -> Members:
+    """The layers of a model that pack together, with nothing known of any."""
     from l0kernels.nn.base import GatedLayer
 
     found = weakref.WeakKeyDictionary()
     for module in root.modules():
         if isinstance(module, GatedLayer) and module.gates is gates and not module.packs_alone:
-            found[module] = module.compute_dtype()
+            found[module] = {}
     return found
 
 
@@ -65,27 +66,31 @@ def take(layer: GatedLayer, gates: Gates, draw: Draw) -> Packed:
     The first layer that asks in a forward makes the call, with what each layer packed to last
     time. Every layer takes its part once. A layer that asks again, for a second use in a forward
     or to be recomputed in backward, packs alone; so does one whose dtype or parameters are not
-    what the call found. Hence no graph is used by two backward passes that would not be without
-    the call, and memory is freed as if there were none.
+    what the call found. So parts that are not taken are the only ones to outlive their use.
+
+    Under DDP every layer packs alone: gradients are sent while backward goes on, where one call's
+    would come all at its end, and every parameter must have its gradient made once, whether its
+    layer is used, recomputed or not.
     """
     dtype = layer.compute_dtype()
     share = None
-    if gates.layers is not None and layer in gates.layers and not in_backward():
-        gates.layers[layer] = dtype
-        shares = draw.shares.get(torch.is_grad_enabled())
-        if shares is None:
-            shares = draw.shares[torch.is_grad_enabled()] = _pack_model(gates, draw)
-        share = shares.pop(layer, None)
+    alone = in_backward() or DistributedDataParallel._get_active_ddp_module() is not None
+    if gates.layers is not None and layer in gates.layers and not alone:
+        mode = torch.is_grad_enabled()
+        gates.layers[layer][mode] = dtype
+        if mode not in draw.shares:
+            draw.shares[mode] = _pack_model(gates.layers, mode, gates, draw)
+        share = draw.shares[mode].pop(layer, None)
     if share is None or not share.serves(layer, dtype):
         return pack({layer: dtype}, gates, draw)[layer]
     return share.packed
 
 
-def _pack_model(gates: Gates, draw: Draw) -> dict[GatedLayer, Share]:
-    assert gates.layers is not None
+def _pack_model(layers: Members, mode: bool, gates: Gates, draw: Draw) -> dict[GatedLayer, Share]:
+    dtypes = {layer: known.get(mode, layer.compute_dtype()) for layer, known in layers.items()}
     wanted = {
         layer: dtype
-        for layer, dtype in gates.layers.items()
+        for layer, dtype in dtypes.items()
         if dtype is not None and _can_become(layer.weight.dtype, dtype)
     }
     return {

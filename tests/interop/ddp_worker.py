@@ -40,7 +40,7 @@ class Case:
         norms_train: norms use the statistics of each rank's batch.
         closed: all gates of the first group are closed.
         kind: network.
-        together: all weights are packed by one call, as on a GPU.
+        as_on_a_gpu: each layer packs weight and bias in one call, norms run as one operator.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
@@ -54,7 +54,7 @@ class Case:
     norms_train: bool = False
     closed: bool = False
     kind: str = "norm"
-    together: bool = False
+    as_on_a_gpu: bool = False
 
 
 UNUSED, STATIC = {"find_unused_parameters": True}, {"static_graph": True}
@@ -87,21 +87,21 @@ CASES: dict[str, Case] = {
     "frozen, bucket views": Case(VIEWS, frozen=SOME),
     "frozen, accumulated": Case(frozen=SOME, parts=2),
     "frozen, checkpointed": Case(frozen=SOME, checkpointed=True),
-    "packed together": Case(together=True),
-    "packed together, residual": Case(together=True, kind="residual"),
-    "packed together, norms in training mode": Case(together=True, norms_train=True),
-    "packed together, find unused": Case(UNUSED, together=True),
-    "packed together, static graph": Case(STATIC, together=True),
-    "packed together, bucket views": Case(VIEWS, together=True),
-    "packed together, accumulated": Case(together=True, parts=2),
-    "packed together, checkpointed": Case(together=True, checkpointed=True),
-    "packed together, frozen": Case(together=True, frozen=SOME),
+    "as on a GPU": Case(as_on_a_gpu=True),
+    "as on a GPU, residual": Case(as_on_a_gpu=True, kind="residual"),
+    "as on a GPU, norms in training mode": Case(as_on_a_gpu=True, norms_train=True),
+    "as on a GPU, find unused": Case(UNUSED, as_on_a_gpu=True),
+    "as on a GPU, static graph": Case(STATIC, as_on_a_gpu=True),
+    "as on a GPU, bucket views": Case(VIEWS, as_on_a_gpu=True),
+    "as on a GPU, accumulated": Case(as_on_a_gpu=True, parts=2),
+    "as on a GPU, checkpointed": Case(as_on_a_gpu=True, checkpointed=True),
+    "as on a GPU, frozen": Case(as_on_a_gpu=True, frozen=SOME),
 }
 
 
 def prepare(case: Case, seed: int) -> nn.Module:
     net = make(case.kind, seed)
-    net.l0._together = case.together
+    net.l0._together = case.as_on_a_gpu
     if not case.norms_train:
         norms_in_eval(net)
     if case.checkpointed:
