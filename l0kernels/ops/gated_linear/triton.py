@@ -584,6 +584,7 @@ WEIGHT_TILES = {
 }
 PROGRAMS = 512  # about as many as keep a large GPU busy
 WEIGHT_BLOCK = (32, 64)  # outputs and inputs that a program packs, or whose gradients it finishes
+MAX_ROWS = (1 << 31) - (1 << 16)  # blocks and parts of them are rounded up
 IN_PLACE_ROWS = 128  # up to so many rows, reading the weight once in place is cheapest
 
 
@@ -667,8 +668,14 @@ def pointwise(rows: int) -> Geometry:
 
 
 def as_rows(tensor: Tensor) -> Tensor:
-    """Views [..., features] as [rows, features] with adjacent features; copies if it must."""
+    """Views [..., features] as [rows, features] with adjacent features; copies if it must.
+
+    Raises:
+        ValueError: the kernels number rows by 32 bits, and there are too many.
+    """
     rows = tensor.reshape(prod(tensor.shape[:-1]), tensor.shape[-1])
+    if rows.shape[0] > MAX_ROWS:
+        raise ValueError(f"expected at most {MAX_ROWS} rows or pixels; got {rows.shape[0]}")
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
