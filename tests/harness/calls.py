@@ -35,7 +35,7 @@ class Recorder:
         return run
 
     def _note(self, name: str, args: tuple) -> None:
-        size = sum(tensor.numel() for tensor in _tensors(args))
+        size = sum(tensor.numel() for tensor in tensors(args))
         kind = (name, *map(_kind, args))
         known, _ = self._calls.get(kind, (-1, None))
         if known < size <= MOST_ELEMENTS:
@@ -55,7 +55,7 @@ def _kind(argument: Any) -> Any:
     return argument
 
 
-def _tensors(args: Iterable) -> list[Tensor]:
+def tensors(args: Iterable) -> list[Tensor]:
     lists = (arg if isinstance(arg, (list, tuple)) else [arg] for arg in args)
     return [item for items in lists for item in items if isinstance(item, Tensor)]
 
