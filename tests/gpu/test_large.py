@@ -103,6 +103,7 @@ def test_pack_weight(gpu_impl):
     places = torch.tensor([0, 1, size - 2, size - 1], device="cuda")
     maps = torch.stack([torch.arange(size), torch.full((size,), size)]).cuda()
     z = torch.full((size + 1,), 0.5, device="cuda")
+    z[-1] = 1
     weight.requires_grad_()
     packed = pack_weight(weight, z, places, maps, places, maps)
     expected = weight.detach()[places][:, places] * 0.5

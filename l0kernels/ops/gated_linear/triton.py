@@ -102,6 +102,16 @@ def _count(lists, axis):
 
 
 @triton.jit
+def _divisor(count):
+    """The count, but 1 instead of 0.
+
+    Data of a loop's first step is asked for before it is known whether there is a first step. To
+    divide by 0 there is undefined: compilers conclude that the loop is never empty, and read.
+    """
+    return tl.maximum(count, 1)
+
+
+@triton.jit
 def _gates_of(lists, axis, places, count):
     """The features at packed places, their two gates, and which of these exist."""
     exists = places < count
@@ -249,11 +259,11 @@ def _layer_kernel(
     whole = n_k // BK
     acc = tl.zeros((BM, BN), tl.float32)
     for step in range(taps * whole):
-        tap = step // whole
-        kh = first_h + tap // taps_w * steps[0]
-        kw = first_w + tap % taps_w * steps[1]
+        tap = step // _divisor(whole)
+        kh = first_h + tap // _divisor(taps_w) * steps[0]
+        kw = first_w + tap % _divisor(taps_w) * steps[1]
         source, inside = _source_rows(image, h, w, kh, kw, a_size, window, BACKWARD)
-        k = step % whole * BK + tl.arange(0, BK)
+        k = step % _divisor(whole) * BK + tl.arange(0, BK)
         left = source.to(tl.int64)[:, None] * a_stride + k[None, :]
         left = tl.load(a + left, mask=(inside & live)[:, None], other=0.0)
         right = _weights(
@@ -263,8 +273,8 @@ def _layer_kernel(
         acc = tl.dot(left, right, acc, input_precision="ieee")
     rest = n_k - whole * BK
     for tap in range(tl.where(rest > 0, taps, 0)):
-        kh = first_h + tap // taps_w * steps[0]
-        kw = first_w + tap % taps_w * steps[1]
+        kh = first_h + tap // _divisor(taps_w) * steps[0]
+        kw = first_w + tap % _divisor(taps_w) * steps[1]
         source, inside = _source_rows(image, h, w, kh, kw, a_size, window, BACKWARD)
         k = whole * BK + tl.arange(0, BK)
         left = source.to(tl.int64)[:, None] * a_stride + k[None, :]
@@ -351,15 +361,15 @@ def _tma_kernel(
     tiles_c = tl.cdiv(n_c, BN)
     depth = tl.cdiv(n_k, BK)
     for tile in tl.range(tl.program_id(0), patches * tiles_c, tl.num_programs(0), flatten=True):
-        patch = tile // tiles_c
-        column = tile % tiles_c * BN
+        patch = tile // _divisor(tiles_c)
+        column = tile % _divisor(tiles_c) * BN
         image = patch // (patches_h * patches_w) * BI
         h = patch // patches_w % patches_h * BH
         w = patch % patches_w * BW
         acc = tl.zeros((BN, BI * BH * BW), tl.float32)
         for step in range(window.kernel[0] * window.kernel[1] * depth):
-            tap = step // depth
-            k = step % depth * BK
+            tap = step // _divisor(depth)
+            k = step % _divisor(depth) * BK
             shift_h = tap // window.kernel[1] * window.dilation[0] - window.padding[0]
             shift_w = tap % window.kernel[1] * window.dilation[1] - window.padding[1]
             if BACKWARD:
@@ -378,8 +388,8 @@ def _tma_kernel(
     closed = tl.cdiv(out_width, BN) - tiles_c
     nothing = tl.zeros((BI, BH, BW, BN), out.dtype.element_ty)
     for tile in tl.range(tl.program_id(0), patches * closed, tl.num_programs(0)):
-        patch = tile // closed
-        column = (tiles_c + tile % closed) * BN
+        patch = tile // _divisor(closed)
+        column = (tiles_c + tile % _divisor(closed)) * BN
         image = patch // (patches_h * patches_w) * BI
         h = patch // patches_w % patches_h * BH
         out_tensor.store([image, h, patch % patches_w * BW, column], nothing)
