@@ -134,10 +134,11 @@ class GatedLayer(nn.Module):
 
     def compute_dtype(self) -> torch.dtype:
         """The dtype autocast would give the layer; it casts other than fp32 weights by itself."""
-        device = self.weight.device.type
-        if torch.is_autocast_enabled(device) and self.weight.dtype == torch.float32:
+        weight = self.weight
+        device = weight.device.type
+        if weight.dtype == torch.float32 and torch.is_autocast_enabled(device):
             return torch.get_autocast_dtype(device)
-        return self.weight.dtype
+        return weight.dtype
 
     def _once(
         self, draw: Draw, what: Any, pack: Callable[[Draw], tuple[Tensor, Tensor | None]]

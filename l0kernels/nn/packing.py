@@ -87,7 +87,10 @@ def take(layer: GatedLayer, gates: Gates, draw: Draw) -> Packed:
 
 
 def _pack_model(layers: Members, mode: bool, gates: Gates, draw: Draw) -> dict[GatedLayer, Share]:
-    dtypes = {layer: known.get(mode, layer.compute_dtype()) for layer, known in layers.items()}
+    dtypes = {
+        layer: known[mode] if mode in known else layer.compute_dtype()
+        for layer, known in layers.items()
+    }
     wanted = {
         layer: dtype
         for layer, dtype in dtypes.items()

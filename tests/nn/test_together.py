@@ -445,8 +445,7 @@ def waits_of(run: Callable[[], object]) -> list[str]:
 
 def training(net: nn.Module, device: torch.device | str = "cpu", **penalty) -> Callable[[], None]:
     """A step with expected loss, penalty and optimizer."""
-    x, y = torch.randn(8, 3, 8, 8).to(device), torch.arange(8).to(device)
-    x = x.contiguous(memory_format=torch.channels_last)
+    x, y = (t.to(device) for t in batch())
     optimizer = torch.optim.SGD(l0.param_groups(net, lr=0.01), momentum=0.9)
 
     def step() -> None:
@@ -458,8 +457,25 @@ def training(net: nn.Module, device: torch.device | str = "cpu", **penalty) -> C
     return step
 
 
-def small_wrn(device: torch.device | str = "cpu") -> nn.Module:
-    return wired(network("wrn-10-1")).to(device).to(memory_format=torch.channels_last)
+def small_wrn() -> nn.Module:
+    return wired(network("wrn-10-1")).to(memory_format=torch.channels_last)
+
+
+def few_inputs() -> nn.Module:
+    """Closed inputs fill up to two."""
+    net = make("mlp", granularity="input")
+    with torch.no_grad():
+        net.l0.log_alpha.fill_(-4.0)
+    return net
+
+
+STEPS = {
+    "all": (small_wrn, {}, False),
+    "frozen": (small_wrn, {}, True),
+    "another lam": (small_wrn, {"lam": 2.0}, False),
+    "frozen, another lam": (small_wrn, {"lam": 2.0}, True),
+    "inputs": (few_inputs, {}, False),
+}
 
 
 def test_what_waits_is_seen():
@@ -469,15 +485,10 @@ def test_what_waits_is_seen():
     assert not waits_of(lambda: x[torch.tensor([1, 2])])
 
 
-PENALTIES = [{}, {"lam": 2.0}]
-
-
-@pytest.mark.parametrize("penalty", PENALTIES)
-@pytest.mark.parametrize("frozen", [False, True])
-def test_nothing_in_a_step_would_wait_for_a_gpu(
-    penalty: dict, frozen: bool, monkeypatch: pytest.MonkeyPatch
-):
-    net = small_wrn()
+@pytest.mark.parametrize("case", STEPS)
+def test_nothing_in_a_step_would_wait_for_a_gpu(case: str, monkeypatch: pytest.MonkeyPatch):
+    build, penalty, frozen = STEPS[case]
+    net = build()
     step = training(net, **penalty)
     step()
     if frozen:
@@ -491,14 +502,14 @@ def test_nothing_in_a_step_would_wait_for_a_gpu(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.parametrize("case", STEPS)
 def test_a_step_on_a_gpu_waits_for_the_counts_only(
-    autocast: bool, frozen: bool, penalty: dict, monkeypatch: pytest.MonkeyPatch
+    case: str, autocast: bool, monkeypatch: pytest.MonkeyPatch
 ):
     """They are copied into pinned memory, with an event that PyTorch's alarm does not mind."""
     monkeypatch.setattr(l0.gates.Gates, "_together", None)
-    net = small_wrn("cuda")
+    build, penalty, frozen = STEPS[case]
+    net = build().cuda()
     assert net.l0.together
     step = training(net, "cuda", **penalty)
     if frozen:
@@ -519,7 +530,7 @@ def test_a_step_on_a_gpu_waits_for_the_counts_only(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_250_repeats_of_a_step_on_a_gpu_are_bit_equal():
-    net = small_wrn("cuda")
+    net = small_wrn().cuda()
     start = copy.deepcopy(net.state_dict())
     x, y = torch.randn(256, 3, 32, 32, device="cuda"), torch.arange(256, device="cuda") % 10
     x = x.contiguous(memory_format=torch.channels_last)
