@@ -211,8 +211,11 @@ class Oracle:
         """Build the network of the next round's draw and warm it up."""
         self.arm = None
         gc.collect()
-        torch.manual_seed(self.task.seed)
-        self.arm = oracle_arm(self.task, self.task.network.build_at(self.next_widths()))
+        # Variants that draw from PyTorch's generators must not get the same noise every round: they
+        # would run at widths that libraries have planned for already.
+        with torch.random.fork_rng():
+            torch.manual_seed(self.task.seed)
+            self.arm = oracle_arm(self.task, self.task.network.build_at(self.next_widths()))
         for _ in range(self.WARMUP):
             self.arm.step()
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import operator
@@ -18,6 +19,9 @@ from l0kernels._config import current_impl, use_impl
 from l0kernels.functional import GateLayout, OpenLists, open_lists, sample_gates
 from l0kernels.gates.draw import Draw, Graph
 from l0kernels.gates.ref import GateRef
+from l0kernels.gates.rounding import Rounding
+
+GPU_MULTIPLE = 16  # channels that a tensor core's instruction takes
 
 
 def per_group(what: str, value: float | Mapping[str, float], names: list[str]) -> dict[str, float]:
@@ -58,7 +62,9 @@ class Gates(nn.Module):
     """
 
     law: ClassVar[str]
+    # Of tests that run on a CPU what a GPU does; None: what the device asks for.
     _together: bool | None = None
+    _multiple: int | None = None
     log_alpha: nn.Parameter
     step: Tensor
     seed: Tensor
@@ -93,6 +99,7 @@ class Gates(nn.Module):
         self.port_starts: list[int] = []
         self.port_selects: list[bool] = []
         self.port_arrivals: list[list[tuple[int, int]] | None] = []
+        self.rounding: Rounding | None = None
         self._ports: dict[tuple[str, ...], int] = {}
         self._norms: list[tuple[str, ...]] = []
         self.unit_weights = torch.ones(self.count, dtype=torch.float64)
@@ -261,6 +268,9 @@ class Gates(nn.Module):
         device = self.log_alpha.device
         ends = torch.tensor([0, *(m.shape[1] for m in self.port_maps)]).cumsum(0)
         self.port_starts = ends.tolist()[:-1]
+        sizes = dict(zip(self.starts.values(), self.sizes, strict=True))
+        self.rounding = Rounding.of(self.port_maps, self.port_selects, sizes)
+        self.rounding.apply(lambda tensor: tensor.to(device))
         self.layout = GateLayout(
             self.layout.group_offsets.to(device),
             torch.cat(self.port_maps, 1).to(device),
@@ -305,7 +315,7 @@ class Gates(nn.Module):
         if parts is None:
             return None
         # The first ports are the groups themselves.
-        return sum(n if group < 0 else n * draw.counts[group] for group, n in parts)
+        return sum(n if group < 0 else n * draw.widths[group] for group, n in parts)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gates:
         # The maps are not buffers: they would be sent by DDP at every step.
@@ -317,6 +327,8 @@ class Gates(nn.Module):
         if self._frozen_at is not None:
             self._frozen_at = self._frozen_at.to(self.log_alpha)
         self.layout = GateLayout(*(fn(t) for t in self.layout))
+        if self.rounding is not None:
+            self.rounding.apply(fn)
         self.port_maps = [fn(m) for m in self.port_maps]
         # Anew rather than converted: a detour over a narrow dtype would lose digits.
         self._cost = self._cost_of(self._lam, self.unit_weights).to(self.log_alpha)
@@ -399,9 +411,16 @@ class Gates(nn.Module):
         on = self.log_alpha.is_cuda if self._together is None else self._together
         return on and not torch.compiler.is_compiling()
 
+    @property
+    def multiple(self) -> int:
+        """What the packed widths of groups are rounded up to multiples of, where they can be."""
+        if self._multiple is not None:
+            return self._multiple
+        return GPU_MULTIPLE if self.log_alpha.is_cuda else 1
+
     def span(self, port: int, draw: Draw) -> tuple[int, int]:
         """Where the packed features of a port lie in the lists of a draw; (-1, 0) for no port."""
-        return (-1, 0) if port < 0 else (self.port_starts[port], draw.counts[port])
+        return (-1, 0) if port < 0 else (self.port_starts[port], draw.widths[port])
 
     def begin_forward(self, root: nn.Module) -> None:
         """Have the layers of the model pack anew, also under a draw that is held: parameters may
@@ -538,7 +557,12 @@ class Gates(nn.Module):
     ) -> Draw:
         version = self.log_alpha._version
         places = self.port_starts, self.port_selects
-        return Draw(z, lists, *places, self.training, version, expected, drawn_from)
+        rounding = None if self.multiple == 1 else self.rounding
+        widths = None
+        if rounding is not None:
+            lists = rounding.lists(z, lists)
+            widths = functools.partial(rounding.widths, multiple=self.multiple)
+        return Draw(z, lists, *places, self.training, version, expected, drawn_from, widths)
 
     def _sample(self, cost: Tensor) -> tuple[Tensor, Tensor, OpenLists, Tensor]:
         """Values, expected cost and lists of the present step, and the key they came from."""

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -33,6 +33,7 @@ class Draw:
         version: version of log_alpha that was drawn from.
         expected: penalty-weighted expected number of open gates (0-d), or None.
         drawn_from: log_alpha and key of a sampled draw, to say what is wrong with them; or None.
+        widths: gives the packed widths for the counts; None: they are the same.
 
     Raises:
         ValueError: NaN in log_alpha, seed or step out of range. RuntimeError: a layout that does
@@ -50,6 +51,7 @@ class Draw:
         version: int,
         expected: Tensor | None = None,
         drawn_from: tuple[Tensor, Tensor] | None = None,
+        widths: Callable[[list[int]], list[int]] | None = None,
     ) -> None:
         self.differentiable = torch.is_grad_enabled()
         if self.differentiable and not z.requires_grad:
@@ -62,7 +64,8 @@ class Draw:
         self.counts = _on_host(lists.counts)
         if min(self.counts, default=0) < 0:
             _raise_for(drawn_from)
-        spans = list(zip(starts, self.counts, selects, strict=False))
+        self.widths = self.counts if widths is None else widths(self.counts)
+        spans = list(zip(starts, self.widths, selects, strict=False))
         self.lists = lists
         self.index = [lists.index.narrow(0, start, count) for start, count, _ in spans]
         # Where the packed features stand among those that arrive; None where all are packed.
@@ -81,6 +84,11 @@ class Draw:
             z.register_hook(self.graph.hold)
         if "torch._dynamo" in sys.modules:
             _mark_dynamic(self.index + [p for p in self.position if p is not None])
+
+    def features(self, port: int) -> Tensor:
+        """The packed features of a port in ascending order, without what rounds its width up."""
+        index, count = self.index[port], self.counts[port]
+        return index if count == self.widths[port] else index[:count].sort().values
 
 
 def _on_host(counts: Tensor) -> list[int]:

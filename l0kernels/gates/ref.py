@@ -44,12 +44,15 @@ class GateRef:
     @property
     def index(self) -> Tensor:
         """Packed features of the current draw in ascending order, int64 of shape [count]."""
-        return self.gates.current_draw().index[self.gates.port_of(self)]
+        return self.gates.current_draw().features(self.gates.port_of(self))
 
     @property
     def count(self) -> int:
-        """Number of packed features in the current draw (never below min(2, features))."""
-        return self.index.numel()
+        """Number of packed features in the current draw (never below min(2, features)).
+
+        On a GPU, layers may be a little wider, see ``gates.rounding``.
+        """
+        return self.gates.current_draw().counts[self.gates.port_of(self)]
 
     def expand(self, repeat: int) -> GateRef:
         """Repeat every gate over ``repeat`` neighbouring features, as flattening [C, H, W] does.

@@ -111,6 +111,13 @@ def test_steps_run_under_autocast(variant: str):
     assert dtypes == [torch.bfloat16]
 
 
+def test_rebuilding_the_oracle_leaves_the_generators_alone():
+    oracle = arms.Oracle(arms.Task(models.network("mlp-784-300-100"), 2, torch.device("cpu")), 0.5)
+    before = torch.get_rng_state()
+    oracle.rebuild()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_every_ratio_has_its_own_look():
     assert set(STYLES) == set(step.RATIOS)
     assert len({colour for colour, _ in STYLES.values()}) == len(STYLES)

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packed widths rounded up, for libraries that are slow at widths they have not met."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from l0kernels.functional import OpenLists
+
+
+class Units(NamedTuple):
+    """What a port whose widths can be rounded carries: the units of one group.
+
+    Args:
+        size: of the group.
+        repeat: features per unit, next to each other.
+    """
+
+    size: int
+    repeat: int
+
+
+class Rounding:
+    """Rounds the number of packed units of a group up to a multiple; dummies make up for it.
+
+    A GPU's libraries plan each convolution anew for every width, and odd widths are slow. The
+    first closed units follow the open ones: they pass as zeros, as the dummies of narrow layers do,
+    so no result changes. A group is rounded if all its ports carry its units alone and in order;
+    where features of several groups meet, only the kernels know their order.
+
+    Args:
+        maps: of each port, on the CPU, see `GateLayout`.
+        ports: what each port carries, None for one that is not rounded.
+    """
+
+    def __init__(self, maps: Sequence[Tensor], ports: Sequence[Units | None]) -> None:
+        self.ports = list(ports)
+        sizes = torch.tensor([m.shape[1] for m in maps])
+        starts = torch.tensor([0, *sizes.tolist()]).cumsum(0)[:-1]
+        number = torch.arange(len(maps)).repeat_interleave(sizes)
+        is_rounded = torch.tensor([units is not None for units in ports])
+        self.gates = torch.cat([m[0] for m in maps])
+        self.first, self.is_rounded = starts[number], is_rounded[number]
+        # Open features of a port come before its closed ones, ports one after the other.
+        self.order = (2 * number).int()
+
+    @classmethod
+    def of(cls, maps: Sequence[Tensor], selects: Sequence[bool], sizes: dict[int, int]) -> Rounding:
+        """The rounding of a model's ports.
+
+        Args:
+            maps: of each port, on the CPU.
+            selects: whether a port has gates beside those that features are born with.
+            sizes: of the groups, by their first gate.
+        """
+        found = [None if s else _units(m[0], sizes) for m, s in zip(maps, selects, strict=True)]
+        others = [m.flatten() for m, units in zip(maps, found, strict=True) if units is None]
+        exact = set(torch.cat(others).tolist()) if others else set()
+
+        def rounded(gates: Tensor, units: Units | None) -> Units | None:
+            return None if units is None or exact.intersection(gates.tolist()) else units
+
+        return cls(maps, [rounded(m[0], units) for m, units in zip(maps, found, strict=True)])
+
+    def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Moves the tensors, as `nn.Module._apply` moves a module's."""
+        for name in ("gates", "first", "is_rounded", "order"):
+            setattr(self, name, fn(getattr(self, name)))
+
+    def lists(self, z: Tensor, lists: OpenLists) -> OpenLists:
+        """The lists with the open features of rounded ports first, then the closed ones."""
+        closed = z.detach().index_select(0, self.gates) == 0
+        order = torch.sort(self.order + closed, stable=True).indices - self.first
+        return lists._replace(index=torch.where(self.is_rounded, order, lists.index))
+
+    def widths(self, counts: Sequence[int], multiple: int) -> list[int]:
+        """The packed widths for the numbers of features that kernels counted."""
+        return [
+            count if units is None else _rounded(count, units, multiple)
+            for count, units in zip(counts, self.ports, strict=True)
+        ]
+
+
+def _rounded(count: int, units: Units, multiple: int) -> int:
+    packed = count // units.repeat
+    return min(units.size, -(-packed // multiple) * multiple) * units.repeat
+
+
+def _units(gates: Tensor, sizes: dict[int, int]) -> Units | None:
+    """The group whose units these features are, in order; None for other features."""
+    size = sizes.get(int(gates[0])) if gates.numel() else None
+    if size is None or gates.numel() % size:
+        return None
+    repeat = gates.numel() // size
+    inorder = gates[0] + torch.arange(size).repeat_interleave(repeat)
+    return Units(size, repeat) if torch.equal(gates, inorder) else None
