@@ -581,8 +581,8 @@ class Tiles(NamedTuple):
 
 LAYER_TILES = {
     "float32": Tiles(64, 64, 16, 8, 2),
-    "in place": Tiles(64, 64, 32, 4, 2),
-    "uneven": Tiles(64, 64, 32, 4, 2),
+    "in place": Tiles(64, 32, 32, 4, 2),
+    "uneven": Tiles(64, 64, 32, 8, 2),
     "narrow": Tiles(128, 64, 64, 4, 3),
     "wide": Tiles(128, 128, 64, 8, 3),
 }
