@@ -9,7 +9,8 @@ import torch
 
 Case = tuple[str, Callable[[], Any]]  # what it is, the call
 
-WIDTHS = {"wide": (72, 80), "narrow": (64, 40), "uneven": (20, 50), "8": (8, 8), "1": (1, 1)}
+# Triton compiles anew where an argument is 1 or a multiple of 16: most are of wide layers.
+WIDTHS = {"wide": (80, 96), "narrow": (56, 40), "uneven": (20, 50), "8": (8, 8), "1": (1, 1)}
 WINDOWS = {
     "3x3": ((3, 3), [1, 1], [1, 1], [1, 1]),
     "3x3 stride 2": ((3, 3), [2, 2], [1, 1], [1, 1]),
@@ -40,22 +41,27 @@ def gated_linear_cases() -> Iterator[Case]:
             kernels.gated_linear_backward(y, x, weight, y, *options, *needs)
 
     few, many = kernels.IN_PLACE_ROWS, 4 * kernels.IN_PLACE_ROWS
+
+    def case(pair, name, rows, width, packs=True, activation="relu", tma=False):
+        arguments = (*pair, rows, width, packs, activation, True, tma)
+        return f"{_names(pair)} {name}", _bind(call, *arguments)
+
     for pair in DTYPES:
-        for width in ("wide", "narrow", "uneven"):
-            options = (many, width, True, "relu", True, False)
-            yield f"{_names(pair)} {width}", _bind(call, *pair, *options)
-        yield f"{_names(pair)} in place", _bind(call, *pair, few, "wide", True, "relu", True, False)
+        yield case(pair, "wide", many, "wide")
+        yield case(pair, "in place", few, "wide")
         if pair[0] != torch.float32:
-            for width in ("wide", "narrow"):
-                options = (many, width, True, "relu", True, True)
-                yield f"{_names(pair)} {width} descriptors", _bind(call, *pair, *options)
+            yield case(pair, "wide descriptors", many, "wide", tma=True)
+    for pair in (DTYPES[0], DTYPES[4]):
+        yield case(pair, "uneven", many, "uneven")
+    pair = DTYPES[0]
+    yield case(pair, "narrow", many, "narrow")
+    yield case(pair, "narrow descriptors", many, "narrow", tma=True)
     for rows in (few, many):
-        options = (*DTYPES[0], rows, "wide", False, "none", False, False)
-        yield f"{_names(DTYPES[0])} all features", _bind(call, *options)
-    # Triton compiles anew where an argument is 1: strides in units of eight numbers, sizes.
-    for rows, width, packs in ((many, "8", True), (1, "1", False), (many, "1", False)):
-        options = (*DTYPES[0], rows, width, packs, "none", True, False)
-        yield f"{_names(DTYPES[0])} {rows} x {width}", _bind(call, *options)
+        yield case(pair, "all features", rows, "wide", False, "none")
+    # Strides of one vector, sizes of 1.
+    yield case(pair, "8 features", many, "8")
+    for rows in (1, many):
+        yield case(pair, "one feature", rows, "1", False)
 
 
 def gated_conv2d_cases() -> Iterator[Case]:
@@ -74,19 +80,22 @@ def gated_conv2d_cases() -> Iterator[Case]:
             needs = (True, True, False, True)
             kernels.gated_conv2d_backward(y, x, weight, None, *options, *needs)
 
-    for pair in (DTYPES[0], DTYPES[4]):
-        for window in WINDOWS:
-            yield f"{_names(pair)} {window}", _bind(call, *pair, 64, "wide", window, False)
-        for width in ("narrow", "uneven"):
-            yield f"{_names(pair)} {width} 3x3", _bind(call, *pair, 64, width, "3x3", False)
-    # float16 and bfloat16 differ in instructions, not in what a window asks of a kernel.
-    yield f"{_names(DTYPES[3])} 3x3", _bind(call, *DTYPES[3], 64, "wide", "3x3", False)
+    def case(pair, name, images, width, window, tma=False):
+        return f"{_names(pair)} {name}", _bind(call, *pair, images, width, window, tma)
+
     for pair in (DTYPES[0], DTYPES[3], DTYPES[4]):
-        yield f"{_names(pair)} in place 3x3", _bind(call, *pair, 1, "wide", "3x3", False)
+        yield case(pair, "3x3", 64, "wide", "3x3")
+        yield case(pair, "in place 3x3", 1, "wide", "3x3")
         if pair[0] != torch.float32:
-            for width in ("wide", "narrow"):
-                options = (64, width, "3x3", True)
-                yield f"{_names(pair)} {width} 3x3 descriptors", _bind(call, *pair, *options)
+            yield case(pair, "3x3 descriptors", 64, "wide", "3x3", True)
+    pair = DTYPES[0]
+    for window in list(WINDOWS)[1:]:
+        yield case(pair, window, 64, "wide", window)
+    yield case(pair, "narrow 3x3", 64, "narrow", "3x3")
+    yield case(pair, "narrow 3x3 descriptors", 64, "narrow", "3x3", True)
+    for pair in (DTYPES[0], DTYPES[4]):
+        yield case(pair, "uneven 3x3", 64, "uneven", "3x3")
+    yield case(DTYPES[4], "3x3 stride 2", 64, "wide", "3x3 stride 2")
 
 
 def _descriptors(wanted: bool):

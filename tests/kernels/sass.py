@@ -26,8 +26,7 @@ KEY = {
     "SHFL": r"SHFL\b",
     "LDL": r"LDL\b",  # local memory: spills and arrays that are indexed at run time
     "STL": r"STL\b",
-    "ATOM": r"(?:ATOM|ATOMG|ATOMS|RED|REDG)\b(?!\.E\.EXCH)",
-    "EXCH": r"ATOMG\.E\.EXCH\b",
+    "ATOM": r"(?:ATOM|ATOMG|ATOMS|RED|REDG)\b",
 }
 _KEY = {name: re.compile(pattern) for name, pattern in KEY.items()}
 _FUNCTION = re.compile(r"^\s*Function : (\S+)")
