@@ -94,9 +94,53 @@ def _pack_cases(
         yield config, call
 
 
+def packed_norm_cases() -> Iterator[Case]:
+    """Tiles, vectors, dtypes; of bfloat16 activations, modes, and what may be missing."""
+    from l0kernels.ops.packed_norm import op
+
+    tiles = [((64, 8), 8), ((64, 5), 8), ((64, 8), 3000), ((64, 5), 3000)]
+    tiles += [((64, 5, 16, 1), 8), ((64, 5, 5, 1), 8)]
+    for dtype, parameters in op._PARAMETER_DTYPES.items():
+        for shape, features in tiles:
+            yield from _norm_cases(dtype, parameters[0], shape, features)
+        for parameter in parameters[1:]:
+            yield from _norm_cases(dtype, parameter, *tiles[0])
+    for shape, features in tiles[2::2]:
+        for options in ({"training": False}, {"training": False, "activation": 0}):
+            yield from _norm_cases(torch.bfloat16, torch.float32, shape, features, **options)
+        options = {"activation": 0, "need_parameters": False}
+        yield from _norm_cases(torch.bfloat16, None, shape, features, **options)
+
+
+def _norm_cases(
+    dtype: torch.dtype,
+    parameter: torch.dtype | None,
+    shape: tuple[int, ...],
+    features: int,
+    training: bool = True,
+    activation: int = 1,
+    need_parameters: bool = True,
+) -> Iterator[Case]:
+    from l0kernels.ops.packed_norm import triton as kernels
+
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    x, channels = torch.zeros(shape, dtype=dtype), shape[1]
+    ones = None if parameter is None else torch.ones(features, dtype=parameter)
+    lists = (torch.arange(channels), torch.ones(2, dtype=compute), torch.zeros(2, features).long())
+    how = (*lists, training)
+    config = f"{_name(dtype)} {list(shape)} of {features}"
+    arguments = (x, ones, ones, ones, ones, *how, 0.1, 1e-5, activation)
+    yield config, _call(kernels.packed_norm, *arguments)
+    mean, rstd = torch.zeros(channels, dtype=torch.float64), torch.ones(channels, dtype=compute)
+    needs = (True, need_parameters, need_parameters)
+    arguments = (x, x, ones, ones, mean, rstd, *how, activation, *needs)
+    yield config, _call(kernels.packed_norm_backward, *arguments)
+
+
 CASES = {
     "sample_gates": sample_gates_cases,
     "pack_weight": pack_weight_cases,
+    "packed_norm": packed_norm_cases,
     "gated_linear": gated_cases.gated_linear_cases,
     "gated_conv2d": gated_cases.gated_conv2d_cases,
 }

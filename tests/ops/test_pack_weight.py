@@ -12,6 +12,7 @@ from harness import ops
 from torch.library import opcheck
 
 import l0kernels as l0
+from l0kernels._registry import chosen
 from l0kernels.bench.ops import pack_weight as bench
 from l0kernels.functional import GateLayout, open_lists, pack_weight, pack_weights
 from l0kernels.ops.pack_weight import op
@@ -714,7 +715,9 @@ def test_what_nobody_needs_is_not_computed(op_impl):
     arguments = (case.z, case.index, case.maps, case.flat)
     needed = [i == 1 for i in range(len(grads))]
     for need_z in (False, True):
-        *weights, grad_z = op._LIST_BACKWARD(grads, case.weights, *arguments, needed, need_z)
+        *weights, grad_z = chosen(op._LIST_BACKWARD)(
+            grads, case.weights, *arguments, needed, need_z
+        )
         assert [one.numel() > 0 for one in weights] == needed
         assert grad_z.shape == ((case.z.shape[0],) if need_z else (0,))
 
@@ -814,10 +817,10 @@ def test_same_bits_as_the_cpu_kernels(op_impl, need_cpp, dtypes):
     upstreams = case.upstreams()
     arguments = (case.weights, case.z, case.index, case.maps, case.flat)
     cpu = torch.ops.l0kernels
-    packed = op._LIST_FORWARD(*arguments, dtypes[1])
+    packed = chosen(op._LIST_FORWARD)(*arguments, dtypes[1])
     assert all(map(torch.equal, packed, cpu.pack_weights(*arguments, dtypes[1])))
     needed = [True] * len(case.weights)
-    *grads, grad_z = op._LIST_BACKWARD(upstreams, *arguments, needed, True)
+    *grads, grad_z = chosen(op._LIST_BACKWARD)(upstreams, *arguments, needed, True)
     *expected, expected_z = cpu.pack_weights_backward(upstreams, *arguments, needed, True)
     assert all(map(torch.equal, grads, expected))
     torch.testing.assert_close(grad_z, expected_z)

@@ -10,6 +10,7 @@ The folder is not named triton because it would be taken for the package where t
 """
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ import pytest
 INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
 STARTER = "test_in_interpreter.py"
 MOST_GATES = 5000
-REUSED = ["ops.test_pack_weight", "ops.test_sample_gates"]
+REUSED = ["ops.test_pack_weight", "ops.test_packed_norm", "ops.test_sample_gates"]
 
 collect_ignore = [path.name for path in Path(__file__).parent.glob("test_*.py")]
 if INTERPRETS:
@@ -39,22 +40,12 @@ def need_cpp() -> None:
 
 
 @pytest.fixture
-def impl(monkeypatch: pytest.MonkeyPatch) -> str:
-    """Puts the Triton kernels behind the operators, whatever a test wants to be run by."""
-    import torch
-    from torch._ops import OpOverload
+def impl() -> Iterator[str]:
+    """Runs the operators by their Triton kernels."""
+    import l0kernels as l0
 
-    from l0kernels.ops.pack_weight import op as pack_weight_op
-    from l0kernels.ops.pack_weight import triton as pack_weight
-    from l0kernels.ops.sample_gates import op as sample_gates_op
-    from l0kernels.ops.sample_gates import triton as sample_gates
-
-    for module, kernels in ((pack_weight_op, pack_weight), (sample_gates_op, sample_gates)):
-        for name, handle in list(vars(module).items()):
-            if isinstance(handle, OpOverload):
-                raw_name = handle._schema.name.split("::")[1]
-                monkeypatch.setattr(module, name, torch.no_grad()(getattr(kernels, raw_name)))
-    return "triton"
+    with l0.use_impl("triton"):
+        yield "triton"
 
 
 @pytest.fixture

@@ -5,11 +5,9 @@ from ops import test_gated_conv2d
 from triton_on_cpu.gated import Descriptors, GatedContract, Interpreted, Values
 
 from l0kernels.ops.gated_conv2d import op as conv2d_op
-from l0kernels.ops.gated_conv2d import triton as conv2d_kernels
 
 
 class TestInPlaceConv2d(Interpreted, test_gated_conv2d.TestGatedConv2d):
-    KERNELS = conv2d_kernels
     IN_PLACE = True
     SHAPES = [((13, 11, 2, 2), (2, 5, 4), (1, 1, 1)), *test_gated_conv2d.TestGatedConv2d.SHAPES]
     test_bad_windows_are_refused = None
@@ -18,7 +16,6 @@ class TestInPlaceConv2d(Interpreted, test_gated_conv2d.TestGatedConv2d):
 
 class TestPackedConv2d(Interpreted, Values):
     OP = conv2d_op
-    KERNELS = conv2d_kernels
     SHAPES = TestInPlaceConv2d.SHAPES
     LARGE = test_gated_conv2d.TestGatedConv2d.LARGE
     test_any_capacity = GatedContract.test_any_capacity
@@ -26,7 +23,6 @@ class TestPackedConv2d(Interpreted, Values):
 
 class TestDescriptorConv2d(Descriptors):
     OP = conv2d_op
-    KERNELS = conv2d_kernels
     SHAPES = [
         ((16, 24, 2, 2), (2, 5, 4), (1, 1, 1)),
         ((8, 8, 1, 1), (3, 4, 5), (1, 0, 1)),

@@ -5,17 +5,14 @@ from ops import test_gated_linear
 from triton_on_cpu.gated import Descriptors, GatedContract, Interpreted, Values
 
 from l0kernels.ops.gated_linear import op as linear_op
-from l0kernels.ops.gated_linear import triton as linear_kernels
 
 
 class TestInPlaceLinear(Interpreted, test_gated_linear.TestGatedLinear):
-    KERNELS = linear_kernels
     IN_PLACE = True
 
 
 class TestPackedLinear(Interpreted, Values):
     OP = linear_op
-    KERNELS = linear_kernels
     SHAPES = test_gated_linear.TestGatedLinear.SHAPES
     LARGE = test_gated_linear.TestGatedLinear.LARGE
     test_any_capacity = GatedContract.test_any_capacity
@@ -23,7 +20,6 @@ class TestPackedLinear(Interpreted, Values):
 
 class TestDescriptorLinear(Descriptors):
     OP = linear_op
-    KERNELS = linear_kernels
     SHAPES = [
         ((16, 24), (7, 3), None),
         ((8, 16), (1,), None),
