@@ -32,6 +32,7 @@ def net(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
             monkeypatch.setattr(*patch)
     ops.set_schedule(-1)
     monkeypatch.setattr(l0.gates.Gates, "_together", True)
+    monkeypatch.setattr(l0.gates.Gates, "_multiple", 16)
     return wired(network(NAME)).to(memory_format=torch.channels_last)
 
 

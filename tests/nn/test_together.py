@@ -72,22 +72,28 @@ def one_step(net: nn.Module) -> None:
 
 @pytest.mark.parametrize("kind", [kind for kind, _ in IN_ONE_CALL])
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("multiple", [1, 4])
 def test_the_same_bits_as_layer_by_layer(
-    kind: str, autocast: bool, seed: int, device: torch.device
+    kind: str, autocast: bool, multiple: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setattr(l0.gates.Gates, "_multiple", multiple)
     x, y = (t.to(device) for t in batch())
 
     def run(net: nn.Module) -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             objective(net, x, y).backward()
 
-    assert_same_bits(make(kind, seed).to(device), run)
+    for seed in range(3):
+        assert_same_bits(make(kind, seed).to(device), run)
 
 
 @pytest.mark.parametrize("kind", ["norm", "residual"])
 @pytest.mark.parametrize("mode", ["train", "eval", "norms in eval"])
-def test_norms_as_one_operator(kind: str, mode: str, device: torch.device):
+@pytest.mark.parametrize("multiple", [1, 4])
+def test_norms_as_one_operator(
+    kind: str, mode: str, multiple: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(l0.gates.Gates, "_multiple", multiple)
     net = make(kind).double().to(device).train(mode == "train")
     net.l0.train(mode != "eval")
     for buffer in net.buffers():
@@ -487,6 +493,7 @@ def test_what_waits_is_seen():
 
 @pytest.mark.parametrize("case", STEPS)
 def test_nothing_in_a_step_would_wait_for_a_gpu(case: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(l0.gates.Gates, "_multiple", 16)
     build, penalty, frozen = STEPS[case]
     net = build()
     step = training(net, **penalty)
