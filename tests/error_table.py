@@ -28,6 +28,9 @@ DTYPES = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "
 MOST = 2.0
 """How many times PyTorch's own error is allowed."""
 
+CLOSE = 1e-10
+"""How far two float64 results may be apart."""
+
 RUNS = {
     "reference": ("PyTorch reference", "run on the CPU"),
     "cpp": ("C++ CPU", "run on the CPU"),
@@ -119,6 +122,16 @@ def within_budget(op: str, what: str, actual: Tensor, exact: Tensor, plain: Tens
     dtype = str(actual.dtype).removeprefix("torch.")
     _noted.append(Row(op, "", worst={what: ratio}, dtypes=[dtype]))
     testing.assert_within_budget(actual, exact, plain, MOST)
+
+
+def close(op: str, what: str, actual: Tensor, exact: Tensor) -> None:
+    """Asserts that a float64 result is what another way to compute it in float64 gives.
+
+    Neither is exact, so neither has an error that the other's could be measured by.
+    """
+    assert what in PASSES and op in OPS
+    _noted.append(Row(op, "", dtypes=[str(actual.dtype).removeprefix("torch.")]))
+    torch.testing.assert_close(actual, exact, rtol=CLOSE, atol=CLOSE)
 
 
 def same(op: str, actual: Tensor, expected: Tensor) -> None:
