@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from l0kernels import testing
+from l0kernels import _triton, testing
 
 ROOT = Path(__file__).resolve().parents[1]
 OPS = sorted(path.parent.name for path in ROOT.glob("l0kernels/ops/*/op.py"))
@@ -151,10 +151,12 @@ def note_outcome(item: pytest.Item, report: pytest.TestReport) -> None:
     _noted.clear()
     if report.skipped or (report.passed and report.when != "call"):
         return
-    run = RUNS.get(_impl_of(item))
-    if run is None:
+    impl = _impl_of(item)
+    if impl == "triton" and not _triton.interpreted():
+        impl = "triton on a GPU"
+    if impl not in RUNS:
         return
-    kernels, status = run
+    kernels, status = RUNS[impl]
     if "{gpu}" in status:
         status = status.format(gpu=torch.cuda.get_device_name())
     ops = {row.op for row in noted} | {item.path.stem.removeprefix("test_")} & set(OPS)
