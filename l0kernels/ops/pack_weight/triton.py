@@ -592,6 +592,7 @@ def _launch_unpack(
                 LINES=lines,
                 NUMBERS=numbers,
                 num_warps=4,
+                **_triton.at_most_registers(255),
             )
     return sums, chunks
 
