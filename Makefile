@@ -13,6 +13,7 @@ L0K_BUILD ?= $(if $(NVCC),cuda,cpu)
 
 # The oldest torch, and the triton that comes with it.
 COMPAT := .venv-compat
+COMPAT_RUN := PYTHONSAFEPATH=1 PYTHONPATH=$(abspath build/compat):$(abspath tests) $(COMPAT)/bin/python
 LOADS := 'import sys; from l0kernels import _ext; sys.exit(_ext.load("cpp") or _ext.build_info()["cuda"] and _ext.load("cuda") or None)'
 COMPAT_TESTS := 'not harness and not million and not reliability and not bench and not instruction_set and (not python or stand_in)'
 COMPAT_INTERPRETED := 'test_shapes or test_dtypes or test_open_lists or test_gradients_within or test_lists_of_all'
@@ -57,16 +58,14 @@ table: $(STAMP)
 
 # A copy of the package as it is installed, with the libraries that $(VENV) built: nothing is built here.
 # PYTHONSAFEPATH keeps the checkout from being found before it.
-compat: export PYTHONPATH := $(abspath build/compat):$(abspath tests)
-compat: export PYTHONSAFEPATH := 1
 compat: $(STAMP) $(COMPAT)/.installed
 	rm -rf build/compat && mkdir -p build/compat
 	cp -R l0kernels build/compat/ && cp -R bench build/compat/l0kernels/bench
-	$(COMPAT)/bin/python -m l0kernels.cli info
-	$(COMPAT)/bin/python -c $(LOADS)
-	$(COMPAT)/bin/python -m pytest -q -rs -p no:cacheprovider tests/ops tests/nn -k $(COMPAT_TESTS)
-	TRITON_INTERPRET=1 $(COMPAT)/bin/python -m pytest -q -rs -p no:cacheprovider tests/triton_on_cpu -k $(COMPAT_INTERPRETED)
-	$(COMPAT)/bin/python -m kernels --only Triton --out runs/compat-kernels
+	$(COMPAT_RUN) -m l0kernels.cli info
+	$(COMPAT_RUN) -c $(LOADS)
+	$(COMPAT_RUN) -m pytest -q -rs -p no:cacheprovider tests/ops tests/nn -k $(COMPAT_TESTS)
+	TRITON_INTERPRET=1 $(COMPAT_RUN) -m pytest -q -rs -p no:cacheprovider tests/triton_on_cpu -k $(COMPAT_INTERPRETED)
+	$(COMPAT_RUN) -m kernels --only Triton --out runs/compat-kernels
 
 CASES ?= 20000
 fuzz: $(STAMP)
