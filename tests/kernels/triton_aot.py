@@ -270,7 +270,8 @@ def _read_amd(kernel: Any) -> tuple[Resources, dict[str, int]]:
         found = re.search(rf"^\s*\.{name}:\s+(\d+)", text, re.MULTILINE)
         return int(found[1]) if found else 0
 
-    spilled = 4 * (field("vgpr_spill_count") + field("sgpr_spill_count"))
+    # Scalar registers spill into lanes of vector registers: what counts is memory.
+    spilled = field("private_segment_fixed_size")
     counts = {name: len(re.findall(rf"\b{key}", text)) for name, key in AMD_KEY.items()}
     return Resources(field("vgpr_count"), spilled), {k: n for k, n in counts.items() if n}
 
