@@ -12,7 +12,6 @@ from harness import build, offload, ops
 import l0kernels as l0
 from l0kernels import _ext
 
-
 ON_GPU = [pytest.param(f"{name} on a GPU", marks=pytest.mark.gpu) for name in offload.IMPLS]
 
 
