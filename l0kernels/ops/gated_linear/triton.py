@@ -583,11 +583,11 @@ LAYER_TILES = {
     "float32": Tiles(64, 64, 16, 8, 2),
     "in place": Tiles(64, 32, 32, 4, 2),
     "uneven": Tiles(64, 64, 32, 8, 2),
-    "narrow": Tiles(128, 64, 64, 4, 3),
+    "narrow": Tiles(128, 64, 64, 8, 3),
     "wide": Tiles(128, 128, 64, 8, 3),
 }
 WEIGHT_TILES = {
-    "float32": Tiles(64, 64, 32, 4, 2),
+    "float32": Tiles(64, 64, 16, 8, 2),
     "uneven": Tiles(64, 64, 32, 4, 2),
     "narrow": Tiles(64, 64, 64, 4, 3),
     "wide": Tiles(128, 128, 64, 8, 3),
@@ -808,7 +808,7 @@ class Layer:
             grad.shape[1] // grad_vec, x.shape[1] // vec, x.stride(0) // vec,
             per_split, *self.padded, geometry.window, GRAD_VEC=grad_vec, X_VEC=vec,
             BM=tiles.depth, BO=tiles.rows, BI=tiles.columns,
-            num_warps=tiles.warps, num_stages=tiles.stages,
+            num_warps=tiles.warps, num_stages=tiles.stages, **_triton.at_most_registers(255),
         )  # fmt: skip
         grad_weight = torch.zeros_like(self.weight) if need_weight else None
         grad_z = torch.zeros_like(self.z) if need_z else self.z.new_empty(0)
