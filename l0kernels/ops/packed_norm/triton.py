@@ -1,4 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
+# Triton's decorators hide what kernels take and give.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportInvalidTypeForm=false
 """The Triton kernels of `packed_norm` and its backward pass.
 
 At most three launches each way: sums over chunks of the batch, what follows from them for each
