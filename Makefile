@@ -11,10 +11,12 @@ INSTALL_INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -typ
 NVCC := $(or $(wildcard $(CUDA_HOME)/bin/nvcc),$(shell command -v nvcc 2>/dev/null),$(wildcard /usr/local/cuda/bin/nvcc))
 L0K_BUILD ?= $(if $(NVCC),cuda,cpu)
 
-# The oldest torch, and the triton that comes with it.
+# The oldest torch, and the triton that comes with it; COMPAT_ARCHS='sm_80 sm_90a sm_100a gfx942'
+# compiles the Triton kernels for every architecture, in some minutes more.
 COMPAT := .venv-compat
 COMPAT_RUN := PYTHONSAFEPATH=1 PYTHONPATH=$(abspath build/compat):$(abspath tests) $(COMPAT)/bin/python
 LOADS := 'import sys; from l0kernels import _ext; sys.exit(_ext.load("cpp") or _ext.build_info()["cuda"] and _ext.load("cuda") or None)'
+COMPAT_ARCHS := sm_90a
 COMPAT_TESTS := 'not harness and not million and not reliability and not bench and not instruction_set and (not python or stand_in)'
 COMPAT_INTERPRETED := 'test_shapes or test_dtypes or test_open_lists or test_gradients_within or test_lists_of_all'
 
@@ -65,7 +67,7 @@ compat: $(STAMP) $(COMPAT)/.installed
 	$(COMPAT_RUN) -c $(LOADS)
 	$(COMPAT_RUN) -m pytest -q -rs -p no:cacheprovider tests/ops tests/nn -k $(COMPAT_TESTS)
 	TRITON_INTERPRET=1 $(COMPAT_RUN) -m pytest -q -rs -p no:cacheprovider tests/triton_on_cpu -k $(COMPAT_INTERPRETED)
-	$(COMPAT_RUN) -m kernels --only Triton --out runs/compat-kernels
+	$(COMPAT_RUN) -m kernels --triton-for $(COMPAT_ARCHS) --out runs/compat-kernels
 
 CASES ?= 20000
 fuzz: $(STAMP)

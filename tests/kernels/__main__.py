@@ -9,7 +9,7 @@ import argparse
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -18,17 +18,21 @@ from kernels.table import Row, Skipped, markdown, write
 PARTS = {"CUDA": "kernels.cuda_aot", "Triton": "kernels.triton_aot"}
 
 
-def collect(parts: Iterable[str] = PARTS) -> tuple[list[Row], dict[str, str], list[str]]:
-    """All rows, what there is to say about each part, and what failed."""
+def collect(triton_for: Sequence[str] = ()) -> tuple[list[Row], dict[str, str], list[str]]:
+    """All rows, what there is to say about each part, and what failed.
+
+    With `triton_for`, of the Triton kernels for these architectures alone.
+    """
     found: list[Row] = []
     facts = {"torch": metadata.version("torch")}
     failures: list[str] = []
-    for title in parts:
-        module = PARTS[title]
+    parts = {"Triton": PARTS["Triton"]} if triton_for else PARTS
+    options = {"targets": triton_for} if triton_for else {}
+    for title, module in parts.items():
         if importlib.util.find_spec(module) is None:
             continue
         try:
-            rows = importlib.import_module(module).rows()
+            rows = importlib.import_module(module).rows(**options)
         except Skipped as reason:
             facts[title] = str(reason)
             continue
@@ -45,10 +49,12 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns 1 if anything failed."""
     parser = argparse.ArgumentParser(prog="python -m kernels", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/kernels"))
-    parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS))
+    parser.add_argument(
+        "--triton-for", nargs="+", default=(), metavar="ARCH", help="Triton alone, for these"
+    )
     options = parser.parse_args(arguments)
     out = options.out
-    rows, facts, failures = collect(options.only)
+    rows, facts, failures = collect(options.triton_for)
     write(out, rows, facts)
     print(markdown(rows))
     for name, value in facts.items():

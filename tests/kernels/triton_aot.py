@@ -9,7 +9,7 @@ the operators can make.
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
 from multiprocessing import get_context
@@ -276,8 +276,8 @@ def _read_amd(kernel: Any) -> tuple[Resources, dict[str, int]]:
     return Resources(field("vgpr_count"), spilled), {k: n for k, n in counts.items() if n}
 
 
-def rows(root: Path = ROOT) -> list[Row]:
-    """Every Triton kernel in every configuration on every architecture.
+def rows(root: Path = ROOT, targets: Iterable[str] = TARGETS) -> list[Row]:
+    """Every Triton kernel in every configuration on every architecture of `targets`.
 
     Raises:
         Skipped: Triton is not installed.
@@ -289,4 +289,4 @@ def rows(root: Path = ROOT) -> list[Row]:
     if missing := sorted(stems - CASES.keys()):
         raise RuntimeError(f"no cases for the Triton kernels of {', '.join(missing)}")
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
-        return [row for found in pool.map(rows_of, TARGETS) for row in found]
+        return [row for found in pool.map(rows_of, targets) for row in found]
