@@ -10,7 +10,6 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
@@ -288,5 +287,6 @@ def rows(root: Path = ROOT, targets: Iterable[str] = TARGETS) -> list[Row]:
     stems = {path.parent.name for path in root.glob("l0kernels/ops/*/triton.py")}
     if missing := sorted(stems - CASES.keys()):
         raise RuntimeError(f"no cases for the Triton kernels of {', '.join(missing)}")
-    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
-        return [row for found in pool.map(rows_of, targets) for row in found]
+    # Triton keeps what it compiled for the process: one that goes on would give it for the next.
+    with get_context("spawn").Pool(os.cpu_count(), maxtasksperchild=1) as pool:
+        return [row for found in pool.map(rows_of, targets, chunksize=1) for row in found]
