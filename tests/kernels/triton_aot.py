@@ -269,8 +269,10 @@ def _read_amd(kernel: Any) -> tuple[Resources, dict[str, int]]:
         found = re.search(rf"^\s*\.{name}:\s+(\d+)", text, re.MULTILINE)
         return int(found[1]) if found else 0
 
-    # Scalar registers spill into lanes of vector registers: what counts is memory.
-    spilled = field("private_segment_fixed_size")
+    # Scalar registers spill into lanes of vector registers; a stack may be kept for more and stay
+    # unused. What counts is memory that is read or written.
+    uses_stack = re.search(r"\bscratch_(?:load|store)", text)
+    spilled = field("private_segment_fixed_size") if uses_stack else 0
     counts = {name: len(re.findall(rf"\b{key}", text)) for name, key in AMD_KEY.items()}
     return Resources(field("vgpr_count"), spilled), {k: n for k, n in counts.items() if n}
 
