@@ -129,7 +129,7 @@ def grouped(clock: Clock, size: Size) -> Iterator[Row]:
             row[f"{name} known ms"] = clock.ms(known)
             try:
                 row[f"{name} grouped ms"] = clock.ms(unknown)
-            except (RuntimeError, AttributeError, NotImplementedError) as error:
+            except RuntimeError as error:  # not every GPU has it: the table says why
                 row[f"{name} grouped"] = f"refused: {str(error).splitlines()[0]}"
         yield row
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from l0kernels.functional import gated_conv2d, gated_linear, pack_weight, packed_norm
+from l0kernels.testing import assert_within_budget
 
 pytestmark = pytest.mark.gpu
 MOST = 1 << 31
@@ -40,8 +41,11 @@ def lists(inputs, outputs):
     return *tensors, (0, 0), (inputs, 1)
 
 
-def close(actual, expected):
-    torch.testing.assert_close(actual.float(), expected.float(), rtol=2e-2, atol=2e-2)
+def check(actual, layer, *inputs):
+    """Compares a part of a result with the layer of PyTorch, in float64 and in bfloat16."""
+    exact = layer(*(tensor.detach().double() for tensor in inputs))
+    plain = layer(*(tensor.detach().bfloat16() for tensor in inputs))
+    assert_within_budget(actual, exact, plain)
 
 
 def test_gated_linear(gpu_impl):
@@ -57,8 +61,8 @@ def test_gated_linear(gpu_impl):
     upstream = numbers(rows, outputs)
     (grad,) = torch.autograd.grad(y, x, upstream)
     for part in (slice(0, 100), slice(-100, None)):
-        close(y[part, :n_out], x[part, :n_in] @ packed.t())
-        close(grad[part, :n_in], upstream[part, :n_out] @ packed)
+        check(y[part, :n_out], F.linear, x[part, :n_in], packed)
+        check(grad[part, :n_in], torch.matmul, upstream[part, :n_out], packed)
         assert bool((grad[part, n_in:] == 0).all())
 
 
@@ -74,8 +78,8 @@ def test_gated_linear_weight_gradient(gpu_impl):
     n_in, n_out = counts.tolist()
     y = gated_linear(x, weight, None, *arguments)
     (grad,) = torch.autograd.grad(y, weight, upstream)
-    expected = upstream[-100:, :n_out].float().t() @ x[-100:, :n_in].float() * 0.5
-    close(grad[index[inputs : inputs + n_out]][:, index[:n_in]], expected)
+    found = grad[index[inputs : inputs + n_out]][:, index[:n_in]]
+    check(found, torch.matmul, upstream[-100:, :n_out].t() * 0.5, x[-100:, :n_in])
 
 
 def test_gated_conv2d(gpu_impl):
@@ -94,7 +98,7 @@ def test_gated_conv2d(gpu_impl):
     packed = weight[index[inputs : inputs + n_out]][:, index[:n_in]] * 0.5
     y = gated_conv2d(x, weight, None, *arguments, padding=1)
     for part in (slice(0, 1), slice(-1, None)):
-        close(y[part, :n_out], F.conv2d(x[part, :n_in].float(), packed.float(), padding=1))
+        check(y[part, :n_out], lambda *t: F.conv2d(*t, padding=1), x[part, :n_in], packed)
 
 
 def test_pack_weight(gpu_impl):
@@ -130,10 +134,17 @@ def test_packed_norm(gpu_impl, layout):
     x.requires_grad_()
     y = packed_norm(x, weight, bias, mean, var, index, z, maps, True, 1.0)
     count = images * size * size
-    exact = sum(part.sum((0, 2, 3), dtype=torch.float64) for part in x.detach().split(16)) / count
-    torch.testing.assert_close(mean.double(), exact, rtol=1e-4, atol=1e-6)
-    var = var * (count - 1) / count
-    one = (x.detach()[-1:].float() - mean[:, None, None]) * torch.rsqrt(var + 1e-5)[:, None, None]
-    close(y[-1:], one * weight[:, None, None] + bias[:, None, None])
+    parts = x.detach().split(16)
+    exact, plain = (
+        sum(part.sum((0, 2, 3), dtype=dtype) for part in parts) / count
+        for dtype in (torch.float64, torch.float32)
+    )
+    assert_within_budget(mean, exact, plain)
+    var = var.double() * (count - 1) / count
+    parameters = (exact, var, weight.double(), bias.double())
+    last = x.detach()[-1:]
+    exact = F.batch_norm(last.double(), *parameters, eps=1e-5)
+    plain = F.batch_norm(last, *(tensor.float() for tensor in parameters), eps=1e-5)
+    assert_within_budget(y[-1:], exact, plain)
     (grad,) = torch.autograd.grad(y, x, y.detach())
     assert bool(grad[-1].isfinite().all()) and bool(grad[-1].any())
