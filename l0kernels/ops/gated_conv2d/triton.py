@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from l0kernels import _triton
@@ -24,12 +23,6 @@ from l0kernels.ops.gated_linear.triton import (
 def _pixels(images: Tensor) -> Tensor:
     """Views [N, C, H, W] as [N H W, C]; copies if it is not channels_last."""
     return as_rows(images.permute(0, 2, 3, 1))
-
-
-def _channels_last(like: Tensor, shape: Sequence[int]) -> Tensor:
-    return torch.empty(
-        shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last
-    )
 
 
 def _layer(x: Tensor, weight: Tensor, lists: Sequence[Any], options: Sequence[Any]) -> Layer:
@@ -62,7 +55,7 @@ def gated_conv2d(
     lists = (z, index, counts, maps, in_span, out_span)
     layer = _layer(x, weight, lists, (stride, padding, dilation))
     size = output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)
-    y = _channels_last(x, (x.shape[0], weight.shape[0], *size))
+    y = op._channels_last(x, (x.shape[0], weight.shape[0], *size))
     if y.numel():
         bias = None if bias is None else bias.contiguous()
         with _triton.on_device_of(x):
@@ -94,7 +87,7 @@ def gated_conv2d_backward(
     """The raw operator `gated_conv2d_backward`."""
     lists = (z, index, counts, maps, in_span, out_span)
     layer = _layer(x, weight, lists, (stride, padding, dilation))
-    grad_x = _channels_last(x, x.shape) if need_x else x.new_empty(0)
+    grad_x = op._channels_last(x, x.shape) if need_x else x.new_empty(0)
     of_relu = _pixels(y).contiguous() if activation == "relu" and y is not None else None
     needs = (need_weight, need_bias, need_z)
     grad_rows = _pixels(grad_x) if need_x else None
