@@ -27,7 +27,7 @@ from l0kernels.gates.base import Gates
 from l0kernels.nn import GatedLayer
 
 TOLERANCE = 1e-9
-STEPS = 13
+STEPS = 14
 
 # Gradients larger than this are compared by their weighted sums over rows and over columns.
 MOST_ELEMENTS = 1 << 14
@@ -227,18 +227,25 @@ def _distance(got: Tensor, expected: Tensor) -> float:
 
 
 def forced_draws(gates: Gates) -> list[Tensor]:
-    """Gate values in fp64: a third of every group, the other two thirds, a tenth, and none open.
+    """Gate values in fp64: each third of every group, a tenth, and none open.
 
-    Of the first two, one closes any given unit: a wrong map cannot hide behind an open one. Every
-    group is partly open in both, and with different widths.
+    Every unit is closed in one of the first three draws at least: a wrong map cannot hide behind
+    an open one. Not more than a third are open at once because the packed weights, which autograd
+    keeps, are the largest part of what a check needs beyond the copy itself.
     """
     generator = torch.Generator().manual_seed(0)
     orders = [torch.randperm(size, generator=generator) for size in gates.sizes]
-    third = [order < max(1, (len(order) + 1) // 3) for order in orders]
+    thirds = [[_third(order, k) for order in orders] for k in range(3)]
     tenth = [order < max(1, len(order) // 10) for order in orders]
-    others = [~chosen for chosen in third]
-    none = [torch.zeros_like(chosen) for chosen in third]
-    return [_values(gates, chosen, generator) for chosen in (third, others, tenth, none)]
+    none = [torch.zeros_like(order, dtype=torch.bool) for order in orders]
+    return [_values(gates, chosen, generator) for chosen in (*thirds, tenth, none)]
+
+
+def _third(order: Tensor, k: int) -> Tensor:
+    """The k-th of three parts of a group; two units take turns, a single one closes after k = 0."""
+    if len(order) == 1:
+        return order == k
+    return order % 3 == k % min(3, len(order))
 
 
 def more_draws(gates: Gates) -> list[Tensor]:
