@@ -47,9 +47,10 @@ help:
 demo: $(STAMP)
 	$(RUN)/l0kernels train lenet5-hc --compare --seeds 0,1,2 --out runs/demo
 
+# One process per core: most tests are Python between small tensors.
 test: $(STAMP)
 	rm -rf runs/tests
-	L0K_TEST_RECORDS=$(abspath runs/tests) $(RUN)/python -m pytest -q -rs --durations=10
+	L0K_TEST_RECORDS=$(abspath runs/tests) $(RUN)/python -m pytest -q -rs --durations=10 -n auto --dist worksteal
 
 kernels: $(STAMP)
 	PYTHONPATH=tests $(RUN)/python -m kernels --out runs/kernels
