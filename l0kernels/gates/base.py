@@ -22,6 +22,8 @@ from l0kernels.gates.ref import GateRef
 from l0kernels.gates.rounding import Rounding
 
 GPU_MULTIPLE = 16  # channels that a tensor core's instruction takes
+# Numbers in the weights of a model for which a call costs more than keeping packed gradients.
+FEW_WEIGHTS = 1 << 22
 
 
 def per_group(what: str, value: float | Mapping[str, float], names: list[str]) -> dict[str, float]:
@@ -114,6 +116,7 @@ class Gates(nn.Module):
         self._graphs: weakref.WeakSet[Graph] = weakref.WeakSet()
         # Those that pack together, from the first forward on: see l0kernels.nn.packing.Members.
         self.layers: weakref.WeakKeyDictionary[Any, dict[bool, torch.dtype | None]] | None = None
+        self._has_few_weights = False
         self._held = 0
 
     # What a method supplies.
@@ -405,11 +408,14 @@ class Gates(nn.Module):
 
     @property
     def together(self) -> bool:
-        """Whether layers pack in one call for the model, and norms run as one operator: on a GPU,
-        where each launch counts, unless compiled.
+        """Whether layers pack in one call for the model, unless compiled: on a GPU, where each
+        launch counts, and where weights are few.
         """
-        on = self.log_alpha.is_cuda if self._together is None else self._together
-        return on and not torch.compiler.is_compiling()
+        if torch.compiler.is_compiling():
+            return False
+        if self._together is not None:
+            return self._together
+        return self._has_few_weights or self.log_alpha.is_cuda
 
     @property
     def multiple(self) -> int:
@@ -431,6 +437,8 @@ class Gates(nn.Module):
         self._drop_shares()
         if self.layers is None:
             self.layers = layers_of(root, self)
+            weights = sum(layer.weight.numel() for layer in self.layers)
+            self._has_few_weights = weights <= FEW_WEIGHTS
 
     def _drop_shares(self) -> None:
         if self._draw is None or self.layers is None:

@@ -56,8 +56,7 @@ class _GatedBatchNorm(GatedLayer, nn.modules.batchnorm._BatchNorm):
         self._check_input_dim(input)
         draw = self.current_draw()
         masked = current_impl() == "reference"
-        assert self.gates is not None
-        if self.gates.together and not masked and draw.packed is None:
+        if not masked and draw.packed is None and not torch.compiler.is_compiling():
             return self._in_one(input, draw)
         weight, bias = self.weight, self.bias
         if weight is not None and not masked:
