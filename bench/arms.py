@@ -420,9 +420,9 @@ def require_agreement(task: Task, net: nn.Module, variants: Iterable[str]) -> di
 
 
 def distances(task: Task, arms: Mapping[str, Arm | Oracle]) -> dict[str, float]:
-    """Return how far variants that are not in `disagreement` are from float64, by name.
+    """Return how far variants are from float64, by name; ours, which needs a twin, is left out.
 
-    Each is compared, in float32 as it is timed, with a plain network that has its weights.
+    Each is compared, in float32 as it is timed, with a plain or masked network of its weights.
     """
     found = {}
     for name, arm in arms.items():
@@ -430,7 +430,7 @@ def distances(task: Task, arms: Mapping[str, Arm | Oracle]) -> dict[str, float]:
             if arm.arm is not None:
                 twin = task.network.build_at(arm.widths)
                 found[name] = distance_of_plain(task, arm.arm, twin)
-        elif name == "masked-compiled":
+        elif name in IN_PLAIN_PYTORCH:
             found[name] = distance_of_masked(task, arm)
         elif name in UNGATED:
             names = [f"{group.producer}.weight" for group in task.network.groups]
@@ -469,12 +469,13 @@ def distance_of_plain(task: Task, arm: Arm, twin: nn.Module) -> float:
 
 
 def distance_of_masked(task: Task, arm: Arm) -> float:
-    """Compare a masked arm with the eager one in float64 under one draw."""
-    assert isinstance(arm.net, FlatGated)
+    """Compare an arm in plain PyTorch with the masked one in float64 under one draw."""
+    assert isinstance(arm.net, MaskedAsWritten | FlatGated)
     x, y = check_batch(task)
     log_alpha = torch.cat([gate.detach() for gate in arm.gates])
-    z = hard_concrete(log_alpha, draw_noise(log_alpha))
-    draw = list(z.split(arm.net.gates.sizes))
+    with torch.device("meta"):
+        sizes = full_widths(task.network.build(), task.network.groups)
+    draw = list(hard_concrete(log_alpha, draw_noise(log_alpha)).split(sizes))
     arm.net.pin(draw)
     got = arm.outcome(x, y)
     arm.net.pin(None)

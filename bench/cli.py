@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import models, networks, operators, step
+from . import memory, models, networks, operators, step
 from .arms import ALL_VARIANTS, VARIANTS
 from .base import measure_base
 from .figures import Sheet, change_table, compare, slower
@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="bench", metavar="benchmark", required=True)
     add_ops(kinds)
     add_step(kinds)
+    add_memory(kinds)
     add_networks(kinds)
 
 
@@ -68,6 +69,33 @@ def add_step(kinds: Any) -> None:
     steps.add_argument("--plot", type=Path, metavar="PNG", help="draw the figure into this file")
     add_shared(steps, default)
     steps.set_defaults(measure=run_step)
+
+
+def add_memory(kinds: Any) -> None:
+    default = memory.Setting()
+    parser = kinds.add_parser("memory", help="peak memory of a step, each variant in a process")
+    parser.add_argument(
+        "--model", default=default.model, help=f"{', '.join(models.NAMES)} (default: %(default)s)"
+    )
+    parser.add_argument("--batch", type=int, default=default.batch, help="default: %(default)s")
+    parser.add_argument(
+        "--keep",
+        type=fractions,
+        default=default.keep,
+        help="open fractions, comma-separated (default: .5)",
+    )
+    parser.add_argument(
+        "--variants",
+        type=words,
+        default=default.variants,
+        help=f"of {','.join(ALL_VARIANTS)} (default: {','.join(default.variants)})",
+    )
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--seed", type=int, default=default.seed, help="default: %(default)s")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    parser.add_argument("--out", type=Path, help="folder for memory.md, .json, .csv and .png")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    parser.set_defaults(measure=run_memory)
 
 
 def add_shared(parser: argparse.ArgumentParser, default: Any) -> None:
@@ -193,6 +221,14 @@ def run_step(args: argparse.Namespace) -> int:
 
         tell([plot_step(report, args.plot)])
     return judge(args, old, report.sheet())
+
+
+def run_memory(args: argparse.Namespace) -> int:
+    sheet = memory.measure(setting_of(memory.Setting, args))
+    print(json.dumps(sheet.to_dict(), indent=1) if args.json else memory.table(sheet))
+    if args.out is not None:
+        tell(memory.write(sheet, args.out))
+    return 0
 
 
 def old_sheet(args: argparse.Namespace, command: str, name: str) -> Sheet | None:

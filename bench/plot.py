@@ -111,6 +111,32 @@ def plot_ops(sheet: Sheet, path: Path) -> Path:
     return path
 
 
+def plot_memory(sheet: Sheet, path: Path) -> Path:
+    """Draw the peak memory of every arm, a panel for each open fraction.
+
+    Args:
+        sheet: figures from `memory.measure`.
+        path: PNG file to write.
+
+    Returns:
+        The path.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    keeps = list(dict.fromkeys(found.open for found in sheet.figures))
+    picture, canvas = new_figure(4.5 * max(1, len(keeps)), 3.5)
+    for axes, keep in zip(
+        picture.subplots(1, max(1, len(keeps)), squeeze=False)[0], keeps, strict=False
+    ):
+        bars = [(f.impl, f.peak_mb) for f in sheet.figures if f.open == keep]
+        axes.barh(*zip(*bars, strict=True), color=OPERATORS[0])
+        axes.invert_yaxis()
+        axes.set(title=f"{sheet.figures[0].shape}, open {keep:g}", xlabel="peak [MB]")
+    write_whole(path, canvas.print_png)
+    return path
+
+
 def draw_operator(axes: Any, figures: Sequence[Figure]) -> None:
     """Draw plain / ours, plain / oracle and the work that is left."""
     by_arm: dict[str, dict[float, Figure]] = {}

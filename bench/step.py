@@ -224,7 +224,8 @@ def measure_row(
         )
         for _ in range(setting.runs)
     ]
-    after = errors(task, gated) | require_closeness(task, arms)
+    after = errors(task, gated)
+    after |= require_closeness(task, {n: arm for n, arm in arms.items() if n not in after})
     row = Row(keep, runs, error_before=before, error_after=after)
     for name, (over, under) in RATIOS.items():
         if over in variants and under in variants:
