@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from . import memory, models, networks, operators, step
+from . import run as whole_runs
 from .arms import ALL_VARIANTS, VARIANTS
 from .base import measure_base
 from .figures import Sheet, change_table, compare, slower
@@ -24,6 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_ops(kinds)
     add_step(kinds)
     add_memory(kinds)
+    runs = kinds.add_parser("run", help="whole training runs, ours beside masked: eta_run")
+    whole_runs.add_arguments(runs)
+    runs.set_defaults(measure=whole_runs.run)
     add_networks(kinds)
 
 

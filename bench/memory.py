@@ -4,8 +4,10 @@
 import gc
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -140,13 +142,19 @@ def peak_of(task: Task, variant: str, keep: float) -> tuple[int, float]:
     return peak, require_closeness(task, {variant: arm})[variant]
 
 
+def ratios(sheet: Sheet) -> Iterator[tuple[Figure, float | None]]:
+    """Give every peak, and how many times that of the mask at its best it is."""
+    base = sheet.find(BASE)
+    for figure in sheet.figures:
+        if figure.op == "memory" and figure.peak_mb is not None:
+            other = base.get(figure.problem)
+            yield figure, figure.peak_mb / other.peak_mb if other and other.peak_mb else None
+
+
 def table(sheet: Sheet) -> str:
     """Return the figures as a Markdown table with what they mean."""
-    base = sheet.find(BASE)
     rows = []
-    for figure in sheet.figures:
-        other = base.get(figure.problem)
-        ratio = figure.peak_mb / other.peak_mb if other and other.peak_mb else None
+    for figure, ratio in ratios(sheet):
         cells = (shown(figure.peak_mb, ".0f"), shown(ratio, ".2f"), shown(figure.error, ".1e"))
         rows.append((figure.shape, f"{figure.open:g}", figure.impl, *cells))
     head = ("network", "open", "variant", "peak [MB]", f"/ {BASE}", "error")
@@ -167,7 +175,7 @@ def write(sheet: Sheet, folder: Path) -> list[Path]:
 def main() -> None:
     """Print peak and error of one variant, as `measure` reads them."""
     variant, keep, text = sys.argv[1:]
-    found = json.loads(text)
+    found: dict[str, Any] = json.loads(text)
     setting = Setting(**{k: tuple(v) if isinstance(v, list) else v for k, v in found.items()})
     if setting.threads is not None:
         torch.set_num_threads(setting.threads)

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import Tensor
 
 import l0kernels as l0
 from l0kernels import _registry
+from l0kernels.recipes.measure import allocated
 from l0kernels.testing import error_ratio, max_error
 
 from .figures import Figure, Sheet, markdown, shown, timed, write_texts
@@ -42,7 +43,9 @@ CONTENT = (
     "the operator's PyTorch reference. plain: masks in PyTorch as users write them. oracle: the "
     "layer built at the open widths, nothing to gather. cpp, triton, cuda: ours. over ours: time "
     "over that of ours in the same round, the middle run's median. Rates count what the open units "
-    "need. Errors: after timing, against the reference in float64, relative to the largest entry."
+    "need. Peak: what PyTorch's allocator holds during a call beyond what it held before, without "
+    "what libraries allocate on their own. Errors: after timing, against the reference in "
+    "float64, relative to the largest entry."
 )
 
 
@@ -329,13 +332,10 @@ def often(step: Callable[[], object], device: torch.device) -> int:
     return max(1, math.ceil(LONG_ENOUGH / max(time.perf_counter() - start, 1e-7)))
 
 
-def peak_mb(step: Callable[[], object], device: torch.device) -> float | None:
-    """Return by how much memory of a GPU grows during a step; None on a CPU, which keeps no count.
-
-    `bench memory` measures whole steps on a CPU.
-    """
+def peak_mb(step: Callable[[], object], device: torch.device) -> float:
+    """Return by how much the memory that PyTorch's allocator holds grows during a step."""
     if device.type != "cuda":
-        return None
+        return allocated(step) / 1e6
     synchronise(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
@@ -348,8 +348,9 @@ def in_double(value: Any) -> Any:
     """Return a problem, or a part of one, in float64."""
     if isinstance(value, Tensor) and value.is_floating_point():
         return value.detach().double().requires_grad_(value.requires_grad)
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: in_double(getattr(value, f.name)) for f in fields(value)})
+    if is_dataclass(value):
+        parts = {f.name: in_double(getattr(value, f.name)) for f in fields(value)}
+        return type(value)(**parts)  # pyright: ignore[reportCallIssue]
     return [in_double(one) for one in value] if type(value) is list else value
 
 

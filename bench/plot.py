@@ -158,10 +158,12 @@ def draw_operator(axes: Any, figures: Sequence[Figure]) -> None:
 
 def gains_over(plain: dict[float, Figure], other: dict[float, Figure]) -> list[tuple[float, float]]:
     """Return the ratio of median times by open fraction, ascending."""
-    return [
-        (keep, float(plain[keep].p50_ms or 0) / other[keep].p50_ms)
-        for keep in sorted(plain.keys() & other.keys())
-    ]
+    gains = []
+    for keep in sorted(plain.keys() & other.keys()):
+        over, under = plain[keep].p50_ms, other[keep].p50_ms
+        if over and under:
+            gains.append((keep, over / under))
+    return gains
 
 
 def crossover(gains: Sequence[tuple[float, float]]) -> float | None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from .figures import OURS, Figure, Sheet, markdown, shown
+from .memory import BASE, ratios
 
 BEGIN, END = "<!-- bench: begin -->\n", "<!-- bench: end -->\n"
 NOTHING = "No file of the suite has been recorded yet.\n"
@@ -39,7 +40,7 @@ def tables(found: Sequence[Sheet]) -> str:
             parts.append(f"{title}:\n\n{markdown(head, rows, len(what) + 1)}\n")
     rows = [row for sheet in found for row in memory_rows(sheet)]
     if rows:
-        head = ("network", "variant", "open", "peak [MB]", "/ masked-best", "command")
+        head = ("network", "variant", "open", "peak [MB]", f"/ {BASE}", "command")
         parts.append(f"Peak memory of a step:\n\n{markdown(head, rows, 2)}\n")
     if parts:
         parts += [f"- {line}" for line in places(found)]
@@ -52,7 +53,7 @@ def timed_rows(sheet: Sheet, kind: str) -> Iterable[tuple[str, ...]]:
         if figure.impl not in OURS or figure.op == "memory" or kind_of(figure) != kind:
             continue
         others = {f.impl: f for f in sheet.figures if f.problem == figure.problem}
-        ratios = {
+        slower = {
             name: other.p50_ms / figure.p50_ms
             if other.over_ours is None
             else other.over_ours.median
@@ -60,13 +61,13 @@ def timed_rows(sheet: Sheet, kind: str) -> Iterable[tuple[str, ...]]:
             if name != figure.impl and other.p50_ms and figure.p50_ms
         }
         what = (figure.shape,) if kind == "step" else (figure.op, figure.part, figure.shape)
-        losses = [name for name, ratio in ratios.items() if ratio < 1]
+        losses = [name for name, ratio in slower.items() if ratio < 1]
         yield (
             *what,
             figure.dtype,
             f"{figure.open:g}",
             shown(figure.p50_ms, ".3g"),
-            *(shown(ratios.get(name), ".2f") for name in COMPARED[kind]),
+            *(shown(slower.get(name), ".2f") for name in COMPARED[kind]),
             ", ".join(losses),
             f"`{sheet.command}`",
         )
@@ -78,13 +79,9 @@ def kind_of(figure: Figure) -> str:
 
 def memory_rows(sheet: Sheet) -> Iterable[tuple[str, ...]]:
     """Return a row per arm."""
-    base = sheet.find("masked-best")
-    for figure in sheet.figures:
-        if figure.op == "memory" and figure.peak_mb is not None:
-            other = base.get(figure.problem)
-            ratio = figure.peak_mb / other.peak_mb if other and other.peak_mb else None
-            cells = (f"{figure.open:g}", f"{figure.peak_mb:.0f}", shown(ratio, ".2f"))
-            yield figure.shape, figure.impl, *cells, f"`{sheet.command}`"
+    for figure, ratio in ratios(sheet):
+        cells = (f"{figure.open:g}", shown(figure.peak_mb, ".0f"), shown(ratio, ".2f"))
+        yield figure.shape, figure.impl, *cells, f"`{sheet.command}`"
 
 
 def places(found: Sequence[Sheet]) -> list[str]:

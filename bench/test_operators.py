@@ -11,7 +11,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from l0kernels.bench import operators  # noqa: E402
+from l0kernels.bench import operators  # noqa: E402 # pyright: ignore[reportMissingImports]
 
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
 

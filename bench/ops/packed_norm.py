@@ -61,9 +61,11 @@ class Problem:
     def plain(self) -> Tensor:
         return self.normalised(self.wide_x, self.mean, self.var, self.weight, self.bias)
 
-    def normalised(self, x: Tensor, mean: Tensor, var: Tensor, *parameters: Tensor) -> Tensor:
+    def normalised(
+        self, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor
+    ) -> Tensor:
         # Copies: in bfloat16 the backward pass, timed by itself, wants statistics as they were.
-        return F.relu(F.batch_norm(x, mean.clone(), var.clone(), *parameters, self.training))
+        return F.relu(F.batch_norm(x, mean.clone(), var.clone(), weight, bias, self.training))
 
     def ways(self) -> dict[str, Way]:
         index, small_upstream = self.index, self.upstream[:, self.index]

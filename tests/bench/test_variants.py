@@ -238,7 +238,7 @@ def test_pruning_peers_have_the_widths_of_the_rounded_oracle(name: str):
     for group in what.network.groups:
         mask = masks.net.get_buffer(f"{group.producer}.weight_mask").flatten(1).amax(1)
         assert int(mask.sum()) == shapes[f"{group.producer}.weight"][0]
-        full = masks.net.get_parameter(f"{group.producer}.weight_orig")
+        full = masks.net.get_parameter(f"{group.producer}.weight_orig").detach()
         # Both drop the same filters.
         kept = cut.net.get_parameter(f"{group.producer}.weight")
         norms = full.flatten(1).norm(dim=1)[mask != 0]
