@@ -433,8 +433,8 @@ def distances(task: Task, arms: Mapping[str, Arm | Oracle]) -> dict[str, float]:
         elif name in IN_PLAIN_PYTORCH:
             found[name] = distance_of_masked(task, arm)
         elif name in UNGATED:
-            names = [f"{group.producer}.weight" for group in task.network.groups]
-            widths = [len(arm.named.get(n, arm.named.get(f"{n}_orig"))) for n in names]
+            named = {key.removesuffix("_orig"): p for key, p in arm.named.items()}
+            widths = [len(named[f"{group.producer}.weight"]) for group in task.network.groups]
             found[name] = distance_of_plain(task, arm, task.network.build_at(widths))
     return found
 

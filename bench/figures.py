@@ -183,17 +183,20 @@ def _written(value: Any) -> str:
 
 
 def _read(row: dict[str, str]) -> Figure:
-    numbers = {
+    texts: dict[str, Any] = {
+        name: row[_column(name)] for name in ("op", "part", "impl", "dtype", "shape", "unit")
+    }
+    numbers: dict[str, Any] = {
         name: float(row[name]) if row[name] else None
         for name in ("p20_ms", "p50_ms", "p80_ms", "peak_mb", "rate", "error")
     }
     ratio = [float(number) for number in row["over_ours"].split()]
     return Figure(
-        **{name: row[_column(name)] for name in ("op", "part", "impl", "dtype", "shape", "unit")},
+        **texts,
+        **numbers,
         open=float(row["open"]),
         medians_ms=tuple(float(number) for number in row["medians_ms"].split()),
         over_ours=Spread(*ratio) if ratio else None,
-        **numbers,
     )
 
 
@@ -258,3 +261,15 @@ def write_texts(folder: Path, texts: dict[str, str]) -> list[Path]:
     for name, text in texts.items():
         write_whole(folder / name, lambda file, text=text: file.write(text.encode()))
     return [folder / name for name in texts]
+
+
+def put_between(text: str, table: str, begin: str, end: str) -> str:
+    """Return a text with a table between its markers.
+
+    Raises:
+        ValueError: the text does not have both markers once.
+    """
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"expected {begin.strip()} and {end.strip()} once each")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}"

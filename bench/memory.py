@@ -77,19 +77,8 @@ def measure(setting: Setting) -> Sheet:
                 continue
             words = [variant, f"{keep:g}", json.dumps(asdict(setting))]
             peak, error = elsewhere("l0kernels.bench.memory", words)
-            shape = f"{setting.model} batch {setting.batch}"
-            sheet.figures.append(
-                Figure(
-                    "memory",
-                    "step",
-                    variant,
-                    "f32",
-                    shape,
-                    keep,
-                    peak_mb=peak / 1e6,
-                    error=error,
-                )
-            )
+            what = ("memory", "step", variant, "f32", f"{setting.model} batch {setting.batch}")
+            sheet.figures.append(Figure(*what, keep, peak_mb=peak / 1e6, error=error))
     sheet.environment["load_average_after"] = environment()["load_average"]
     return sheet
 
@@ -176,7 +165,8 @@ def main() -> None:
     """Print peak and error of one variant, as `measure` reads them."""
     variant, keep, text = sys.argv[1:]
     found: dict[str, Any] = json.loads(text)
-    setting = Setting(**{k: tuple(v) if isinstance(v, list) else v for k, v in found.items()})
+    found |= {name: tuple(value) for name, value in found.items() if isinstance(value, list)}
+    setting = Setting(**found)
     if setting.threads is not None:
         torch.set_num_threads(setting.threads)
     print(json.dumps(peak_of(check(setting), variant, float(keep))))

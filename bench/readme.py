@@ -6,7 +6,7 @@ import csv
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from .figures import OURS, Figure, Sheet, markdown, shown
+from .figures import OURS, Figure, Sheet, markdown, put_between, shown
 from .memory import BASE, ratios
 
 BEGIN, END = "<!-- bench: begin -->\n", "<!-- bench: end -->\n"
@@ -96,18 +96,6 @@ def places(found: Sequence[Sheet]) -> list[str]:
             f"before, {where['load_average_after']} after"
         )
     return lines
-
-
-def put_between(text: str, table: str, begin: str, end: str) -> str:
-    """Return a text with a table between its markers.
-
-    Raises:
-        ValueError: the text does not have both markers once.
-    """
-    if text.count(begin) != 1 or text.count(end) != 1:
-        raise ValueError(f"expected {begin.strip()} and {end.strip()} once each")
-    before, rest = text.split(begin)
-    return f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

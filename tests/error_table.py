@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from l0kernels import _triton, testing
-from l0kernels.bench.readme import put_between
+from l0kernels.bench.figures import put_between
 
 ROOT = Path(__file__).resolve().parents[1]
 OPS = sorted(path.parent.name for path in ROOT.glob("l0kernels/ops/*/op.py"))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from l0kernels.bench import base, memory, readme, timing
-from l0kernels.bench.figures import Figure, Sheet, compare, slower, timed
+from l0kernels.bench.figures import Figure, Sheet, compare, put_between, slower, timed
 from l0kernels.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,7 +87,7 @@ def test_readme_tables_have_commands_and_losses(tmp_path: Path):
     assert page.read_text() == once
     assert readme.tables([]) == readme.NOTHING
     with pytest.raises(ValueError, match="once each"):
-        readme.put_between("no markers", "new", readme.BEGIN, readme.END)
+        put_between("no markers", "new", readme.BEGIN, readme.END)
 
 
 def test_figures_in_the_readme_are_those_that_were_recorded():
@@ -95,7 +95,7 @@ def test_figures_in_the_readme_are_those_that_were_recorded():
         pytest.skip("bench/results is not part of a source distribution")
     text = (ROOT / "README.md").read_text()
     table = readme.tables(readme.sheets(ROOT / "bench" / "results"))
-    assert readme.put_between(text, table, readme.BEGIN, readme.END) == text
+    assert put_between(text, table, readme.BEGIN, readme.END) == text
 
 
 def test_memory_of_each_arm_in_its_own_process(tmp_path: Path):

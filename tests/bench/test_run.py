@@ -14,6 +14,7 @@ from l0kernels.recipes import published
 from l0kernels.recipes.arm import PACKED, Arm, drawn_weights, gated_network
 from l0kernels.recipes.data import Images
 from l0kernels.recipes.loop import Plan
+from l0kernels.training import gates_of
 
 
 @pytest.mark.parametrize("name", published.RECIPES)
@@ -28,18 +29,18 @@ def test_work_is_what_pytorch_counts(name: str):
 
 def test_closed_gates_leave_less_work():
     recipe = published.find("mlp-hc")
-    net = gated_network(recipe, recipe.settings("digits"), 100, 0)
-    cost = run.operations_per_weight(recipe.make())
-    fractions = []
-    for log_alpha in (20.0, -20.0):
-        with torch.no_grad():
-            net.l0.log_alpha.fill_(log_alpha)
-        net.train()(torch.zeros(2, *run.IMAGE))
-        fractions.append(drawn_weights(net, cost) / drawn_weights(recipe.make(), cost))
-    assert fractions[0] == 1.0
-    # Two units of each group are left, of 784, 300 and 100; the first layer has two passes.
-    full = 2 * 784 * 300 + 3 * (300 * 100 + 100 * 10)
-    assert fractions[1] in (0.0, (2 * 2 * 2 + 3 * (2 * 2 + 2 * 10)) / full)
+    net = gated_network(recipe, recipe.settings("digits"), 100, 0).train()
+    cost, gates = run.operations_per_weight(recipe.make()), gates_of(net)
+    full = drawn_weights(recipe.make(), cost)
+    assert full == 2 * 784 * 300 + 3 * (300 * 100 + 100 * 10)  # the data get no gradient
+    widths = dict(zip(gates.names, gates.sizes, strict=True))
+    for share in (1.0, 0.5, 0.0):
+        is_open = [torch.arange(size) < share * size for size in widths.values()]
+        with gates.using(torch.cat(is_open).float()):
+            net(torch.zeros(2, *run.IMAGE))
+            left = drawn_weights(net, cost)
+        first, second, third = (int(share * widths[name]) for name in ("fc1.in", "fc1", "fc2"))
+        assert left == 2 * first * second + 3 * (second * third + third * 10)
 
 
 def test_a_run_tells_its_efficiency(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
