@@ -63,6 +63,7 @@ def plot_step(report: Report, path: Path) -> Path:
     draw_oracle_and_ideal(speed, rows, report.setting.model)
     if "S best" in rows[0].ratios:
         mark_crossover(speed, [(row.keep, row.ratios["S best"].median) for row in rows])
+    by_powers_of_two(speed)
     speed.set(title="Speed-up over other training", ylabel="other / ours")
     distance.set(title="Distance from the oracle", ylabel="ratio of step times")
     finish(figure, (speed, distance))
@@ -153,6 +154,7 @@ def draw_operator(axes: Any, figures: Sequence[Figure]) -> None:
         work = {keep: f.rate * f.p50_ms for keep, f in by_arm[ours].items() if f.rate and f.p50_ms}
         keeps = sorted(work)
         axes.plot(keeps, [max(work.values()) / work[keep] for keep in keeps], **IDEAL)
+    by_powers_of_two(axes)
     axes.set_ylabel("plain / other")
 
 
@@ -183,7 +185,12 @@ def mark_crossover(axes: Any, gains: Sequence[tuple[float, float]]) -> None:
     place = crossover(gains)
     if place is not None:
         axes.plot([place], [1.0], marker="|", color="k", markersize=16)
-        axes.annotate(f"faster below {place:.2f}", (place, 1.0), fontsize=8, va="bottom")
+        axes.annotate(f"faster below {place:.2f} ", (place, 1.0), fontsize=8, ha="right", va="top")
+
+
+def by_powers_of_two(axes: Any) -> None:
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter("{x:g}")
 
 
 def draw_line(

@@ -3,7 +3,8 @@
 
 import argparse
 import csv
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .figures import OURS, Figure, Sheet, markdown, put_between, shown
@@ -11,10 +12,8 @@ from .memory import BASE, ratios
 
 BEGIN, END = "<!-- bench: begin -->\n", "<!-- bench: end -->\n"
 NOTHING = "No file of the suite has been recorded yet.\n"
-COMPARED = {
-    "step": ("masked-nchw", "masked-best", "dense", "oracle", "oracle-onednn", "index-select"),
-    "operator": ("plain", "reference", "oracle"),
-}
+STEPS = ("masked-nchw", "masked-best", "dense", "oracle", "oracle-onednn", "index-select")
+OPERATORS = ("plain", "reference", "oracle")
 
 
 def sheets(folder: Path) -> list[Sheet]:
@@ -28,56 +27,125 @@ def sheets(folder: Path) -> list[Sheet]:
     return found
 
 
-def tables(found: Sequence[Sheet]) -> str:
-    """Return a table per kind of figure and a line per problem, each with its command."""
-    parts = []
-    for kind, title in (("step", "Training steps"), ("operator", "Operators")):
-        rows = [row for sheet in found for row in timed_rows(sheet, kind)]
-        if rows:
-            others = [f"{name} / ours" for name in COMPARED[kind]]
-            what = ("network",) if kind == "step" else ("operator", "pass", "shape")
-            head = (*what, "dtype", "open", "ours [ms]", *others, "faster than ours", "command")
-            parts.append(f"{title}:\n\n{markdown(head, rows, len(what) + 1)}\n")
-    rows = [row for sheet in found for row in memory_rows(sheet)]
-    if rows:
-        head = ("network", "variant", "open", "peak [MB]", f"/ {BASE}", "command")
-        parts.append(f"Peak memory of a step:\n\n{markdown(head, rows, 2)}\n")
-    if parts:
-        parts += [f"- {line}" for line in places(found)]
-    return "\n".join(parts) + ("\n" if parts else "") or NOTHING
+def tables(folder: Path) -> str:
+    """Return a table per kind of figure under a folder, each row with its command."""
+    found = sheets(folder)
+    steps = [row for sheet in found for row in step_rows(sheet)]
+    others = [row for sheet in found for row in operator_rows(sheet)]
+    peaks = [row for sheet in found for row in memory_rows(sheet)]
+    runs = list(run_rows(folder))
+    last = ("faster than ours", "command")
+    ops = ("operator", "pass", "shape", "dtype", "open", "ours [ms]")
+    kinds = (
+        (
+            "Training steps",
+            2,
+            steps,
+            ("network", "dtype", "open", "ours [ms]", *over(STEPS), *last),
+        ),
+        ("Operators", 4, others, (*ops, *over(OPERATORS), *last)),
+        (
+            "Peak memory of a step",
+            2,
+            peaks,
+            ("network", "variant", "open", "peak [MB]", f"/ {BASE}", "command"),
+        ),
+        (
+            "Whole runs",
+            1,
+            runs,
+            ("recipe", "seed", "speed-up", "work left", "eta_run", "losses", "command"),
+        ),
+    )
+    parts = [
+        f"{title}:\n\n{markdown(head, rows, left)}\n" for title, left, rows, head in kinds if rows
+    ]
+    if not parts:
+        return NOTHING
+    return "\n".join([*parts, *(f"- {line}" for line in places(found))]) + "\n"
 
 
-def timed_rows(sheet: Sheet, kind: str) -> Iterable[tuple[str, ...]]:
-    """Return a row per time of ours."""
+def over(arms: Sequence[str]) -> list[str]:
+    return [f"{name} / ours" for name in arms]
+
+
+def ratios_to(ours: Figure, sheet: Sheet) -> dict[str, float]:
+    """Return how many times as long as ours the other arms take, by name."""
+    return {
+        other.impl: other.p50_ms / ours.p50_ms
+        if other.over_ours is None
+        else other.over_ours.median
+        for other in sheet.figures
+        if other.problem == ours.problem
+        and other.impl != ours.impl
+        and other.p50_ms
+        and ours.p50_ms
+    }
+
+
+def step_rows(sheet: Sheet) -> Iterator[tuple[str, ...]]:
+    """Return a row per network and open fraction."""
     for figure in sheet.figures:
-        if figure.impl not in OURS or figure.op == "memory" or kind_of(figure) != kind:
-            continue
-        others = {f.impl: f for f in sheet.figures if f.problem == figure.problem}
-        slower = {
-            name: other.p50_ms / figure.p50_ms
-            if other.over_ours is None
-            else other.over_ours.median
-            for name, other in others.items()
-            if name != figure.impl and other.p50_ms and figure.p50_ms
+        if figure.op == "step" and figure.impl in OURS:
+            ratios = ratios_to(figure, sheet)
+            yield (
+                figure.shape,
+                figure.dtype,
+                f"{figure.open:g}",
+                shown(figure.p50_ms, ".3g"),
+                *(shown(ratios.get(name), ".2f") for name in STEPS),
+                ", ".join(name for name, ratio in ratios.items() if ratio < 1),
+                f"`{sheet.command}`",
+            )
+
+
+def operator_rows(sheet: Sheet) -> Iterator[tuple[str, ...]]:
+    """Return a row per problem and implementation of ours, with all open fractions in it."""
+    problems: dict[tuple[str, ...], list[Figure]] = {}
+    for figure in sheet.figures:
+        if figure.op not in ("step", "memory") and figure.impl in OURS:
+            what = (figure.op, figure.part, figure.shape, figure.dtype, figure.impl)
+            problems.setdefault(what, []).append(figure)
+    for (op, part, shape, dtype, impl), figures in problems.items():
+        ratios = {f"{figure.open:g}": ratios_to(figure, sheet) for figure in figures}
+        losses = {
+            name: [keep for keep, found in ratios.items() if found.get(name, 1.0) < 1]
+            for name in dict.fromkeys(name for found in ratios.values() for name in found)
         }
-        what = (figure.shape,) if kind == "step" else (figure.op, figure.part, figure.shape)
-        losses = [name for name, ratio in slower.items() if ratio < 1]
         yield (
-            *what,
-            figure.dtype,
-            f"{figure.open:g}",
-            shown(figure.p50_ms, ".3g"),
-            *(shown(slower.get(name), ".2f") for name in COMPARED[kind]),
-            ", ".join(losses),
+            f"{op}, {impl}",
+            part,
+            shape,
+            dtype,
+            " / ".join(ratios),
+            " / ".join(shown(figure.p50_ms, ".3g") for figure in figures),
+            *(
+                " / ".join(shown(found.get(name), ".2f") for found in ratios.values())
+                for name in OPERATORS
+            ),
+            "; ".join(f"{name} at {', '.join(keeps)}" for name, keeps in losses.items() if keeps),
             f"`{sheet.command}`",
         )
 
 
-def kind_of(figure: Figure) -> str:
-    return "step" if figure.op == "step" else "operator"
+def run_rows(folder: Path) -> Iterator[tuple[str, ...]]:
+    """Return a row per seed of the whole training runs under a folder."""
+    for path in sorted(folder.rglob("run.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        training = found["training"]
+        for row in found["rows"]:
+            yield (
+                f"{training['recipe']} on {training['data']}",
+                str(row["seed"]),
+                f"{row['speedup']:.2f}",
+                f"{row['work_left']:.3f}",
+                f"{row['eta_run']:.2f}",
+                f"{100 * row['losses']:.2f} %",
+                f"`{found['command']}`",
+            )
 
 
-def memory_rows(sheet: Sheet) -> Iterable[tuple[str, ...]]:
+def memory_rows(sheet: Sheet) -> Iterator[tuple[str, ...]]:
     """Return a row per arm."""
     for figure, ratio in ratios(sheet):
         cells = (f"{figure.open:g}", shown(figure.peak_mb, ".0f"), shown(ratio, ".2f"))
@@ -104,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("results", type=Path, help="folder with CSV files of the benchmarks")
     parser.add_argument("--readme", type=Path, help="file with the markers of the tables")
     options = parser.parse_args(arguments)
-    text = tables(sheets(options.results))
+    text = tables(options.results)
     if options.readme is None:
         print(text)
         return

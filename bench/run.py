@@ -164,15 +164,24 @@ def run(args: argparse.Namespace) -> int:
         found = [train_one(plan, bar) for plan in plans]
     where = {**before, "load_average_after": environment()["load_average"]}
     outcomes, results = [one for one, _ in found], [result for _, result in found]
-    numbers = to_dict(outcomes, results, where)
+    numbers = {"command": command(args), **to_dict(outcomes, results, where)}
     out = plans[0].folder.parent
-    texts = {"run.md": table(outcomes, results, where) + "\n"}
+    texts = {"run.md": f"`{command(args)}`\n\n{table(outcomes, results, where)}\n"}
     texts["run.json"] = json.dumps(numbers, indent=1) + "\n"
     written = write_texts(out, texts)
     plot.draw(results, out / "curves.png")
     print(json.dumps(numbers, indent=1) if args.json else texts["run.md"])
     print("\n".join(map(str, [*written, Path(out, "curves.png")])), file=sys.stderr)
     return 0
+
+
+def command(args: argparse.Namespace) -> str:
+    """Return the command line that repeats a run; where the data lie is no part of it."""
+    given = {"data": "DIR"} if args.data else {}
+    for name in ("settings", "epochs", "batch", "lr", "gate_lr", "lam", "seed", "seeds", "threads"):
+        given[name] = getattr(args, name)
+    options = [f"--{name.replace('_', '-')} {v}" for name, v in given.items() if v is not None]
+    return " ".join(["l0kernels bench run", args.recipe, *options])
 
 
 def to_dict(

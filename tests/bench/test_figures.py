@@ -57,6 +57,8 @@ def test_readme_tables_have_commands_and_losses(tmp_path: Path):
     figures = [step("ours", 4.0), step("masked-best", 8.0), step("dense", 2.0), step("oracle", 3.0)]
     operator = Figure("pack_weight", "forward", "cpp", "f32", "500x800:both", 0.5, p50_ms=1.0)
     figures += [operator, replace(operator, impl="plain", p50_ms=3.0)]
+    operator = replace(operator, open=0.1, p50_ms=3.0)
+    figures += [operator, replace(operator, impl="plain", p50_ms=1.5)]
     peak = Figure("memory", "step", "ours", "f32", "lenet5 batch 4", 0.5, peak_mb=72.0)
     figures += [peak, replace(peak, impl="masked-best", peak_mb=100.0)]
     sheet = Sheet("l0kernels bench step --model lenet5", WHERE, figures)
@@ -64,7 +66,11 @@ def test_readme_tables_have_commands_and_losses(tmp_path: Path):
     (tmp_path / "deep" / "step.csv").write_text(sheet.to_csv())
     (tmp_path / "other.csv").write_text("model,batch\nlenet5,4\n")
     (tmp_path / "empty.csv").write_text("")
-    text = readme.tables(readme.sheets(tmp_path))
+    row = {"seed": 3, "speedup": 1.5, "work_left": 0.5, "eta_run": 0.75, "losses": 0.002}
+    training = {"recipe": "lenet5-hc", "data": "digits"}
+    run = {"command": "l0kernels bench run lenet5-hc", "rows": [row], "training": training}
+    (tmp_path / "deep" / "run.json").write_text(json.dumps(run))
+    text = readme.tables(tmp_path)
     command = "`l0kernels bench step --model lenet5`"
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert (
@@ -72,11 +78,13 @@ def test_readme_tables_have_commands_and_losses(tmp_path: Path):
         f" {command} |" in lines
     )
     assert (
-        f"| pack_weight | forward | 500x800:both | f32 | 0.5 | 1 | 3.00 |  |  |  | {command} |"
-        in lines
+        "| pack_weight, cpp | forward | 500x800:both | f32 | 0.5 / 0.1 | 1 / 3 | 3.00 / 0.50"
+        f" |  /  |  /  | plain at 0.1 | {command} |" in lines
     )
     assert f"| lenet5 batch 4 | ours | 0.5 | 72 | 0.72 | {command} |" in lines
     assert f"- {command}: ?" in text
+    run = "| lenet5-hc on digits | 3 | 1.50 | 0.500 | 0.75 | 0.20 % | `l0kernels bench run lenet5-hc` |"
+    assert run in lines
 
     page = tmp_path / "README.md"
     page.write_text(f"a\n{readme.BEGIN}old\n{readme.END}b\n")
@@ -85,7 +93,8 @@ def test_readme_tables_have_commands_and_losses(tmp_path: Path):
     assert once == f"a\n{readme.BEGIN}\n{text}\n{readme.END}b\n"
     readme.main([str(tmp_path), "--readme", str(page)])
     assert page.read_text() == once
-    assert readme.tables([]) == readme.NOTHING
+    (tmp_path / "none").mkdir()
+    assert readme.tables(tmp_path / "none") == readme.NOTHING
     with pytest.raises(ValueError, match="once each"):
         put_between("no markers", "new", readme.BEGIN, readme.END)
 
@@ -94,7 +103,7 @@ def test_figures_in_the_readme_are_those_that_were_recorded():
     if not (ROOT / "bench" / "results").is_dir():
         pytest.skip("bench/results is not part of a source distribution")
     text = (ROOT / "README.md").read_text()
-    table = readme.tables(readme.sheets(ROOT / "bench" / "results"))
+    table = readme.tables(ROOT / "bench" / "results")
     assert put_between(text, table, readme.BEGIN, readme.END) == text
 
 

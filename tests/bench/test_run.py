@@ -54,6 +54,8 @@ def test_a_run_tells_its_efficiency(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert row["speedup"] == row["masked_seconds"] / row["ours_seconds"]
         assert row["eta_run"] == row["speedup"] * row["work_left"]
         assert 0 <= row["losses"] < 0.01
+    told = "l0kernels bench run mlp-hc --epochs 2 --batch 500 --seeds 0,1"
+    assert found["command"] == told
     assert found["environment"]["OMP_WAIT_POLICY"] == "passive"
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert "| eta_run |" in (tmp_path / "run.md").read_text()
