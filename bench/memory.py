@@ -131,7 +131,7 @@ def peak_of(task: Task, variant: str, keep: float) -> tuple[int, float]:
     return peak, require_closeness(task, {variant: arm})[variant]
 
 
-def ratios(sheet: Sheet) -> Iterator[tuple[Figure, float | None]]:
+def peaks_of(sheet: Sheet) -> Iterator[tuple[Figure, float | None]]:
     """Give every peak, and how many times that of the mask at its best it is."""
     base = sheet.find(BASE)
     for figure in sheet.figures:
@@ -143,7 +143,7 @@ def ratios(sheet: Sheet) -> Iterator[tuple[Figure, float | None]]:
 def table(sheet: Sheet) -> str:
     """Return the figures as a Markdown table with what they mean."""
     rows = []
-    for figure, ratio in ratios(sheet):
+    for figure, ratio in peaks_of(sheet):
         cells = (shown(figure.peak_mb, ".0f"), shown(ratio, ".2f"), shown(figure.error, ".1e"))
         rows.append((figure.shape, f"{figure.open:g}", figure.impl, *cells))
     head = ("network", "open", "variant", "peak [MB]", f"/ {BASE}", "error")

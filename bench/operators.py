@@ -281,40 +281,45 @@ def measure_one(
     torch.manual_seed(setting.seed)
     problem = op.make(shape, keep, DTYPES[dtype], device)
     arms = arms_of(problem, impls)
-    steps, repeats, peaks = {}, {}, {}
-    for name, arm in arms.items():
-        for part, step in arm.steps().items():
-            label = f"{name} {part}"
-            repeats[label] = often(step, device)
-            steps[label] = partial(repeated, step, repeats[label])
-            peaks[label] = peak_mb(step, device)
-    runs = []
-    for _ in range(setting.runs):
-        what = f"{op.name} {shape} {dtype} open {keep:g}"
-        times = interleave(steps, setting.rounds, setting.warmup, device, what)
-        runs.append({name: [ms / repeats[name] for ms in times[name]] for name in times})
+    steps = {(name, part): step for name, arm in arms.items() for part, step in arm.steps().items()}
+    peaks = {key: peak_mb(step, device) for key, step in steps.items()}
+    runs = time_steps(steps, setting, f"{op.name} {shape} {dtype} open {keep:g}")
     errors = checked(problem, arms, impls, DTYPES[dtype])
     figures, work = [], problem.work()
-    for label in steps:
-        name, part = label.rsplit(" ", 1)
-        ours = f"{impls[0]} {part}" if impls else None
-        found = timed(runs, label, ours)
-        figures.append(
-            Figure(
-                op.name,
-                part,
-                name,
-                dtype,
-                shape,
-                keep,
-                **found,
-                peak_mb=peaks[label],
-                rate=work[part] / found["p50_ms"] / 1e6,
-                unit=op.unit,
-                error=errors[name].get(part),
-            )
+    for name, part in steps:
+        found = timed(runs, f"{name} {part}", f"{impls[0]} {part}" if impls else None)
+        figure = Figure(
+            op.name,
+            part,
+            name,
+            dtype,
+            shape,
+            keep,
+            **found,
+            peak_mb=peaks[name, part],
+            rate=work[part] / found["p50_ms"] / 1e6,
+            unit=op.unit,
+            error=errors[name].get(part),
         )
+        figures.append(figure)
     return figures
+
+
+def time_steps(
+    steps: dict[tuple[str, str], Callable[[], object]], setting: Setting, label: str
+) -> list[dict[str, list[float]]]:
+    """Return milliseconds per call of "ARM PASS", a list of rounds for each, of every run."""
+    device = torch.device(setting.device)
+    repeats = {" ".join(key): often(step, device) for key, step in steps.items()}
+    long = {
+        " ".join(key): partial(repeated, step, repeats[" ".join(key)])
+        for key, step in steps.items()
+    }
+    runs = []
+    for _ in range(setting.runs):
+        times = interleave(long, setting.rounds, setting.warmup, device, label)
+        runs.append({name: [ms / repeats[name] for ms in times[name]] for name in times})
+    return runs
 
 
 def repeated(step: Callable[[], object], times: int) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .figures import OURS, Figure, Sheet, markdown, put_between, shown
-from .memory import BASE, ratios
+from .memory import BASE, peaks_of
 
 BEGIN, END = "<!-- bench: begin -->\n", "<!-- bench: end -->\n"
 NOTHING = "No file of the suite has been recorded yet.\n"
@@ -35,27 +35,15 @@ def tables(folder: Path) -> str:
     peaks = [row for sheet in found for row in memory_rows(sheet)]
     runs = list(run_rows(folder))
     last = ("faster than ours", "command")
-    ops = ("operator", "pass", "shape", "dtype", "open", "ours [ms]")
+    step = ("network", "dtype", "open", "ours [ms]", *over(STEPS), *last)
+    op = ("operator", "pass", "shape", "dtype", "open", "ours [ms]", *over(OPERATORS), *last)
+    memory = ("network", "variant", "open", "peak [MB]", f"/ {BASE}", "command")
+    run = ("recipe", "seed", "speed-up", "work left", "eta_run", "losses", "command")
     kinds = (
-        (
-            "Training steps",
-            2,
-            steps,
-            ("network", "dtype", "open", "ours [ms]", *over(STEPS), *last),
-        ),
-        ("Operators", 4, others, (*ops, *over(OPERATORS), *last)),
-        (
-            "Peak memory of a step",
-            2,
-            peaks,
-            ("network", "variant", "open", "peak [MB]", f"/ {BASE}", "command"),
-        ),
-        (
-            "Whole runs",
-            1,
-            runs,
-            ("recipe", "seed", "speed-up", "work left", "eta_run", "losses", "command"),
-        ),
+        ("Training steps", 2, steps, step),
+        ("Operators", 4, others, op),
+        ("Peak memory of a step", 2, peaks, memory),
+        ("Whole runs", 1, runs, run),
     )
     parts = [
         f"{title}:\n\n{markdown(head, rows, left)}\n" for title, left, rows, head in kinds if rows
@@ -147,7 +135,7 @@ def run_rows(folder: Path) -> Iterator[tuple[str, ...]]:
 
 def memory_rows(sheet: Sheet) -> Iterator[tuple[str, ...]]:
     """Return a row per arm."""
-    for figure, ratio in ratios(sheet):
+    for figure, ratio in peaks_of(sheet):
         cells = (f"{figure.open:g}", shown(figure.peak_mb, ".0f"), shown(ratio, ".2f"))
         yield figure.shape, figure.impl, *cells, f"`{sheet.command}`"
 
