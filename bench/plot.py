@@ -172,12 +172,12 @@ def crossover(gains: Sequence[tuple[float, float]]) -> float | None:
     """Return the largest open fraction below which a speed-up exceeds 1, None without one.
 
     Args:
-        gains: open fraction and speed-up, ascending; in between, lines are drawn.
+        gains: open fraction and speed-up, ascending; in between, lines of its logarithm.
     """
     pairs = list(zip(gains, gains[1:], strict=False))
     for (x0, y0), (x1, y1) in reversed(pairs):
         if y0 > 1 >= y1:
-            return x0 + (y0 - 1) / (y0 - y1) * (x1 - x0)
+            return x0 + math.log(y0) / math.log(y0 / y1) * (x1 - x0)
     return None
 
 

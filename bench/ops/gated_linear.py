@@ -10,7 +10,7 @@ from torch import Tensor
 
 from l0kernels.functional import GateLayout, OpenLists, gated_linear, open_lists
 
-from ..operators import GRADIENT, Operator, Way, numbers
+from ..operators import GRADIENT, Operator, Way, numbers, off_kinks
 from . import main
 
 MEANING = "inputs x outputs x rows"
@@ -206,7 +206,11 @@ def make_problem(
 
     x, wide_x = inputs_of(normal(rows, inputs), gates)
     weight, bias = (normal(*size).requires_grad_() for size in ((outputs, inputs), (outputs,)))
-    return Problem(x, wide_x, weight, bias, gates, normal(rows, outputs))
+    problem = Problem(x, wide_x, weight, bias, gates, normal(rows, outputs))
+    with torch.no_grad():
+        wide, *parameters = (t.double() for t in (wide_x * problem.scale(), weight, bias))
+        problem.upstream = off_kinks(problem.upstream, F.linear(wide, *parameters))
+    return problem
 
 
 OPERATOR = Operator(

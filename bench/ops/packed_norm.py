@@ -9,7 +9,7 @@ from torch import Tensor
 
 from l0kernels.functional import packed_norm
 
-from ..operators import GRADIENT, Operator, Way, numbers
+from ..operators import GRADIENT, Operator, Way, numbers, off_kinks
 from . import main
 
 LAYOUTS = ("channels_last", "contiguous")
@@ -161,6 +161,10 @@ def make_problem(
     )
     problem.z[index] = 0.5
     problem.z[-1] = 1
+    with torch.no_grad():
+        wide, *full = (t.double() for t in (wide_x, problem.weight, problem.bias))
+        before = F.batch_norm(wide, None, None, *full, training=True)
+        problem.upstream = off_kinks(problem.upstream, before)
     return problem
 
 

@@ -105,6 +105,22 @@ def test_problems_are_as_open_as_they_say(keep: float):
     assert packed.shape[:2] == (40 * keep, 80 * keep)
 
 
+def test_gradients_stay_away_from_kinks():
+    upstream = torch.ones(4)
+    before = torch.tensor([1.0, -1e-6, 1e-5, 0.0], dtype=torch.float64)
+    assert operators.off_kinks(upstream, before).tolist() == [1.0, 0.0, 1.0, 0.0]
+    assert operators.off_kinks(upstream.double(), before).tolist() == [1.0, 1.0, 1.0, 0.0]
+    # Among 2 million places some are within a rounding error of zero.
+    problem = operators.operator("packed_norm").make(
+        "16x64x48x48:channels_last:train", 1.0, torch.float32, torch.device("cpu")
+    )
+    zeros = int((problem.upstream == 0).sum())
+    assert 0 < zeros < 1000
+    impls = implementations("packed_norm")
+    arms = operators.arms_of(problem, impls)
+    assert set(operators.checked(problem, arms, impls, torch.float32)) == set(arms)
+
+
 def test_a_chain_packs_the_same_by_every_arm():
     chain = pack_weight.make_chain((6, 5, 7), 0.5)
     arms = operators.arms_of(chain, implementations("pack_weight"))
@@ -267,7 +283,7 @@ def test_dtypes_and_batches_of_a_sweep(capsys: pytest.CaptureFixture[str]):
 
 
 def test_crossover():
-    assert plot.crossover([(0.1, 4.0), (0.5, 2.0), (1.0, 0.5)]) == pytest.approx(0.5 + 0.5 * 2 / 3)
+    assert plot.crossover([(0.1, 4.0), (0.5, 2.0), (1.0, 0.5)]) == pytest.approx(0.75)
     assert plot.crossover([(0.5, 0.9), (1.0, 0.8)]) is None
     assert plot.crossover([(0.5, 2.0), (1.0, 1.5)]) is None
 
