@@ -12,6 +12,7 @@ import torch
 from . import models
 from .arms import (
     ALL_VARIANTS,
+    IN_SINGLE,
     REBUILT,
     UNGATED,
     VARIANTS,
@@ -281,8 +282,9 @@ def correctness(report: Report) -> str:
         ]
     if ungated:
         told.append(
-            "Every other one agrees after timing, in fp32, with a plain fp64 network that has its "
-            "weights: largest relative difference of losses and of all gradients "
+            "Every other one agrees after timing with another fp64 network that has its weights, "
+            f"in fp64 but {' and '.join(IN_SINGLE)}: largest relative difference of losses and of "
+            "all gradients "
             f"{max(ungated):.1e}."
         )
     return " ".join(told)

@@ -53,12 +53,11 @@ def test_json_is_complete(finished: Path):
             assert row["medians"][name] == medians
             assert Spread(**row["ratios"][name]) == ratios[middle(medians)]
             assert sorted(medians)[1] == row["ratios"][name]["median"]
-        exact = {"masked-nchw", "index-select", "ours"}
-        assert set(row["error_before"]) == exact
+        assert set(row["error_before"]) == {"masked-nchw", "index-select", "ours"}
         assert max(row["error_before"].values()) <= arms.TOLERANCE
         assert set(row["error_after"]) == set(arms.VARIANTS)
         for name, error in row["error_after"].items():
-            assert error <= (arms.TOLERANCE if name in exact else arms.SINGLE_TOLERANCE)
+            assert error <= (1e-5 if name in arms.IN_SINGLE else 1e-12)
 
 
 def test_csv_has_one_line_per_figure(finished: Path):

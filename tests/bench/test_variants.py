@@ -257,7 +257,8 @@ def test_ungated_variants_are_near_their_twins():
     for name in ("masked-best", "masked-nchw", "index-select"):
         made[name] = arms.make_arm(what, name, 0.3)
     found = arms.require_closeness(what, made)
-    assert set(found) == set(made) and max(found.values()) < 1e-5
+    assert set(found) == set(made)
+    assert found.pop("oracle-onednn") < 1e-5 and max(found.values()) < 1e-12
     assert all(p.grad is None for p in made["dense"].trained)
     before = float(made["masked-best"].loss(made["masked-best"].x, made["masked-best"].y))
     after = float(made["masked-best"].loss(made["masked-best"].x, made["masked-best"].y))
