@@ -260,9 +260,6 @@ def test_ungated_variants_are_near_their_twins():
     assert set(found) == set(made)
     assert found.pop("oracle-onednn") < 1e-5 and max(found.values()) < 1e-12
     assert all(p.grad is None for p in made["dense"].trained)
-    before = float(made["masked-best"].loss(made["masked-best"].x, made["masked-best"].y))
-    after = float(made["masked-best"].loss(made["masked-best"].x, made["masked-best"].y))
-    assert before != after  # draws are free again
 
 
 def test_compiled_masks_are_compiled_and_checked(monkeypatch: pytest.MonkeyPatch):
