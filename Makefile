@@ -36,10 +36,11 @@ help:
 	@echo 'make demo     train LeNet-5 on digits, ours beside the masked reference; writes runs/demo'
 	@echo 'make test     all tests'
 	@echo 'make kernels  compile every GPU kernel, no GPU needed: registers, spills; writes runs/kernels'
-	@echo 'make table    after make test kernels: errors of every operator into bench/results and README.md'
+	@echo 'make table    after make test kernels: errors of every operator into bench/results and README.md,'
+	@echo '              and what bench/results has of make bench into README.md'
 	@echo 'make compat   the same libraries and code under torch 2.11 and triton 3.6; makes .venv-compat, 5 GB'
 	@echo 'make fuzz     CASES=20000 random networks against an oracle; failing ones go to runs/fuzz'
-	@echo 'make bench    time training steps (writes runs/bench) and operators'
+	@echo 'make bench    operators, steps, memory into runs/bench; BENCH_MODELS="vgg16 wrn-28-10" for others'
 	@echo 'make lint     ruff and pyright'
 	@echo 'make gpu      build, tests, sanitizers, benchmarks on a CUDA device in under 8 minutes, no network'
 	@echo 'make clean    remove .venv, .venv-compat, build and runs'
@@ -58,6 +59,7 @@ kernels: $(STAMP)
 table: $(STAMP)
 	PYTHONPATH=tests $(RUN)/python -m error_table runs/tests --kernels runs/kernels/table.json --save bench/results/cpu-tests.json
 	PYTHONPATH=tests $(RUN)/python -m error_table bench/results/*-tests.json --readme README.md
+	$(RUN)/python -m l0kernels.bench.readme bench/results --readme README.md
 
 # A copy of the package as it is installed, with the libraries that $(VENV) built: nothing is built here.
 # PYTHONSAFEPATH keeps the checkout from being found before it.
@@ -74,10 +76,13 @@ CASES ?= 20000
 fuzz: $(STAMP)
 	PYTHONPATH=tests $(RUN)/python -m fuzz --cases $(CASES) --out runs/fuzz
 
+BENCH_MODELS ?= mlp-784-300-100 lenet5
 bench: $(STAMP)
-	$(RUN)/l0kernels bench step --model lenet5 --out runs/bench
-	$(RUN)/python -m l0kernels.bench.ops.sample_gates
-	$(RUN)/python -m l0kernels.bench.ops.pack_weight
+	$(RUN)/l0kernels bench ops --out runs/bench/ops
+	set -e; for model in $(BENCH_MODELS); do \
+		$(RUN)/l0kernels bench step --model $$model --batch 128 --out runs/bench/$$model; \
+		$(RUN)/l0kernels bench memory --model $$model --out runs/bench/$$model; \
+	done
 
 lint: $(STAMP)
 	$(RUN)/ruff check .

@@ -3,8 +3,7 @@
 
 import copy
 import gc
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,22 +13,48 @@ from torch import Tensor, nn
 import l0kernels as l0
 from l0kernels.training import gates_of
 
+from . import peers
 from .index_select import IndexSelect
-from .masked import SHIFT, FlatGated, MaskedAsWritten, MaskedAtBest
+from .masked import (
+    FlatGated,
+    MaskedAsWritten,
+    MaskedAtBest,
+    draw_noise,
+    hard_concrete,
+    log_alpha_for,
+)
 from .models import Network, full_widths
 
-VARIANTS = ("masked-nchw", "masked-best", "index-select", "oracle", "oracle-rounded", "ours")
+VARIANTS = (
+    "dense",
+    "masked-nchw",
+    "masked-best",
+    "index-select",
+    "oracle",
+    "oracle-onednn",
+    "oracle-rounded",
+    "ours",
+)
+OPTIONAL = ("masked-compiled", "torch-prune", "torch-pruning")
+ALL_VARIANTS = (*VARIANTS, *OPTIONAL)
+REBUILT = ("oracle", "oracle-onednn")
+"""Built anew in every round, see `Oracle`."""
+UNGATED = (*REBUILT, "dense", "oracle-rounded", "torch-prune", "torch-pruning")
+"""Nothing to draw."""
+IN_SINGLE = ("masked-compiled", "oracle-onednn")
+"""Compared in float32: they do not run, or are compiled anew, in float64."""
 IN_PLAIN_PYTORCH: dict[str, type[MaskedAsWritten] | type[FlatGated]] = {
     "masked-nchw": MaskedAsWritten,
     "masked-best": MaskedAtBest,
+    "masked-compiled": MaskedAtBest,
     "index-select": IndexSelect,
 }
 N_TRAIN = 50_000
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.01, 0.9, 5e-4
-# Gates are clamped to log alpha <= ln 100 in training (Louizos et al. 2018, authors' code).
-MOST_OPEN = math.log(100)
 CHECK_BATCH = 4
 TOLERANCE = 1e-8
+# Of float32 networks against float64 ones: rounding flips some ReLUs, a wrong network is off by 1.
+SINGLE_TOLERANCE = 1e-2
 
 
 @dataclass(frozen=True)
@@ -51,17 +76,6 @@ class Task:
     amp: torch.dtype | None = None
 
 
-def log_alpha_for(keep: float) -> float:
-    """Return the log alpha at which a gate is open with probability keep.
-
-    At keep = 1 it is the most open gate that training allows: open with probability .998, and
-    equal to 1 with probability .95.
-    """
-    if not 0 < keep <= 1:
-        raise ValueError(f"expected 0 < keep <= 1, got {keep}")
-    return MOST_OPEN if keep == 1 else min(math.log(keep / (1 - keep)) + SHIFT, MOST_OPEN)
-
-
 class Arm:
     """One variant with its data and optimizer.
 
@@ -73,6 +87,7 @@ class Arm:
         x: input.
         y: labels.
         amp: dtype of autocast around forward and loss in `step`; None: no autocast.
+        named: the weights by their names in the plain network; None: as in `net`.
     """
 
     def __init__(
@@ -83,9 +98,11 @@ class Arm:
         x: Tensor,
         y: Tensor,
         amp: torch.dtype | None = None,
+        named: dict[str, nn.Parameter] | None = None,
     ):
         self.net, self.loss, self.gates, self.x, self.y = net, loss, list(gates), x, y
         self.amp = amp
+        self.named = dict(net.named_parameters()) if named is None else named
         own = set(self.gates)
         weights = [p for p in net.parameters() if p not in own]
         self.trained = [*weights, *self.gates]
@@ -117,6 +134,18 @@ class Arm:
                 view.grad = contiguous_view(parameter.grad)
         self.optimizer.step()
 
+    def outcome(self, x: Tensor, y: Tensor) -> "Outcome":
+        """Return loss and gradients of a batch; the arm has no gradients afterwards."""
+        for parameter in self.trained:
+            parameter.grad = None
+        loss = self.loss(x, y)
+        loss.backward()
+        gates = [gradient(gate) for gate in self.gates] or [loss.new_zeros(1)]
+        weights = {name: gradient(parameter) for name, parameter in self.named.items()}
+        for parameter in self.trained:
+            parameter.grad = None
+        return Outcome(loss.detach(), weights, torch.cat(gates))
+
     @torch.no_grad()
     def set_open(self, keep: float) -> None:
         """Make every gate open with probability keep."""
@@ -138,18 +167,23 @@ def contiguous_view(tensor: Tensor) -> Tensor:
 
 
 def make_arm(task: Task, variant: str, keep: float = 1.0) -> Arm:
-    """Return a variant; its gates are set to the open fraction keep, or built at it (rounded).
+    """Return a variant; its gates are set to the open fraction keep, or it is built at it, rounded.
 
     Raises:
-        ValueError: there is no such variant, or it is `oracle`, which `Oracle` rebuilds.
+        ValueError: there is no such variant, or it is one that `Oracle` rebuilds.
         RuntimeError: convert gated other units than the network says.
     """
-    if variant not in VARIANTS or variant == "oracle":
-        raise ValueError(f"expected one of {', '.join(VARIANTS)} but oracle, got {variant!r}")
+    if variant not in ALL_VARIANTS or variant in REBUILT:
+        known = ", ".join(name for name in ALL_VARIANTS if name not in REBUILT)
+        raise ValueError(f"expected one of {known}, got {variant!r}")
     torch.manual_seed(task.seed)
     net = task.network.build(keep if variant == "oracle-rounded" else 1.0)
-    if variant == "oracle-rounded":
-        return oracle_arm(task, net)
+    if variant == "torch-prune":
+        peers.prune_by_masks(net, task.network, keep)
+    if variant == "torch-pruning":
+        peers.prune_by_torch_pruning(net, task.network, keep, task.network.example(2)[0])
+    if variant in UNGATED:
+        return ungated_arm(task, net)
     x, y = (t.to(task.device) for t in task.network.example(task.batch, task.seed))
     if variant != "masked-nchw":
         net, x = best_layout(net, x)
@@ -159,12 +193,31 @@ def make_arm(task: Task, variant: str, keep: float = 1.0) -> Arm:
     return arm
 
 
+def why_not(task: Task, variant: str) -> str:
+    """Return why a variant is left out, "" if it can run."""
+    if variant == "torch-pruning":
+        return peers.why_no_torch_pruning()
+    if variant != "oracle-onednn":
+        return ""
+    if (
+        task.device.type != "cpu"
+        or task.amp is not None
+        or not torch.backends.mkldnn.is_available()
+    ):
+        return "linear layers run in oneDNN on a CPU in float32 only"
+    with torch.device("meta"):
+        layers = list(task.network.build().modules())
+    convolutions = sum(isinstance(layer, nn.Conv2d) for layer in layers)
+    linear = sum(isinstance(layer, nn.Linear) for layer in layers)
+    return "it is the oracle but for the classifier" if convolutions and linear < 2 else ""
+
+
 def best_layout(net: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
     net = net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     return net, x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
-def oracle_arm(task: Task, net: nn.Module) -> Arm:
+def ungated_arm(task: Task, net: nn.Module) -> Arm:
     x, y = (t.to(task.device) for t in task.network.example(task.batch, task.seed))
     net, x = best_layout(net, x)
     net = net.to(task.device).train()
@@ -182,12 +235,14 @@ class Oracle:
         task: the network and device.
         keep: open fraction.
         step: the draw before the first one, that is the `step` of ours before its first round.
+        onednn: run linear layers in oneDNN.
     """
 
     WARMUP = 2  # steps after a rebuild: oneDNN prepares its convolutions for the new widths
 
-    def __init__(self, task: Task, keep: float, step: int = 0):
-        self.task, self.drawn = task, step
+    def __init__(self, task: Task, keep: float, step: int = 0, onednn: bool = False):
+        self.task, self.drawn, self.onednn = task, step, onednn
+        self.widths: list[int] = []
         self.sizes = full_widths(task.network.build(), task.network.groups)
         self.log_alpha = torch.full((sum(self.sizes),), log_alpha_for(keep))
         self.arm: Arm | None = None
@@ -215,7 +270,11 @@ class Oracle:
         # would run at widths that libraries have planned for already.
         with torch.random.fork_rng():
             torch.manual_seed(self.task.seed)
-            self.arm = oracle_arm(self.task, self.task.network.build_at(self.next_widths()))
+            self.widths = self.next_widths()
+            net = self.task.network.build_at(self.widths)
+            if self.onednn:
+                peers.with_onednn(net)
+            self.arm = ungated_arm(self.task, net)
         for _ in range(self.WARMUP):
             self.arm.step()
 
@@ -231,14 +290,17 @@ class Oracle:
 
 
 def plain_arm(task: Task, variant: str, net: nn.Module, x: Tensor, y: Tensor) -> Arm:
+    named = dict(net.named_parameters())  # before wrapping renames them
     gated = IN_PLAIN_PYTORCH[variant](net, task.network.groups, N_TRAIN).to(task.device)
+    run = torch.compile(gated) if variant == "masked-compiled" else gated
     return Arm(
         gated,
-        lambda x, y: F.cross_entropy(gated(x), y) + gated.penalty(),
+        lambda x, y: F.cross_entropy(run(x), y) + gated.penalty(),
         gated.gate_parameters(),
         x,
         y,
         task.amp,
+        named,
     )
 
 
@@ -248,7 +310,7 @@ def our_arm(task: Task, net: nn.Module, x: Tensor, y: Tensor) -> Arm:
     gates = gates_of(net)
     got = dict(zip(gates.names, gates.sizes, strict=True))
     expected = {g.producer: w for g, w in zip(task.network.groups, widths, strict=True)}
-    if got != expected:
+    if list(got.items()) != list(expected.items()):  # draws are in the order of the gates
         raise RuntimeError(f"expected convert to gate {expected}, got {got}")
     return Arm(net, lambda x, y: our_loss(net, x, y), [gates.log_alpha], x, y, task.amp)
 
@@ -272,6 +334,15 @@ class Outcome:
         errors = [(a - b).abs().max() / b.abs().max().clamp_min(1e-12) for a, b in pairs]
         return float(torch.stack([e.detach() for e in errors]).max())
 
+    def distance(self, truth: "Outcome") -> float:
+        """Return the larger of two relative differences: of the losses, of all gradients in L2."""
+        own, exact = (
+            torch.cat([one.gates.double(), *(one.weights[n].double().flatten() for n in names)])
+            for one, names in ((self, truth.weights), (truth, truth.weights))
+        )
+        losses = (self.loss.double() - truth.loss).abs() / truth.loss.abs()
+        return float(torch.stack([(own - exact).norm() / exact.norm(), losses]).max())
+
 
 def disagreement(task: Task, net: nn.Module, variants: Iterable[str]) -> dict[str, float]:
     """Return how far variants are from the masked network in fp64 under one draw of ours.
@@ -282,7 +353,7 @@ def disagreement(task: Task, net: nn.Module, variants: Iterable[str]) -> dict[st
     Args:
         task: the network and device.
         net: the converted network of the arm "ours".
-        variants: names to compare; the oracle has no counterpart and is left out.
+        variants: names to compare; those without gates and compiled ones are left out.
     """
     exact = copy.deepcopy(net).double().train()
     exact.zero_grad()
@@ -301,7 +372,7 @@ def disagreement(task: Task, net: nn.Module, variants: Iterable[str]) -> dict[st
     for variant in variants:
         if variant == "ours":
             errors[variant] = ours.error(truth)
-        elif variant in IN_PLAIN_PYTORCH and variant != "masked-best":
+        elif variant in ("masked-nchw", "index-select"):
             other = plain_outcome(task, variant, state, own, draw, x, y)
             errors[variant] = other.error(truth)
     return errors
@@ -318,8 +389,7 @@ def plain_outcome(
 ) -> Outcome:
     """Return what a plain variant computes with these weights, gates and draw."""
     plain = task.network.build().double().to(task.device).train()
-    plain.load_state_dict(state)
-    named = dict(plain.named_parameters())  # before wrapping renames them
+    plain.load_state_dict(state, strict=False)  # training mode reads no running statistics
     arm = plain_arm(task, variant, plain.double(), x, y)
     arm.net.double()
     gated = arm.net
@@ -330,10 +400,7 @@ def plain_outcome(
             gate.copy_(log_alpha[start : start + len(gate)])
             start += len(gate)
     gated.pin(draw)
-    loss = arm.loss(x, y)
-    loss.backward()
-    gradients = {name: gradient(p) for name, p in named.items()}
-    return Outcome(loss.detach(), gradients, torch.cat([gradient(gate) for gate in arm.gates]))
+    return arm.outcome(x, y)
 
 
 def weight_gradients(net: nn.Module) -> dict[str, Tensor]:
@@ -351,11 +418,107 @@ def require_agreement(task: Task, net: nn.Module, variants: Iterable[str]) -> di
     Raises:
         RuntimeError: a variant computes something else than the masked network.
     """
-    errors = disagreement(task, net, variants)
-    wrong = {name: f"{error:.1e}" for name, error in errors.items() if not error <= TOLERANCE}
+    return _require("the masked network", TOLERANCE, disagreement(task, net, variants))
+
+
+def distances(task: Task, arms: Mapping[str, Arm | Oracle]) -> dict[str, float]:
+    """Return how far variants are from other networks with their weights in float64, by name.
+
+    All are compared in float64, but those of `IN_SINGLE` as they are timed. Ours, which is compared
+    by `disagreement`, is left out.
+    """
+    found = {}
+    for name, arm in arms.items():
+        if isinstance(arm, Oracle):
+            if arm.arm is not None:
+                twin = task.network.build_at(arm.widths)
+                found[name] = distance_of_plain(task, name, arm.arm, twin)
+        elif name in IN_PLAIN_PYTORCH:
+            found[name] = distance_of_masked(task, name, arm)
+        elif name in UNGATED:
+            named = {key.removesuffix("_orig"): p for key, p in arm.named.items()}
+            widths = [len(named[f"{group.producer}.weight"]) for group in task.network.groups]
+            found[name] = distance_of_plain(task, name, arm, task.network.build_at(widths))
+    return found
+
+
+def check_batch(task: Task) -> tuple[Tensor, Tensor]:
+    x, y = task.network.example(CHECK_BATCH, task.seed + 1)
+    return x.to(task.device), y.to(task.device)
+
+
+def distance_of_plain(task: Task, variant: str, arm: Arm, twin: nn.Module) -> float:
+    """Compare an arm without gates with the same network in float64.
+
+    `torch.nn.utils.prune` calls a masked parameter NAME_orig; its mask is multiplied in here.
+    """
+    masks = {n.removesuffix("_mask"): m for n, m in arm.net.named_buffers() if n.endswith("_mask")}
+    named = {name.removesuffix("_orig"): p.detach() for name, p in arm.named.items()}
+    state = {name: p * masks[name] if name in masks else p for name, p in named.items()}
+    twin = twin.double().to(task.device).train()
+    twin.load_state_dict(state, strict=False)  # training mode reads no running statistics
+    x, y = check_batch(task)
+    loss = F.cross_entropy(twin(x.double()), y)
+    loss.backward()
+    weights = {
+        name: gradient(p) * masks[name] if name in masks else gradient(p)
+        for name, p in twin.named_parameters()
+    }
+    got = arm.outcome(x, y) if variant in IN_SINGLE else outcome_in_double(arm, x, y)
+    own = {name.removesuffix("_orig"): g for name, g in got.weights.items()}
+    return Outcome(got.loss, own, got.gates).distance(
+        Outcome(loss.detach(), weights, torch.zeros_like(got.gates))
+    )
+
+
+def outcome_in_double(arm: Arm, x: Tensor, y: Tensor) -> Outcome:
+    """Return what an arm without gates computes with its weights in float64."""
+    weights = {n: p.detach().double().requires_grad_() for n, p in arm.net.named_parameters()}
+    buffers = {n: b.double() if b.is_floating_point() else b for n, b in arm.net.named_buffers()}
+    output = torch.func.functional_call(arm.net, {**weights, **buffers}, (x.double(),))
+    loss = F.cross_entropy(output, y)
+    loss.backward()
+    gradients = {name: gradient(p) for name, p in weights.items()}
+    return Outcome(loss.detach(), gradients, loss.new_zeros(1))
+
+
+def distance_of_masked(task: Task, variant: str, arm: Arm) -> float:
+    """Compare an arm in plain PyTorch with another one in float64 under one draw."""
+    assert isinstance(arm.net, MaskedAsWritten | FlatGated)
+    x, y = check_batch(task)
+    log_alpha = torch.cat([gate.detach() for gate in arm.gates])
+    with torch.device("meta"):
+        sizes = full_widths(task.network.build(), task.network.groups)
+    draw = list(hard_concrete(log_alpha, draw_noise(log_alpha)).split(sizes))
+    state = {name: p.detach() for name, p in arm.named.items()}
+    if variant in IN_SINGLE:
+        arm.net.pin(draw)
+        got = arm.outcome(x, y)
+        arm.net.pin(None)
+    else:
+        got = plain_outcome(task, variant, state, log_alpha, draw, x.double(), y)
+    other = "masked-nchw" if variant == "masked-best" else "masked-best"
+    return got.distance(plain_outcome(task, other, state, log_alpha, draw, x.double(), y))
+
+
+def require_closeness(task: Task, arms: Mapping[str, Arm | Oracle]) -> dict[str, float]:
+    """Return `distances`, or refuse to go on where one is too large.
+
+    Raises:
+        RuntimeError: a variant computes something else than its twin.
+    """
+    found = distances(task, arms)
+    single = {name: error for name, error in found.items() if name in IN_SINGLE}
+    _require("its twin", TOLERANCE, {n: error for n, error in found.items() if n not in single})
+    _require("its twin", SINGLE_TOLERANCE, single)
+    return found
+
+
+def _require(whom: str, most: float, errors: dict[str, float]) -> dict[str, float]:
+    wrong = {name: f"{error:.1e}" for name, error in errors.items() if not error <= most}
     if wrong:
         raise RuntimeError(
-            f"expected all variants within {TOLERANCE:.0e} of the masked network, got {wrong}; "
+            f"expected all variants within {most:.0e} of {whom}, got {wrong}; "
             "no figures for different computations"
         )
     return errors

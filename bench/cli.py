@@ -4,55 +4,141 @@
 import argparse
 import json
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import models, networks
-from .arms import VARIANTS
-from .step import AMP, Setting, measure, table, write
+from . import memory, models, networks, operators, step
+from . import run as whole_runs
+from .arms import ALL_VARIANTS, VARIANTS
+from .base import measure_base
+from .figures import Sheet, change_table, compare, slower
+
+TOO_SLOW = 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the benchmarks and their options."""
     kinds = parser.add_subparsers(dest="bench", metavar="benchmark", required=True)
+    add_ops(kinds)
     add_step(kinds)
+    add_memory(kinds)
+    runs = kinds.add_parser("run", help="whole training runs, ours beside masked: eta_run")
+    whole_runs.add_arguments(runs)
+    runs.set_defaults(measure=whole_runs.run)
     add_networks(kinds)
 
 
+def add_ops(kinds: Any) -> None:
+    default = operators.Setting()
+    ops = kinds.add_parser("ops", help="operators one by one, ours against PyTorch")
+    ops.add_argument(
+        "--only", type=words, default=(), help=f"of {','.join(operators.NAMES)} (default: all)"
+    )
+    ops.add_argument(
+        "--shapes", type=words, default=(), help="of one operator (default: a list for each)"
+    )
+    ops.add_argument(
+        "--dtypes",
+        type=words,
+        default=default.dtypes,
+        help=f"of {','.join(operators.DTYPES)} (default: f32)",
+    )
+    ops.add_argument(
+        "--impls", type=words, default=(), help="of cpp, cuda, triton (default: all that can run)"
+    )
+    ops.add_argument("--batch", type=int, help="examples of each shape (default: as in the shape)")
+    add_shared(ops, default)
+    ops.set_defaults(measure=run_ops)
+
+
 def add_step(kinds: Any) -> None:
-    default = Setting()
-    step = kinds.add_parser("step", help="whole training steps of a network, all variants in turn")
-    step.add_argument(
+    default = step.Setting()
+    steps = kinds.add_parser("step", help="whole training steps of a network, all variants in turn")
+    steps.add_argument(
         "--model",
         default=default.model,
         help=f"{', '.join(models.NAMES)} or any wrn-DEPTH-FACTOR (default: %(default)s)",
     )
-    step.add_argument("--batch", type=int, default=default.batch, help="default: %(default)s")
-    step.add_argument(
+    steps.add_argument("--batch", type=int, default=default.batch, help="default: %(default)s")
+    steps.add_argument(
+        "--variants",
+        type=words,
+        default=default.variants,
+        help=f"of {','.join(ALL_VARIANTS)} (default: {','.join(VARIANTS)})",
+    )
+    steps.add_argument("--amp", choices=step.AMP, default=default.amp, help="default: %(default)s")
+    steps.add_argument("--plot", type=Path, metavar="PNG", help="draw the figure into this file")
+    add_shared(steps, default)
+    steps.set_defaults(measure=run_step)
+
+
+def add_memory(kinds: Any) -> None:
+    default = memory.Setting()
+    parser = kinds.add_parser("memory", help="peak memory of a step, each variant in a process")
+    parser.add_argument(
+        "--model", default=default.model, help=f"{', '.join(models.NAMES)} (default: %(default)s)"
+    )
+    parser.add_argument("--batch", type=int, default=default.batch, help="default: %(default)s")
+    parser.add_argument(
+        "--keep",
+        type=fractions,
+        default=default.keep,
+        help="open fractions, comma-separated (default: .5)",
+    )
+    parser.add_argument(
+        "--variants",
+        type=words,
+        default=default.variants,
+        help=f"of {','.join(ALL_VARIANTS)} (default: {','.join(default.variants)})",
+    )
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--seed", type=int, default=default.seed, help="default: %(default)s")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    parser.add_argument("--out", type=Path, help="folder for memory.md, .json, .csv and .png")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    parser.set_defaults(measure=run_memory)
+
+
+def add_shared(parser: argparse.ArgumentParser, default: Any) -> None:
+    """Declare what all benchmarks that time have: how often, where, compared with what."""
+    parser.add_argument(
         "--keep",
         type=fractions,
         default=default.keep,
         help="open fractions, comma-separated (default: 1,.5,.25,.1)",
     )
-    step.add_argument("--rounds", type=int, default=default.rounds, help="default: %(default)s")
-    step.add_argument(
+    parser.add_argument("--rounds", type=int, default=default.rounds, help="default: %(default)s")
+    parser.add_argument(
+        "--runs",
+        type=int,
+        default=default.runs,
+        help="of all rounds; the middle one counts (default: %(default)s)",
+    )
+    parser.add_argument(
         "--warmup", type=int, default=default.warmup, help="untimed rounds (default: %(default)s)"
     )
-    step.add_argument(
-        "--variants", type=words, default=default.variants, help=f"of {','.join(VARIANTS)}"
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--device", default=default.device, help="cpu or cuda (default: cpu)")
+    parser.add_argument("--seed", type=int, default=default.seed, help="default: %(default)s")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    parser.add_argument("--out", type=Path, help="folder for the table, JSON, CSV and plot")
+    against = parser.add_mutually_exclusive_group()
+    against.add_argument(
+        "--compare", type=Path, metavar="OLD.csv", help="show times beside those of an earlier run"
     )
-    step.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
-    step.add_argument("--device", default=default.device, help="cpu or cuda (default: cpu)")
-    step.add_argument("--amp", choices=AMP, default=default.amp, help="default: %(default)s")
-    step.add_argument("--seed", type=int, default=default.seed, help="default: %(default)s")
-    step.add_argument("--json", action="store_true", help="print JSON instead of the table")
-    step.add_argument("--out", type=Path, help="folder for step.md, step.json, step.csv, step.png")
-    step.add_argument("--plot", type=Path, metavar="PNG", help="draw the figure into this file")
-    step.add_argument("--debug", action="store_true", help="show tracebacks of errors")
-    step.set_defaults(measure=run_step)
+    against.add_argument(
+        "--base", metavar="REV", help="build a git revision, run the same there first, compare"
+    )
+    parser.add_argument(
+        "--fail-if-slower",
+        type=fraction,
+        metavar="10%",
+        help="exit code 1 if a time of ours has grown by more; needs --compare or --base",
+    )
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
 
 
 def add_networks(kinds: Any) -> None:
@@ -90,6 +176,17 @@ def fractions(text: str) -> tuple[float, ...]:
         raise argparse.ArgumentTypeError(f"expected numbers like 1,.5,.1, got {text!r}") from None
 
 
+def fraction(text: str) -> float:
+    """Read a fraction or a percentage that is not negative."""
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = -1.0
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"expected a fraction like 10% or .1, got {text!r}")
+    return value
+
+
 def run(args: argparse.Namespace) -> int:
     """Run the chosen benchmark and print its table or JSON."""
     if args.threads is not None:
@@ -99,18 +196,77 @@ def run(args: argparse.Namespace) -> int:
     return args.measure(args)
 
 
-def run_step(args: argparse.Namespace) -> int:
-    names = ("model", "batch", "keep", "rounds", "warmup", "variants", "device", "seed", "amp")
-    report = measure(Setting(**{name: getattr(args, name) for name in names}))
-    print(json.dumps(report.to_dict(), indent=1) if args.json else table(report))
-    if args.out is not None:
-        written = write(report, args.out)
-        print("\n".join(str(path) for path in written), file=sys.stderr)
-    if args.plot is not None:
-        from .plot import plot
+def setting_of(kind: Any, args: argparse.Namespace) -> Any:
+    """Return the setting of a benchmark from the arguments of the same names."""
+    return kind(**{f.name: getattr(args, f.name) for f in fields(kind)})
 
-        print(plot(report, args.plot), file=sys.stderr)
+
+def run_ops(args: argparse.Namespace) -> int:
+    setting = setting_of(operators.Setting, args)
+    operators.check(setting)
+    old = old_sheet(args, operators.command(setting), "ops.csv")
+    sheet = operators.measure(setting)
+    print(json.dumps(sheet.to_dict(), indent=1) if args.json else operators.table(sheet))
+    if args.out is not None:
+        tell(operators.write(sheet, args.out))
+    return max(int(bool(sheet.failed)), judge(args, old, sheet))
+
+
+def run_step(args: argparse.Namespace) -> int:
+    setting = setting_of(step.Setting, args)
+    step.check(setting)
+    old = old_sheet(args, step.command(setting), "step.csv")
+    report = step.measure(setting)
+    print(json.dumps(report.to_dict(), indent=1) if args.json else step.table(report))
+    if args.out is not None:
+        tell(step.write(report, args.out))
+    if args.plot is not None:
+        from .plot import plot_step
+
+        tell([plot_step(report, args.plot)])
+    return judge(args, old, report.sheet())
+
+
+def run_memory(args: argparse.Namespace) -> int:
+    sheet = memory.measure(setting_of(memory.Setting, args))
+    print(json.dumps(sheet.to_dict(), indent=1) if args.json else memory.table(sheet))
+    if args.out is not None:
+        tell(memory.write(sheet, args.out))
     return 0
+
+
+def old_sheet(args: argparse.Namespace, command: str, name: str) -> Sheet | None:
+    """Return what --compare or --base says to compare with.
+
+    Raises:
+        ValueError: there is nothing to compare with, or it is another table.
+    """
+    if args.compare is not None:
+        return Sheet.load(args.compare)
+    if args.base is not None:
+        return measure_base(args.base, command, name)
+    if args.fail_if_slower is not None:
+        raise ValueError("expected --compare or --base beside --fail-if-slower, got neither")
+    return None
+
+
+def judge(args: argparse.Namespace, old: Sheet | None, new: Sheet) -> int:
+    """Print both times side by side; returns the exit code."""
+    if old is None:
+        return 0
+    changes = compare(old, new)
+    print(change_table(changes), file=sys.stderr if args.json else sys.stdout)
+    if args.fail_if_slower is None:
+        return 0
+    found = slower(changes, args.fail_if_slower)
+    for change in found:
+        where = " ".join(change.new.key)
+        print(f"slower: {where}: {change.ratio:.3f} times as long", file=sys.stderr)
+    return TOO_SLOW if found else 0
+
+
+def tell(written: list[Path]) -> None:
+    print("\n".join(str(path) for path in written), file=sys.stderr)
 
 
 def run_networks(args: argparse.Namespace) -> int:
@@ -128,7 +284,7 @@ def run_networks(args: argparse.Namespace) -> int:
     report = networks.measure(setting, keep)
     print(json.dumps(report.to_dict(), indent=1) if args.json else networks.table(report))
     if written:
-        print("\n".join(str(path) for path in written), file=sys.stderr)
+        tell(written)
     if report.failed:
         print(f"failed: {', '.join(report.failed)}", file=sys.stderr)
     return int(bool(report.failed))

@@ -4,23 +4,19 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import gc
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from . import zoo
 from .oracle import cast
+from .resident import elsewhere, reset_peak, resident, trim_heap
 from .zoo_arms import convert, in_format
 
 CHECK_BATCH = 2
-PROMPT_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 18), "MALLOC_TRIM_THRESHOLD_": str(1 << 18)}
 
 
 def settled(entry: zoo.Entry, size: zoo.Size) -> nn.Module:
@@ -39,24 +35,12 @@ def warm_up() -> None:
 
 
 def growth_elsewhere(name: str, size: zoo.Size) -> int | None:
-    """Run `growth` in a new process whose resident memory follows what is in use.
-
-    Freed blocks of 256 KiB and more go back to the system at once there (glibc keeps larger ones
-    by and by), so that `convert` cannot reuse unseen what building the network has left behind.
-    It costs time; nothing is timed in that process.
+    """Run `growth` in a process of its own, see `resident.elsewhere`.
 
     Raises:
         RuntimeError: it failed.
     """
-    command = [sys.executable, "-m", "l0kernels.bench.convert_cost", name, size]
-    threads = str(torch.get_num_threads())
-    done = subprocess.run(
-        [*command, threads], capture_output=True, text=True, env={**os.environ, **PROMPT_MALLOC}
-    )
-    if done.returncode:
-        told = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise RuntimeError(f"convert: {told[-1]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return elsewhere("l0kernels.bench.convert_cost", [name, size, str(torch.get_num_threads())])
 
 
 def growth(name: str, size: zoo.Size) -> int | None:
@@ -78,32 +62,6 @@ def growth(name: str, size: zoo.Size) -> int | None:
     convert(net, inputs)
     peak = resident("VmHWM")
     return None if before is None or peak is None else max(0, peak - before)
-
-
-def trim_heap() -> None:
-    """Give freed memory back to the system, where the C library can: glibc."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
-
-
-def resident(field_name: str) -> int | None:
-    """Return a figure of /proc/self/status in bytes, None where there is none."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    found = [line.split()[1] for line in lines if line.startswith(f"{field_name}:")]
-    return int(found[0]) * 1024 if found else None
-
-
-def reset_peak() -> None:
-    """Let the peak of resident memory start from now, where the system allows it."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return  # the peak so far is that of building the network, hardly above the network itself
 
 
 def bytes_needed(net: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype) -> int:

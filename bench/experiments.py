@@ -150,7 +150,10 @@ def packing(clock: Clock, size: Size) -> Iterator[Row]:
     ms = clock.ms(lambda: torch.empty_like(source).copy_(source))
     yield {"what": "copy", "open": 1.0, "ms": ms, "GB/s": 2 * source.nbytes / ms / 1e6}
     for share in (1.0, 0.5, 0.25, 0.1):
-        problem = make_problem(size["weight"], "both", share, clock.device)
+        problem = make_problem(
+            f"{'x'.join(map(str, size['weight']))}:both", share, device=clock.device
+        )
+        assert isinstance(problem, Problem)
         for dtype in (torch.float32, torch.bfloat16):
             pack = _packer(problem, dtype)
             packed = pack()

@@ -18,6 +18,8 @@ from .models import Group, full_widths
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 SHIFT = BETA * math.log(-GAMMA / ZETA)
 NOISE_MARGIN = 1e-6
+# Gates are clamped to log alpha <= ln 100 in training (Louizos et al. 2018, authors' code).
+MOST_OPEN = math.log(100)
 
 
 def hard_concrete(log_alpha: Tensor, noise: Tensor) -> Tensor:
@@ -42,6 +44,17 @@ def noise_for(z: Tensor, log_alpha: Tensor) -> Tensor:
 def open_probability(log_alpha: Tensor) -> Tensor:
     """Return P(z != 0) per gate (Louizos et al. 2018, eq. 12)."""
     return torch.sigmoid(log_alpha - SHIFT)
+
+
+def log_alpha_for(keep: float) -> float:
+    """Return the log alpha at which a gate is open with probability keep.
+
+    At keep = 1 it is the most open gate that training allows: open with probability .998, and
+    equal to 1 with probability .95.
+    """
+    if not 0 < keep <= 1:
+        raise ValueError(f"expected 0 < keep <= 1, got {keep}")
+    return MOST_OPEN if keep == 1 else min(math.log(keep / (1 - keep)) + SHIFT, MOST_OPEN)
 
 
 def costs(net: nn.Module, groups: Sequence[Group]) -> list[int]:

@@ -3,7 +3,7 @@
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -101,6 +101,33 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.fc1(x.flatten(1)))
         return self.fc3(F.relu(self.fc2(x)))
+
+
+class WideMLP(nn.Module):
+    """1024-4096-1024 with ReLU."""
+
+    def __init__(self, kept: Callable[[int], int], classes: int = 1024):
+        super().__init__()
+        hidden = kept(4096)
+        self.fc1 = nn.Linear(1024, hidden)
+        self.fc2 = nn.Linear(hidden, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.relu(self.fc1(x)))
+
+
+class MLPBlock(nn.Module):
+    """The 768-3072 MLP of a transformer: LayerNorm, GELU, around it the residual stream."""
+
+    def __init__(self, kept: Callable[[int], int], width: int = 768):
+        super().__init__()
+        hidden = kept(4 * width)
+        self.norm = nn.LayerNorm(width)
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fc2(F.gelu(self.fc1(self.norm(x))))
 
 
 class LeNet5(nn.Module):
@@ -215,6 +242,156 @@ def wide_blocks(depth: int) -> int:
     return depth // 6
 
 
+def norm_relu(norm: nn.Module, x: Tensor) -> Tensor:
+    return F.relu(norm(x), inplace=True)
+
+
+def conv3x3(fan_in: int, fan_out: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(fan_in, fan_out, 3, stride, padding=1, bias=False)
+
+
+def conv1x1(fan_in: int, fan_out: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(fan_in, fan_out, 1, stride, bias=False)
+
+
+class PaddedShortcut(nn.Module):
+    """Every second pixel, new channels zero: no weights (He et al. 2016, option A)."""
+
+    def __init__(self, new: int):
+        super().__init__()
+        self.new = new
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, self.new))
+
+
+class BasicBlock(nn.Module):
+    """Two convolutions beside a shortcut, with squeeze-and-excite on request."""
+
+    def __init__(
+        self, fan_in: int, inner: int, fan_out: int, stride: int, squeeze: int | None = None
+    ):
+        super().__init__()
+        self.conv1 = conv3x3(fan_in, inner, stride)
+        self.norm1 = nn.BatchNorm2d(inner)
+        self.conv2 = conv3x3(inner, fan_out)
+        self.norm2 = nn.BatchNorm2d(fan_out)
+        self.excite = nn.Identity() if squeeze is None else LinearExcite(fan_out, squeeze)
+        self.shortcut = nn.Identity() if fan_in == fan_out else PaddedShortcut(fan_out - fan_in)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = norm_relu(self.norm1, self.conv1(x))
+        return F.relu(self.excite(self.norm2(self.conv2(y))) + self.shortcut(x))
+
+
+class LinearExcite(nn.Module):
+    """Squeeze-and-excite with linear layers (Hu et al. 2018)."""
+
+    def __init__(self, width: int, inner: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, inner)
+        self.fc2 = nn.Linear(inner, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = torch.sigmoid(self.fc2(F.relu(self.fc1(x.mean((2, 3))))))
+        return x * scale[:, :, None, None]
+
+
+class CifarResNet(nn.Module):
+    """Residual network of three stages (He et al. 2016, section 4.2).
+
+    Args:
+        kept: maps a full inner width to the built one.
+        classes: outputs.
+        blocks: per stage.
+        width: of the first stage.
+        reduction: units per unit inside squeeze-and-excite, None without it.
+    """
+
+    def __init__(
+        self,
+        kept: Callable[[int], int],
+        classes: int = 10,
+        *,
+        blocks: int,
+        width: int = 16,
+        reduction: int | None = None,
+    ):
+        super().__init__()
+        self.stem = conv3x3(3, width)
+        self.norm = nn.BatchNorm2d(width)
+        stages, fan_in = [], width
+        for stage in range(3):
+            fan_out = width << stage
+            squeeze = None if reduction is None else max(2, fan_out // reduction)
+            made = []
+            for block in range(blocks):
+                stride = 2 if stage and not block else 1
+                made.append(BasicBlock(fan_in, kept(fan_out), fan_out, stride, squeeze))
+                fan_in = fan_out
+            stages.append(nn.Sequential(*made))
+        self.stages = nn.Sequential(*stages)
+        self.classifier = nn.Linear(fan_in, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stages(norm_relu(self.norm, self.stem(x)))
+        return self.classifier(x.mean((2, 3)))
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions beside a shortcut; both inner widths can be gated."""
+
+    def __init__(self, fan_in: int, first: int, second: int, fan_out: int, stride: int):
+        super().__init__()
+        self.conv1 = conv1x1(fan_in, first)
+        self.norm1 = nn.BatchNorm2d(first)
+        self.conv2 = conv3x3(first, second, stride)
+        self.norm2 = nn.BatchNorm2d(second)
+        self.conv3 = conv1x1(second, fan_out)
+        self.norm3 = nn.BatchNorm2d(fan_out)
+        self.shortcut = nn.Sequential()
+        if stride > 1 or fan_in != fan_out:
+            self.shortcut.append(conv1x1(fan_in, fan_out, stride)).append(nn.BatchNorm2d(fan_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = norm_relu(self.norm1, self.conv1(x))
+        y = norm_relu(self.norm2, self.conv2(y))
+        return F.relu(self.norm3(self.conv3(y)) + self.shortcut(x))
+
+
+class BottleneckResNet(nn.Module):
+    """Residual network of bottlenecks; ResNet-50 has (3, 4, 6, 3) (He et al. 2016, table 1).
+
+    Args:
+        kept: maps a full inner width to the built one.
+        classes: outputs.
+        blocks: per stage.
+        width: inner width of the first stage.
+    """
+
+    def __init__(
+        self, kept: Callable[[int], int], classes: int, *, blocks: Sequence[int], width: int = 64
+    ):
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 7, 2, padding=3, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+        self.pool = nn.MaxPool2d(3, 2, padding=1)
+        stages, fan_in = [], width
+        for stage, count in enumerate(blocks):
+            made, inner = [], width << stage
+            for block in range(count):
+                stride = 2 if stage and not block else 1
+                made.append(Bottleneck(fan_in, kept(inner), kept(inner), 4 * inner, stride))
+                fan_in = 4 * inner
+            stages.append(nn.Sequential(*made))
+        self.stages = nn.Sequential(*stages)
+        self.classifier = nn.Linear(fan_in, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(norm_relu(self.norm, self.stem(x)))
+        return self.classifier(self.stages(x).mean((2, 3)))
+
+
 def init_convolutions(net: nn.Module) -> None:
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
@@ -224,6 +401,15 @@ def init_convolutions(net: nn.Module) -> None:
 def mlp() -> Network:
     groups = (Group("fc1", "fc2"), Group("fc2", "fc3"))
     return Network("mlp-784-300-100", MLP, (784,), groups)
+
+
+def wide_mlp() -> Network:
+    return Network("mlp-1024-4096-1024", WideMLP, (1024,), (Group("fc1", "fc2"),), classes=1024)
+
+
+def mlp_block() -> Network:
+    """Return the MLP of a transformer; every row of a batch is a token."""
+    return Network("mlp-block-768-3072", MLPBlock, (768,), (Group("fc1", "fc2"),), classes=768)
 
 
 def lenet5() -> Network:
@@ -253,7 +439,37 @@ def wrn(depth: int, factor: int) -> Network:
     return Network(f"wrn-{depth}-{factor}", make, (3, 32, 32), groups)
 
 
-NAMES = ("mlp-784-300-100", "lenet5", "vgg16", "wrn-16-4", "wrn-28-10")
+def resnet20() -> Network:
+    blocks = [f"stages.{stage}.{block}" for stage in range(3) for block in range(3)]
+    groups = tuple(Group(f"{b}.conv1", f"{b}.conv2", f"{b}.norm1") for b in blocks)
+    return Network("resnet20", partial(CifarResNet, blocks=3), (3, 32, 32), groups)
+
+
+def resnet50() -> Network:
+    """Return ResNet-50 for 64x64 images of 100 classes."""
+    depths = (3, 4, 6, 3)
+    groups = tuple(
+        Group(f"{b}.conv{i}", f"{b}.conv{i + 1}", f"{b}.norm{i}")
+        for stage, count in enumerate(depths)
+        for b in [f"stages.{stage}.{block}" for block in range(count)]
+        for i in (1, 2)
+    )
+    make = partial(BottleneckResNet, blocks=depths)
+    return Network("resnet50", make, (3, 64, 64), groups, classes=100)
+
+
+BUILDERS: dict[str, Callable[[], Network]] = {
+    "mlp-784-300-100": mlp,
+    "mlp-1024-4096-1024": wide_mlp,
+    "lenet5": lenet5,
+    "vgg16": vgg16,
+    "resnet20": resnet20,
+    "resnet50": resnet50,
+    "wrn-16-4": partial(wrn, 16, 4),
+    "wrn-28-10": partial(wrn, 28, 10),
+    "mlp-block-768-3072": mlp_block,
+}
+NAMES = tuple(BUILDERS)
 
 
 def network(name: str) -> Network:
@@ -262,9 +478,8 @@ def network(name: str) -> Network:
     Raises:
         ValueError: there is no such network.
     """
-    plain = {"mlp-784-300-100": mlp, "lenet5": lenet5, "vgg16": vgg16}
-    if name in plain:
-        return plain[name]()
+    if name in BUILDERS:
+        return BUILDERS[name]()
     wide = re.fullmatch(r"wrn-(\d+)-(\d+)", name)
     if wide is None or int(wide[2]) < 1:
         raise ValueError(f"expected one of {', '.join(NAMES)} or wrn-DEPTH-FACTOR, got {name!r}")

@@ -22,7 +22,6 @@ from torch import nn
 from tqdm import tqdm
 
 import l0kernels as l0
-from l0kernels._files import write_whole
 from l0kernels.gates import Gates
 from l0kernels.training import gates_of
 
@@ -34,6 +33,7 @@ from .convert_cost import (
     settled,
     warm_up,
 )
+from .figures import write_texts
 from .timing import Spread, environment, interleave, paired, require_passive_wait
 from .zoo_arms import best_masked, best_oracle, convert, formats_of, in_format, our_arm
 
@@ -440,15 +440,12 @@ def title(report: Report) -> str:
 
 def write(report: Report, folder: Path) -> list[Path]:
     """Write networks.md, networks.json and networks.csv (one line per network) into a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
     texts = {
         "networks.md": table(report) + "\n",
         "networks.json": json.dumps(report.to_dict(), indent=1) + "\n",
         "networks.csv": as_csv(report),
     }
-    for name, text in texts.items():
-        write_whole(folder / name, lambda file, text=text: file.write(text.encode()))
-    return [folder / name for name in texts]
+    return write_texts(folder, texts)
 
 
 def as_csv(report: Report) -> str:

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time whole training steps: masked PyTorch, packing in plain PyTorch, the oracle, l0kernels."""
 
-import csv
-import io
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -11,33 +9,54 @@ from typing import Any
 
 import torch
 
-from l0kernels._files import write_whole
-
 from . import models
-from .arms import VARIANTS, Arm, Oracle, Task, make_arm, require_agreement
-from .timing import Spread, environment, interleave, paired, require_passive_wait, spread
+from .arms import (
+    ALL_VARIANTS,
+    IN_SINGLE,
+    REBUILT,
+    UNGATED,
+    VARIANTS,
+    Arm,
+    Oracle,
+    Task,
+    make_arm,
+    require_agreement,
+    require_closeness,
+    why_not,
+)
+from .figures import Figure, Sheet, markdown, timed, write_texts
+from .operators import options_of
+from .timing import Runs, Spread, environment, interleave, middle_run, paired, require_passive_wait
 
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Name in tables: (over, under).
 RATIOS = {
     "S as written": ("masked-nchw", "ours"),
     "S best": ("masked-best", "ours"),
+    "S dense": ("dense", "ours"),
+    "S compiled": ("masked-compiled", "ours"),
     "R": ("ours", "oracle"),
+    "R oneDNN": ("ours", "oracle-onednn"),
     "R rounded": ("ours", "oracle-rounded"),
     "ours / index-select": ("ours", "index-select"),
     "index-select / oracle": ("index-select", "oracle"),
+    "ours / torch-prune": ("ours", "torch-prune"),
+    "ours / torch-pruning": ("ours", "torch-pruning"),
 }
 CONTENT = (
     "A step is gate draw + penalty + forward + backward + optimizer (SGD, Nesterov momentum .9, "
     "weight decay 5e-4, torch's fused implementation for every variant); gates are redrawn every "
-    "step. The oracle is the network at the widths that ours draws in a round: it ends the round, "
-    "rebuilt and warmed up outside the clock after ours has run, so that ours pays for what oneDNN "
-    "prepares at widths it has not met, as in training. oracle-rounded, after it, is built once at "
-    "round(open fraction * width), where widths are often multiples of 16, which CPU convolutions "
-    "are fastest at. Neither has gates to draw. The others take turns in being first. "
-    "oracle-rounded and index-select, which draws widths of its own, prepare some widths for ours "
-    "too (--variants leaves variants out). S = masked / ours, R = ours / oracle: medians of ratios "
-    "paired round by round, quartiles in brackets."
+    "step. dense is the full network without gates. The oracle is the network at the widths that "
+    "ours draws in a round: it ends the round, rebuilt and warmed up outside the clock after ours "
+    "has run, so that ours pays for what oneDNN prepares at widths it has not met, as in training; "
+    "oracle-onednn is the same with linear layers in oneDNN. oracle-rounded, after it, is built "
+    "once at round(open fraction * width), where widths are often multiples of 16, which CPU "
+    "convolutions are fastest at; torch-pruning has these widths too, torch-prune masks the same "
+    "units. None of these has gates to draw. The others take turns in being first. "
+    "oracle-rounded, torch-pruning and index-select, which draws widths of its own, prepare some "
+    "widths for ours too (--variants leaves variants out). S = other / ours, R = ours / oracle: "
+    "medians of ratios paired round by round, quartiles in brackets. Of several runs the one with "
+    "the middle median counts; the JSON has all."
 )
 
 
@@ -49,55 +68,88 @@ class Setting:
         model: name as in `models.network`.
         batch: examples per step.
         keep: open fractions.
-        rounds: timed rounds per open fraction.
-        warmup: untimed rounds before them.
-        variants: which of `arms.VARIANTS` to time.
+        rounds: timed rounds per open fraction and run.
+        runs: of all rounds.
+        warmup: untimed rounds before each run.
+        variants: which of `arms.ALL_VARIANTS` to time.
         device: "cpu", "cuda" or "cuda:N".
         seed: of weights, data and gates.
         amp: autocast around forward and loss: "none", "bf16" or "fp16" (without loss scaling).
+        threads: of the CPU; None: torch's choice.
     """
 
     model: str = "wrn-28-10"
     batch: int = 32
     keep: tuple[float, ...] = (1.0, 0.5, 0.25, 0.1)
     rounds: int = 15
+    runs: int = 3
     warmup: int = 3
     variants: tuple[str, ...] = VARIANTS
     device: str = "cpu"
     seed: int = 0
     amp: str = "none"
+    threads: int | None = None
 
 
 @dataclass
 class Row:
-    """The figures at one open fraction: milliseconds per round and variant, ratios, errors."""
+    """The figures at one open fraction: milliseconds of all runs, ratios, errors.
+
+    `medians` has the median ratio of every run, `ratios` the run whose median is the middle one.
+    """
 
     keep: float
-    times: dict[str, list[float]]
+    times: Runs
     ratios: dict[str, Spread] = field(default_factory=dict)
+    medians: dict[str, list[float]] = field(default_factory=dict)
     error_before: dict[str, float] = field(default_factory=dict)
     error_after: dict[str, float] = field(default_factory=dict)
+
+    def figure(self, variant: str, setting: Setting) -> Figure:
+        """Return what is known of a variant."""
+        dtype = "f32" if setting.amp == "none" else setting.amp
+        shape = f"{setting.model} batch {setting.batch}"
+        ours = "ours" if "ours" in self.times[0] else None
+        found = timed(self.times, variant, ours)
+        error = self.error_after.get(variant)
+        return Figure("step", "step", variant, dtype, shape, self.keep, **found, error=error)
 
 
 @dataclass
 class Report:
-    """All figures of a run and where they come from."""
+    """All figures of a run and where they come from; `variants` are those that could run."""
 
     setting: Setting
     environment: dict[str, Any]
     rows: list[Row]
+    variants: tuple[str, ...]
+    notes: list[str]
+
+    def sheet(self) -> Sheet:
+        """Return the figures as the other benchmarks have them."""
+        figures = [row.figure(name, self.setting) for row in self.rows for name in self.variants]
+        return Sheet(command(self.setting), self.environment, figures, self.notes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON; medians and quartiles of the times are added."""
+        """Return plain data for JSON; the percentiles of the times are added."""
         plain = asdict(self)
         for row, out in zip(self.rows, plain["rows"], strict=True):
-            out["ms"] = {name: asdict(spread(times)) for name, times in row.times.items()}
-        plain["step"] = CONTENT
-        return plain
+            figures = {name: row.figure(name, self.setting) for name in self.variants}
+            out["ms"] = {name: {"median": f.p50_ms, **_ends(f)} for name, f in figures.items()}
+        return {**plain, "step": CONTENT, "command": command(self.setting)}
+
+
+def _ends(figure: Figure) -> dict[str, Any]:
+    return {"low": figure.p20_ms, "high": figure.p80_ms}
+
+
+def command(setting: Setting) -> str:
+    """Return the command line that repeats a run."""
+    return " ".join(["l0kernels bench step", *options_of(setting, Setting())])
 
 
 def measure(setting: Setting) -> Report:
-    """Run the benchmark; nothing is timed unless all variants compute the same.
+    """Run the benchmark; nothing is told unless all variants compute the same.
 
     Raises:
         ValueError: unknown model, variant or device, or open fractions outside (0, 1].
@@ -113,55 +165,74 @@ def measure(setting: Setting) -> Report:
         AMP[setting.amp],
     )
     before = environment(setting.device)
-    gated = {n: make_arm(task, n) for n in setting.variants if not n.startswith("oracle")}
-    rows = [measure_row(setting, task, gated, keep) for keep in setting.keep]
+    reasons = {name: why_not(task, name) for name in setting.variants}
+    variants = tuple(name for name in setting.variants if not reasons[name])
+    notes = [f"{name} is left out: {reason}" for name, reason in reasons.items() if reason]
+    if not variants:
+        raise ValueError(f"expected a variant that can run, got {'; '.join(notes)}")
+    gated = {n: make_arm(task, n) for n in variants if n not in UNGATED}
+    rows = [measure_row(setting, task, variants, gated, keep) for keep in setting.keep]
     after = environment(setting.device)["load_average"]
-    return Report(setting, {**before, "load_average_after": after}, rows)
+    return Report(setting, {**before, "load_average_after": after}, rows, variants, notes)
 
 
 def check(setting: Setting) -> None:
-    unknown = [name for name in setting.variants if name not in VARIANTS]
+    unknown = [name for name in setting.variants if name not in ALL_VARIANTS]
     if unknown or not setting.variants:
-        raise ValueError(f"expected variants among {', '.join(VARIANTS)}, got {unknown or 'none'}")
+        known = ", ".join(ALL_VARIANTS)
+        raise ValueError(f"expected variants among {known}, got {unknown or 'none'}")
+    models.network(setting.model)
     if not setting.keep or any(not 0 < keep <= 1 for keep in setting.keep):
         raise ValueError(f"expected open fractions in (0, 1], got {list(setting.keep)}")
-    if setting.batch < 1 or setting.rounds < 1:
-        raise ValueError(
-            f"expected batch >= 1 and rounds >= 1, got {setting.batch} and {setting.rounds}"
-        )
+    numbers = (setting.batch, setting.rounds, setting.runs)
+    if min(numbers) < 1:
+        raise ValueError(f"expected batch >= 1, rounds >= 1 and runs >= 1, got {numbers}")
     if setting.amp not in AMP:
         raise ValueError(f"expected amp among {', '.join(AMP)}, got {setting.amp!r}")
     if torch.device(setting.device).type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(f"expected a CUDA device for {setting.device!r}, found none")
 
 
-def measure_row(setting: Setting, task: Task, gated: dict[str, Arm], keep: float) -> Row:
+def measure_row(
+    setting: Setting, task: Task, variants: tuple[str, ...], gated: dict[str, Arm], keep: float
+) -> Row:
     for arm in gated.values():
         arm.set_open(keep)
     before = errors(task, gated)
     drawn = int(gated["ours"].net.l0.step) if "ours" in gated else 0  # pyright: ignore
     arms: dict[str, Arm | Oracle] = dict(gated)
     last: dict[str, Callable[[], object]] = {}
-    if "oracle" in setting.variants:
-        arms["oracle"] = oracle = Oracle(task, keep, drawn)
-        last["oracle"] = oracle.rebuild
-    if "oracle-rounded" in setting.variants:
-        arms["oracle-rounded"] = rounded = make_arm(task, "oracle-rounded", keep)
-        last["oracle-rounded"] = rounded.step  # warm, as the other oracle is
-    times = interleave(
-        {name: arms[name].step for name in setting.variants},
-        setting.rounds,
-        setting.warmup,
-        task.device,
-        f"{setting.model} open {keep:g}",
-        last,
-    )
-    ratios = {
-        name: paired(times, over, under)
-        for name, (over, under) in RATIOS.items()
-        if over in times and under in times
-    }
-    return Row(keep, times, ratios, before, errors(task, gated))
+    for name in (*REBUILT, "oracle-rounded", "torch-pruning"):
+        if name not in variants:
+            continue
+        if name in REBUILT:
+            arms[name] = oracle = Oracle(task, keep, drawn, onednn=name == "oracle-onednn")
+            last[name] = oracle.rebuild
+        else:
+            arms[name] = rounded = make_arm(task, name, keep)
+            last[name] = rounded.step  # warm, as the other oracles are
+    for name in ("dense", "torch-prune"):
+        if name in variants:
+            arms[name] = make_arm(task, name, keep)
+    runs = [
+        interleave(
+            {name: arms[name].step for name in variants},
+            setting.rounds,
+            setting.warmup,
+            task.device,
+            f"{setting.model} open {keep:g}",
+            last,
+        )
+        for _ in range(setting.runs)
+    ]
+    after = errors(task, gated)
+    after |= require_closeness(task, {n: arm for n, arm in arms.items() if n not in after})
+    row = Row(keep, runs, error_before=before, error_after=after)
+    for name, (over, under) in RATIOS.items():
+        if over in variants and under in variants:
+            row.ratios[name] = middle_run(runs, over, under)
+            row.medians[name] = [paired(times, over, under).median for times in runs]
+    return row
 
 
 def errors(task: Task, gated: dict[str, Arm]) -> dict[str, float]:
@@ -171,21 +242,23 @@ def errors(task: Task, gated: dict[str, Arm]) -> dict[str, float]:
 
 def table(report: Report) -> str:
     """Return the figures as a Markdown table with what they mean."""
-    names = list(report.setting.variants)
     ratios = list(report.rows[0].ratios)
-    head = ["open", *(f"{name} [ms]" for name in names), *ratios]
-    lines = [head, ["---:"] * len(head)]
+    head = ["open", *(f"{name} [ms]" for name in report.variants), *ratios]
+    rows = []
     for row in report.rows:
-        ms = [f"{spread(row.times[name]).median:.1f}" for name in names]
-        lines.append([f"{row.keep:g}", *ms, *(str(row.ratios[name]) for name in ratios)])
-    rows = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    return f"{title(report)}\n\n{rows}\n\n{CONTENT}\n{correctness(report)}\n"
+        figures = [row.figure(name, report.setting) for name in report.variants]
+        ms = [f"{figure.p50_ms:.1f}" for figure in figures]
+        rows.append([f"{row.keep:g}", *ms, *(str(row.ratios[name]) for name in ratios)])
+    notes = "".join(f"{note}.\n" for note in report.notes)
+    body = f"{CONTENT}\n{notes}{correctness(report)}\n"
+    return f"{title(report)}\n\n{markdown(head, rows, 0)}\n\n{body}"
 
 
 def title(report: Report) -> str:
     setting, where = report.setting, report.environment
     return (
-        f"{setting.model}, batch {setting.batch}, autocast {setting.amp}, {setting.rounds} rounds;"
+        f"{setting.model}, batch {setting.batch}, autocast {setting.amp},"
+        f" {setting.runs} x {setting.rounds} rounds;"
         f" {where['device']}"
         f" ({where['cpu']}), {where['threads']} threads, torch {where['torch']}, l0kernels"
         f" {where['l0kernels']} ({where['git']}), OMP_WAIT_POLICY={where['OMP_WAIT_POLICY']}, load"
@@ -194,45 +267,36 @@ def title(report: Report) -> str:
 
 
 def correctness(report: Report) -> str:
-    found = [
-        error
-        for row in report.rows
-        for errors in (row.error_before, row.error_after)
-        for error in errors.values()
-    ]
-    if not found:
-        return "Variants were not compared: ours is not among them."
-    return (
-        "Loss and all gradients of the gated variants agree with the masked network under the same "
-        "draw, in fp64, before and after timing: largest relative difference "
-        f"{max(found):.1e}."
-    )
+    gated, ungated = [], []
+    for row in report.rows:
+        for errors in (row.error_before, row.error_after):
+            for name, error in errors.items():
+                exact = name in row.error_before
+                (gated if exact else ungated).append(error)
+    told = ["Gated variants were not compared: ours is not among them."]
+    if gated:
+        told = [
+            "Loss and all gradients of the gated variants agree with the masked network under the "
+            "same draw, in fp64, before and after timing: largest relative difference "
+            f"{max(gated):.1e}."
+        ]
+    if ungated:
+        told.append(
+            "Every other one agrees after timing with another fp64 network that has its weights, "
+            f"in fp64 but {' and '.join(IN_SINGLE)}: largest relative difference of losses and of "
+            "all gradients "
+            f"{max(ungated):.1e}."
+        )
+    return " ".join(told)
 
 
 def write(report: Report, folder: Path) -> list[Path]:
-    """Write step.md, step.json, step.csv (one line per time) and step.png into a folder."""
-    from .plot import plot
+    """Write step.md, step.json, step.csv (one line per figure) and step.png into a folder."""
+    from .plot import plot_step
 
-    folder.mkdir(parents=True, exist_ok=True)
     texts = {
         "step.md": table(report),
         "step.json": json.dumps(report.to_dict(), indent=1) + "\n",
-        "step.csv": as_csv(report),
+        "step.csv": report.sheet().to_csv(),
     }
-    for name, text in texts.items():
-        write_whole(folder / name, lambda file, text=text: file.write(text.encode()))
-    return [*(folder / name for name in texts), plot(report, folder / "step.png")]
-
-
-def as_csv(report: Report) -> str:
-    out = io.StringIO()
-    rows = csv.writer(out, lineterminator="\n")
-    where = ("device", "cpu", "threads", "torch", "l0kernels", "git", "time")
-    rows.writerow(["model", "batch", "open", "variant", "round", "ms", *where])
-    fixed = [report.environment[key] for key in where]
-    for row in report.rows:
-        for name, times in row.times.items():
-            for index, ms in enumerate(times):
-                what = [report.setting.model, report.setting.batch, row.keep, name, index]
-                rows.writerow([*what, f"{ms:.3f}", *fixed])
-    return out.getvalue()
+    return [*write_texts(folder, texts), plot_step(report, folder / "step.png")]

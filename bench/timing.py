@@ -17,6 +17,9 @@ from tqdm import tqdm
 from l0kernels._version import __version__
 from l0kernels.info import cpu_name
 
+# Milliseconds per round of each variant, for every run.
+Runs = Sequence[Mapping[str, Sequence[float]]]
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -46,6 +49,23 @@ def paired(times: Mapping[str, Sequence[float]], over: str, under: str) -> Sprea
     """Return the spread of times[over] / times[under], taken round by round."""
     pairs = zip(times[over], times[under], strict=True)
     return spread([a / b for a, b in pairs])
+
+
+def middle(values: Sequence[float]) -> int:
+    """Return the index of the median; of an even number, of the lower of the two in the middle.
+
+    Raises:
+        ValueError: there are no values.
+    """
+    if not values:
+        raise ValueError("expected at least one value, got none")
+    return sorted(range(len(values)), key=values.__getitem__)[(len(values) - 1) // 2]
+
+
+def middle_run(runs: Runs, over: str, under: str) -> Spread:
+    """Return `paired` of the run whose median ratio is the middle one."""
+    ratios = [paired(times, over, under) for times in runs]
+    return ratios[middle([ratio.median for ratio in ratios])]
 
 
 def require_passive_wait() -> None:
@@ -159,11 +179,17 @@ def environment(device: torch.device | str = "cpu") -> dict[str, object]:
     }
 
 
-def git_commit() -> str | None:
-    """Return the commit of the checkout this file is in, None when installed elsewhere."""
+def checkout() -> Path | None:
+    """Return the git checkout that this file is in, None where it is installed elsewhere."""
     folder = Path(__file__).resolve().parent
     top = run_git("rev-parse", "--show-toplevel", folder=folder)
-    if top is None or Path(top) != folder.parent:
+    return folder.parent if top is not None and Path(top) == folder.parent else None
+
+
+def git_commit() -> str | None:
+    """Return the commit of the checkout this file is in, None when installed elsewhere."""
+    folder = checkout()
+    if folder is None:
         return None
     commit = run_git("rev-parse", "--short=12", "HEAD", folder=folder)
     changed = run_git("status", "--porcelain", "--untracked-files=no", folder=folder)

@@ -23,6 +23,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from . import models
+from .models import (
+    BasicBlock,
+    Bottleneck,
+    BottleneckResNet,
+    CifarResNet,
+    LinearExcite,
+    conv1x1,
+    conv3x3,
+    norm_relu,
+)
 
 Size = Literal["small", "full"]
 SIZES: dict[str, Size] = {"small": "small", "full": "full"}
@@ -191,18 +201,6 @@ def image(small: int, full: int, channels: int = 3) -> Callable[..., tuple[Tenso
     return inputs
 
 
-def norm_relu(norm: nn.Module, x: Tensor) -> Tensor:
-    return F.relu(norm(x), inplace=True)
-
-
-def conv3x3(fan_in: int, fan_out: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(fan_in, fan_out, 3, stride, padding=1, bias=False)
-
-
-def conv1x1(fan_in: int, fan_out: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(fan_in, fan_out, 1, stride, bias=False)
-
-
 # Networks of the step bench.
 
 
@@ -248,81 +246,13 @@ def from_models(
 # ResNets.
 
 
-class PaddedShortcut(nn.Module):
-    """Every second pixel, new channels zero: no weights (He et al. 2016, option A)."""
-
-    def __init__(self, new: int):
-        super().__init__()
-        self.new = new
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, self.new))
-
-
-class BasicBlock(nn.Module):
-    """Two convolutions beside a shortcut, with squeeze-and-excite on request."""
-
-    def __init__(self, fan_in: int, fan_out: int, stride: int, squeeze: int | None = None):
-        super().__init__()
-        self.conv1 = conv3x3(fan_in, fan_out, stride)
-        self.norm1 = nn.BatchNorm2d(fan_out)
-        self.conv2 = conv3x3(fan_out, fan_out)
-        self.norm2 = nn.BatchNorm2d(fan_out)
-        self.excite = nn.Identity() if squeeze is None else LinearExcite(fan_out, squeeze)
-        self.shortcut = nn.Identity() if fan_in == fan_out else PaddedShortcut(fan_out - fan_in)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = norm_relu(self.norm1, self.conv1(x))
-        return F.relu(self.excite(self.norm2(self.conv2(y))) + self.shortcut(x))
-
-
-class LinearExcite(nn.Module):
-    """Squeeze-and-excite with linear layers (Hu et al. 2018)."""
-
-    def __init__(self, width: int, inner: int):
-        super().__init__()
-        self.fc1 = nn.Linear(width, inner)
-        self.fc2 = nn.Linear(inner, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        scale = torch.sigmoid(self.fc2(F.relu(self.fc1(x.mean((2, 3))))))
-        return x * scale[:, :, None, None]
-
-
-class CifarResNet(nn.Module):
-    """Residual network of three stages (He et al. 2016, section 4.2).
-
-    Args:
-        blocks: per stage.
-        width: of the first stage.
-        reduction: units per unit inside squeeze-and-excite, None without it.
-    """
-
-    def __init__(self, blocks: int, width: int, reduction: int | None = None, classes: int = 10):
-        super().__init__()
-        self.stem = conv3x3(3, width)
-        self.norm = nn.BatchNorm2d(width)
-        stages, fan_in = [], width
-        for stage in range(3):
-            fan_out = width << stage
-            inner = None if reduction is None else max(2, fan_out // reduction)
-            made = []
-            for block in range(blocks):
-                stride = 2 if stage and not block else 1
-                made.append(BasicBlock(fan_in, fan_out, stride, inner))
-                fan_in = fan_out
-            stages.append(nn.Sequential(*made))
-        self.stages = nn.Sequential(*stages)
-        self.classifier = nn.Linear(fan_in, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stages(norm_relu(self.norm, self.stem(x)))
-        return self.classifier(x.mean((2, 3)))
-
-
 def basic_groups(net: nn.Module) -> list[Gated]:
     inner = each(net, LinearExcite, "fc1", "fc2")
     return each(net, BasicBlock, "conv1", "conv2") + inner
+
+
+def full_width(width: int) -> int:
+    return width
 
 
 def cifar_resnet(name: str, full: int, small: int, reduction: int | None = None) -> Entry:
@@ -330,61 +260,15 @@ def cifar_resnet(name: str, full: int, small: int, reduction: int | None = None)
 
     def make(size: Size) -> nn.Module:
         blocks, width = (small, 4) if size == "small" else (full, 16)
-        return CifarResNet(blocks, width, reduction)
+        return CifarResNet(full_width, blocks=blocks, width=width, reduction=reduction)
 
     return Entry(name, make, image(8, 32), basic_groups, {"classifier": OUTPUT, "*": STREAM})
 
 
-class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions beside a shortcut; both inner widths can be gated."""
-
-    def __init__(self, fan_in: int, inner: int, stride: int):
-        super().__init__()
-        fan_out = 4 * inner
-        self.conv1 = conv1x1(fan_in, inner)
-        self.norm1 = nn.BatchNorm2d(inner)
-        self.conv2 = conv3x3(inner, inner, stride)
-        self.norm2 = nn.BatchNorm2d(inner)
-        self.conv3 = conv1x1(inner, fan_out)
-        self.norm3 = nn.BatchNorm2d(fan_out)
-        self.shortcut = nn.Sequential()
-        if stride > 1 or fan_in != fan_out:
-            self.shortcut.append(conv1x1(fan_in, fan_out, stride)).append(nn.BatchNorm2d(fan_out))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = norm_relu(self.norm1, self.conv1(x))
-        y = norm_relu(self.norm2, self.conv2(y))
-        return F.relu(self.norm3(self.conv3(y)) + self.shortcut(x))
-
-
-class BottleneckResNet(nn.Module):
-    """ResNet-50 with (3, 4, 6, 3) blocks of width 64 (He et al. 2016, table 1)."""
-
-    def __init__(self, blocks: Sequence[int], width: int, classes: int):
-        super().__init__()
-        self.stem = nn.Conv2d(3, width, 7, 2, padding=3, bias=False)
-        self.norm = nn.BatchNorm2d(width)
-        self.pool = nn.MaxPool2d(3, 2, padding=1)
-        stages, fan_in = [], width
-        for stage, count in enumerate(blocks):
-            made = []
-            for block in range(count):
-                stride = 2 if stage and not block else 1
-                made.append(Bottleneck(fan_in, width << stage, stride))
-                fan_in = 4 * (width << stage)
-            stages.append(nn.Sequential(*made))
-        self.stages = nn.Sequential(*stages)
-        self.classifier = nn.Linear(fan_in, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.pool(norm_relu(self.norm, self.stem(x)))
-        return self.classifier(self.stages(x).mean((2, 3)))
-
-
 def resnet50(size: Size) -> nn.Module:
     if size == "small":
-        return BottleneckResNet((2, 1), 4, classes=5)
-    return BottleneckResNet((3, 4, 6, 3), 64, classes=100)
+        return BottleneckResNet(full_width, 5, blocks=(2, 1), width=4)
+    return models.network("resnet50").build()
 
 
 def bottleneck_groups(net: nn.Module) -> list[Gated]:

@@ -48,6 +48,12 @@ def _wait_passively(words: Sequence[str]) -> None:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
+def start(words: Sequence[str]) -> int:
+    """Runs one command as the whole program, which starts anew where it must; see `main`."""
+    _wait_passively(words)
+    return main(words)
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """Runs one command.
 
@@ -58,8 +64,7 @@ def main(words: Sequence[str] | None = None) -> int:
         The exit code: 2 for bad input, told in one line.
     """
     if words is None:
-        words = sys.argv[1:]
-        _wait_passively(words)
+        return start(sys.argv[1:])
     debug = "--debug" in words
     try:
         args = _parser(words).parse_args(words)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from l0kernels import _triton, testing
+from l0kernels.bench.figures import put_between
 
 ROOT = Path(__file__).resolve().parents[1]
 OPS = sorted(path.parent.name for path in ROOT.glob("l0kernels/ops/*/op.py"))
@@ -256,10 +257,7 @@ def put_into(text: str, table: str) -> str:
     Raises:
         ValueError: the text does not have both markers once.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"expected {BEGIN.strip()} and {END.strip()} once each")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
+    return put_between(text, table, BEGIN, END)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times linear layers over open features, forward and backward, against the masked dense layer."""
+"""Linear layers over open features, forward and backward, against the masked dense layer."""
 
-import argparse
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,11 +10,10 @@ from torch import Tensor
 
 from l0kernels.functional import GateLayout, OpenLists, gated_linear, open_lists
 
-from ..timing import interleave, paired, spread
+from ..operators import GRADIENT, Operator, Way, numbers, off_kinks
+from . import main
 
-SHAPES = ((800, 500, 128), (640, 640, 1024), (3072, 768, 512))
-FRACTIONS = (0.1, 0.5, 1.0)
-DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+MEANING = "inputs x outputs x rows"
 
 
 @dataclass
@@ -39,18 +36,21 @@ class Gates:
         return self.lists.index[self.inputs :][: self.lists.counts[1]]
 
 
-def make_gates(outputs: int, inputs: int, fraction: float, device: torch.device | str) -> Gates:
+def make_gates(
+    outputs: int, inputs: int, fraction: float, dtype: torch.dtype, device: torch.device | str
+) -> Gates:
     """Draws gates of which a fraction is open, one for each feature.
 
     Args:
         outputs, inputs: features of the layer.
         fraction: of the features that are open, on both sides.
+        dtype: of the layer; gates are at least float32.
         device: where everything lies.
     """
-    z = torch.zeros(inputs + outputs + 1)
+    z = torch.zeros(inputs + outputs + 1, dtype=torch.promote_types(dtype, torch.float32))
     for first, width in ((0, inputs), (inputs, outputs)):
         is_open = torch.randperm(width)[: max(2, round(width * fraction))]
-        z[first + is_open] = torch.rand(len(is_open)) + 0.1
+        z[first + is_open] = torch.rand(len(is_open), dtype=z.dtype) + 0.1
     z[-1] = 1
     ends = torch.tensor([0, inputs, inputs + outputs])
     gates = torch.arange(inputs + outputs)
@@ -61,187 +61,168 @@ def make_gates(outputs: int, inputs: int, fraction: float, device: torch.device 
 
 
 @dataclass
-class Packed:
-    """A plain layer at the open widths: what it computes, and its leaves."""
+class GatedLayer:
+    """One gated layer. Features are dimension 1 of inputs and results.
 
-    run: Callable[[], Tensor]
-    leaves: list[Tensor]
-
-
-@dataclass
-class Problem:
-    """One layer with relu; `x` holds the packed inputs and `wide_x` all of them."""
+    Args:
+        x: input whose first features are the open ones, in order.
+        wide_x: input with all features.
+        weight: of the full layer.
+        bias: of the full layer, None without one.
+        gates: of both sides.
+        upstream: gradient of the result at full width.
+    """
 
     x: Tensor
     wide_x: Tensor
     weight: Tensor
-    bias: Tensor
+    bias: Tensor | None
     gates: Gates
+    upstream: Tensor
+
+    def ours(self) -> Tensor:
+        """The operator."""
+        raise NotImplementedError
+
+    def layer(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer in PyTorch, with its activation."""
+        raise NotImplementedError
+
+    def plain(self) -> Tensor:
+        """The masked dense layer."""
+        z = self.gates.z
+        y = self.layer(self.wide_x * self.scale().to(self.wide_x.dtype), self.weight, self.bias)
+        return y * along_features(z[self.gates.inputs : -1] != 0, y)
+
+    def scale(self) -> Tensor:
+        return along_features(self.gates.z[: self.gates.inputs], self.wide_x)
+
+    def parameters(self) -> list[Tensor]:
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
+
+    def ways(self) -> dict[str, Way]:
+        rows, cols = self.gates.open_outputs(), self.gates.open_inputs()
+        packed_upstream = torch.zeros_like(self.upstream)
+        open_upstream = self.upstream[:, rows]
+        packed_upstream[:, : len(rows)] = open_upstream
+        names = [GRADIENT + name for name in ("weight", "bias")][: len(self.parameters())]
+
+        def found(y: Tensor, grads: Sequence[Tensor]) -> dict[str, Tensor]:
+            grad_x, *of_parameters, grad_z = grads
+            return {
+                "y": y,
+                GRADIENT + "x": grad_x,
+                **dict(zip(names, of_parameters, strict=True)),
+                GRADIENT + "gates": grad_z[cols],
+            }
+
+        small = self.packed()
+        shared = [*self.parameters(), self.gates.z]
+        return {
+            "ours": Way(
+                lambda: [self.ours()],
+                [self.x, *shared],
+                [packed_upstream],
+                lambda y, grads: found(
+                    y[0][:, : len(rows)], [grads[0][:, : len(cols)], *grads[1:]]
+                ),
+            ),
+            "plain": Way(
+                lambda: [self.plain()],
+                [self.wide_x, *shared],
+                [self.upstream],
+                lambda y, grads: found(y[0][:, rows], [grads[0][:, cols], *grads[1:]]),
+            ),
+            "oracle": Way(
+                lambda: [self.layer(*small)],
+                [leaf for leaf in small if leaf is not None],
+                [open_upstream],
+                lambda y, grads: {"y": y[0], GRADIENT + "x": grads[0]},
+            ),
+        }
+
+    @torch.no_grad()
+    def packed(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Input, weight and bias at the open widths: as fast as skipping can get."""
+        rows, cols = self.gates.open_outputs(), self.gates.open_inputs()
+        scale = along_features(self.gates.z[cols], self.weight).to(self.weight.dtype)
+        layout = torch.channels_last if self.x.dim() == 4 else torch.contiguous_format
+        x, weight = self.x[:, : len(cols)], self.weight[rows][:, cols] * scale
+        x, weight = (t.clone(memory_format=layout).requires_grad_() for t in (x, weight))
+        return x, weight, None if self.bias is None else self.bias[rows].requires_grad_()
+
+    def work(self) -> dict[str, float]:
+        """Operations of the forward pass, and of the gradients of input and weight."""
+        counts = self.gates.lists.counts.tolist()
+        places = self.upstream.numel() // self.upstream.shape[1]
+        forward = 2.0 * places * counts[0] * counts[1] * self.weight[0, 0].numel()
+        return {"forward": forward, "backward": 2 * forward}
+
+
+def along_features(values: Tensor, like: Tensor) -> Tensor:
+    return values.reshape(-1, *[1] * (like.dim() - 2))
+
+
+def inputs_of(inputs: Tensor, gates: Gates) -> tuple[Tensor, Tensor]:
+    """Returns packed and wide inputs, both leaves, from those of all features."""
+    x = torch.zeros_like(inputs)
+    packed = inputs[:, gates.open_inputs()]
+    x[:, : packed.shape[1]] = packed
+    return x.requires_grad_(), inputs.requires_grad_()
+
+
+@dataclass
+class Problem(GatedLayer):
+    """A linear layer with bias and ReLU."""
 
     def ours(self) -> Tensor:
         return gated_linear(
             self.x, self.weight, self.bias, *self.gates.arguments(), activation="relu"
         )
 
-    def plain(self) -> Tensor:
-        z = self.gates.z
-        scale = z[: self.gates.inputs].to(self.wide_x.dtype)
-        y = F.linear(self.wide_x * scale, self.weight.to(self.wide_x.dtype), self.bias)
-        return F.relu(y) * (z[self.gates.inputs : -1] != 0)
-
-    def packed(self) -> "Packed":
-        """The layer at the open widths, with nothing to gather: as fast as skipping can get."""
-        rows, cols = self.gates.open_outputs(), self.gates.open_inputs()
-        x, weight = self.x[:, : len(cols)].detach(), self.weight.detach()[rows][:, cols]
-        x, weight, bias = (
-            t.clone().requires_grad_() for t in (x, weight, self.bias.detach()[rows])
-        )
-        return Packed(lambda: F.relu(F.linear(x, weight, bias)), [x, weight, bias])
-
-    def inputs(self, ours: bool) -> list[Tensor]:
-        return [self.x if ours else self.wide_x, self.weight, self.bias, self.gates.z]
+    def layer(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.relu(F.linear(x, weight, bias))
 
 
 def make_problem(
-    shape: Sequence[int],
+    shape: str,
     fraction: float,
-    device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
 ) -> Problem:
     """Draws a layer and its input.
 
     Args:
-        shape: inputs, outputs, rows.
+        shape: inputs x outputs x rows.
         fraction: of the features that are open.
-        device: where it runs.
         dtype: of x and the parameters.
-    """
-    inputs, outputs, rows = shape
-    gates = make_gates(outputs, inputs, fraction, device)
-    wide_x = torch.randn(rows, inputs, device=device, dtype=dtype)
-    x = torch.zeros_like(wide_x)
-    packed = wide_x[:, gates.open_inputs()]
-    x[:, : packed.shape[1]] = packed
-    weight = torch.randn(outputs, inputs, device=device, dtype=dtype)
-    bias = torch.randn(outputs, device=device, dtype=dtype)
-    for t in (x, wide_x, weight, bias):
-        t.requires_grad_()
-    return Problem(x, wide_x, weight, bias, gates)
-
-
-def backward_of(output: Tensor, inputs: list[Tensor]) -> Callable[[], object]:
-    """Returns a step that runs the backward pass of an output."""
-    upstream = torch.randn_like(output)
-    return lambda: torch.autograd.grad(output, inputs, upstream, retain_graph=True)
-
-
-def measure_one(problem, rounds: int, device: torch.device | str = "cpu") -> dict:
-    """Times one problem, both passes of both arms in turn.
-
-    Args:
-        problem: has `ours`, `plain`, `packed` and `inputs`.
-        rounds: how many times each is timed.
-        device: where the problem lies.
-    """
-    packed = problem.packed()
-    steps = {
-        "ours forward": problem.ours,
-        "plain forward": problem.plain,
-        "packed forward": packed.run,
-        "ours backward": backward_of(problem.ours(), problem.inputs(True)),
-        "plain backward": backward_of(problem.plain(), problem.inputs(False)),
-        "packed backward": backward_of(packed.run(), packed.leaves),
-    }
-    times = interleave(steps, rounds, device=torch.device(device))
-    row: dict = {}
-    for direction in ("forward", "backward"):
-        ours, plain, packed_too = (f"{arm} {direction}" for arm in ("ours", "plain", "packed"))
-        row[direction] = {
-            "us": 1e3 * spread(times[ours]).median,
-            "times_slower": vars(paired(times, over=plain, under=ours)),
-            "over_oracle": vars(paired(times, over=ours, under=packed_too)),
-        }
-    return row
-
-
-def measure(
-    shapes: Sequence[Sequence[int]] = SHAPES,
-    fractions: Sequence[float] = FRACTIONS,
-    rounds: int = 30,
-    device: torch.device | str = "cpu",
-    make: Callable = make_problem,
-    dtype: torch.dtype = torch.float32,
-) -> list[dict]:
-    """Times every shape at every open fraction.
-
-    Args:
-        shapes: for `make`.
-        fractions: of the features that are open, on both sides.
-        rounds: how many times each is timed.
         device: where it runs.
-        make: draws a problem of a shape and a fraction.
-        dtype: of x and the parameters.
-
-    Returns:
-        One row per problem: microseconds of our passes, how many times slower the masked dense
-        layer is, and our time over that of the plain layer at the open widths (medians of ratios
-        within rounds).
     """
-    rows = []
-    for shape in shapes:
-        for fraction in fractions:
-            row = {"shape": list(shape), "open": fraction}
-            problem = make(shape, fraction, device, dtype)
-            rows.append(row | measure_one(problem, rounds, device))
-    return rows
+    inputs, outputs, rows = numbers(shape, 3, MEANING)
+    gates = make_gates(outputs, inputs, fraction, dtype, device)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, device=device, dtype=dtype)
+
+    x, wide_x = inputs_of(normal(rows, inputs), gates)
+    weight, bias = (normal(*size).requires_grad_() for size in ((outputs, inputs), (outputs,)))
+    problem = Problem(x, wide_x, weight, bias, gates, normal(rows, outputs))
+    with torch.no_grad():
+        wide, *parameters = (t.double() for t in (wide_x * problem.scale(), weight, bias))
+        problem.upstream = off_kinks(problem.upstream, F.linear(wide, *parameters))
+    return problem
 
 
-def table(rows: list[dict]) -> str:
-    """Formats the rows of `measure`."""
-    head = "".join(f" {way + ' us':>9} {'masked':>9} {'oracle':>9}" for way in ("fwd", "bwd"))
-    lines = [f"{'shape':<20} {'open':>5}{head}"]
-    for row in rows:
-        shape = "x".join(map(str, row["shape"]))
-        line = f"{shape:<20} {row['open']:>5.2f}"
-        for direction in ("forward", "backward"):
-            part = row[direction]
-            slower = f"{part['times_slower']['median']:.2f}x"
-            oracle = f"{part['over_oracle']['median']:.2f}x"
-            line += f" {part['us']:>9.1f} {slower:>9} {oracle:>9}"
-        lines.append(line)
-    return "\n".join(lines)
-
-
-def run(name: str, shape: str, make: Callable, shapes: Sequence[Sequence[int]]) -> None:
-    """Prints the table of one operator, or JSON.
-
-    Args:
-        name: of the operator.
-        shape: what its shapes mean.
-        make: draws a problem of a shape and a fraction.
-        shapes: to time.
-    """
-    parser = argparse.ArgumentParser(
-        prog=f"l0kernels.bench.ops.{name}",
-        description="Times a layer over open features against the masked dense layer.",
-    )
-    parser.add_argument("--rounds", type=int, default=30, help="default: %(default)s")
-    parser.add_argument("--device", default="cpu", help="default: %(default)s")
-    parser.add_argument("--dtype", choices=DTYPES, default="f32", help="default: %(default)s")
-    parser.add_argument("--batch", type=int, help="replaces the last number of each shape")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
-    options = parser.parse_args()
-    if options.batch:
-        shapes = [(*one[:-1], options.batch) for one in shapes]
-    dtype = DTYPES[options.dtype]
-    rows = measure(shapes, rounds=options.rounds, device=options.device, make=make, dtype=dtype)
-    if options.json:
-        print(json.dumps(rows, indent=1))
-    else:
-        print(f"{shape}, {options.dtype}; masked: how many times slower than ours, oracle: our")
-        print("time over that of the plain layer at the open widths")
-        print(table(rows))
-
+OPERATOR = Operator(
+    "gated_linear",
+    make_problem,
+    MEANING,
+    shapes=("800x500x128", "640x640x1024", "3072x768x512"),
+    small=("20x12x5",),
+    dtypes=("f64", "f32", "bf16", "f16"),
+    unit="GFLOP/s",
+    batched=lambda shape, batch: f"{shape.rsplit('x', 1)[0]}x{batch}",
+)
 
 if __name__ == "__main__":
-    run("gated_linear", "inputs x outputs x rows", make_problem, SHAPES)
+    main("gated_linear")

@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times packed batch normalisation with ReLU against index_select, F.batch_norm and F.relu."""
+"""Packed batch normalisation with ReLU against index_select, F.batch_norm and F.relu."""
 
-import argparse
-import json
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,19 +9,31 @@ from torch import Tensor
 
 from l0kernels.functional import packed_norm
 
-from ..timing import interleave, paired, spread
+from ..operators import GRADIENT, Operator, Way, numbers, off_kinks
+from . import main
 
-FEATURES = 640
-SHAPES = ((32, 17, 32, 32), (32, 160, 32, 32), (32, 320, 16, 16), (32, 65, 8, 8), (128, 300))
 LAYOUTS = ("channels_last", "contiguous")
-DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+MODES = ("train", "eval")
+MEANING = "N x C x H x W or N x C, then :channels_last or :contiguous, then :train or :eval"
 
 
 @dataclass
 class Problem:
-    """Packed activations, and parameters of `FEATURES` features with one open gate each."""
+    """Activations and parameters of all features.
+
+    Args:
+        x: the open channels.
+        wide_x: all channels.
+        weight, bias, mean, var: of all features.
+        index: which features are open.
+        z: gates, one for each feature.
+        feature_map: gates of each feature.
+        upstream: gradient of the wide result.
+        training: by the batch's statistics, else by the running ones.
+    """
 
     x: Tensor
+    wide_x: Tensor
     weight: Tensor
     bias: Tensor
     mean: Tensor
@@ -32,6 +41,7 @@ class Problem:
     index: Tensor
     z: Tensor
     feature_map: Tensor
+    upstream: Tensor
     training: bool
 
     def ours(self) -> Tensor:
@@ -39,7 +49,7 @@ class Problem:
         gates = (self.index, self.z, self.feature_map)
         return packed_norm(self.x, *parameters, *gates, self.training, activation="relu")
 
-    def plain(self) -> Tensor:
+    def gathered(self) -> Tensor:
         full = (self.mean, self.var, self.weight, self.bias)
         mean, var, weight, bias = (t.index_select(0, self.index) for t in full)
         y = F.relu(F.batch_norm(self.x, mean, var, weight, bias, self.training))
@@ -48,142 +58,140 @@ class Problem:
             self.var.index_copy_(0, self.index, var)
         return y
 
-    def inputs(self) -> list[Tensor]:
-        return [self.x, self.weight, self.bias]
+    def plain(self) -> Tensor:
+        return self.normalised(self.wide_x, self.mean, self.var, self.weight, self.bias)
+
+    def normalised(
+        self, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor
+    ) -> Tensor:
+        # Copies: in bfloat16 the backward pass, timed by itself, wants statistics as they were.
+        return F.relu(F.batch_norm(x, mean.clone(), var.clone(), weight, bias, self.training))
+
+    def ways(self) -> dict[str, Way]:
+        index, small_upstream = self.index, self.upstream[:, self.index]
+        everything = (self.mean, self.var, self.weight, self.bias)
+        mean, var, *parameters = (t.detach()[index] for t in everything)
+        weight, bias = (t.requires_grad_() for t in parameters)
+
+        def way(run, leaves, upstream, pick_x, pick) -> Way:
+            def found(y, grads) -> dict[str, Tensor]:
+                if not grads:
+                    return {"y": pick_x(y[0])}
+                grad_x, *others = grads
+                named = zip(("weight", "bias"), map(pick, others), strict=True)
+                return {
+                    "y": pick_x(y[0]),
+                    GRADIENT + "x": pick_x(grad_x),
+                    **{GRADIENT + name: gradient for name, gradient in named},
+                }
+
+            return Way(lambda: [run()], leaves if self.training else [], [upstream], found)
+
+        own = [self.x, self.weight, self.bias]
+        return {
+            "ours": way(self.ours, own, small_upstream, same, lambda g: g[index]),
+            "gathered": way(self.gathered, own, small_upstream, same, lambda g: g[index]),
+            "plain": way(
+                self.plain,
+                [self.wide_x, self.weight, self.bias],
+                self.upstream,
+                lambda y: y[:, index],
+                lambda g: g[index],
+            ),
+            "oracle": way(
+                lambda: self.normalised(self.x, mean, var, weight, bias),
+                [self.x, weight, bias],
+                small_upstream,
+                same,
+                same,
+            ),
+        }
+
+    def work(self) -> dict[str, float]:
+        """Bytes: training reads x twice and writes y; backward reads both twice and writes once."""
+        size = self.x.nbytes
+        return {"forward": (3.0 if self.training else 2.0) * size, "backward": 5.0 * size}
+
+
+def same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def make_problem(
-    shape: Sequence[int],
-    layout: str,
+    shape: str,
+    fraction: float,
     dtype: torch.dtype = torch.float32,
-    training: bool = True,
     device: torch.device | str = "cpu",
 ) -> Problem:
-    """Draws activations, parameters and which features are packed.
+    """Draws activations, parameters and which features are open.
 
     Args:
-        shape: of the packed activations, [N, C, *].
-        layout: "channels_last" or "contiguous".
-        dtype: of the activations; parameters are float32.
-        training: by the batch's statistics, else by the running ones.
+        shape: see `MEANING`.
+        fraction: of the features that are open.
+        dtype: of the activations; parameters are float32, float64 where those are.
         device: where it runs.
+
+    Raises:
+        ValueError: another shape.
     """
-    x = torch.randn(*shape, device=device).to(dtype)
-    if layout == "channels_last" and x.dim() == 4:
-        x = x.to(memory_format=torch.channels_last)
-    features = max(FEATURES, shape[1])
-    tensors = (
-        torch.rand(features),
-        torch.randn(features),
-        torch.zeros(features),
-        torch.ones(features),
-        torch.randperm(features)[: shape[1]].sort().values,
-        torch.ones(features + 1),
-        torch.stack([torch.arange(features), torch.full((features,), features)]),
+    size, layout, mode = read(shape)
+    features = size[1]
+    floats = torch.promote_types(dtype, torch.float32)
+    layout = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+
+    def normal(channels: int) -> Tensor:
+        tensor = torch.randn(size[0], channels, *size[2:], device=device, dtype=dtype)
+        return tensor.to(memory_format=layout)
+
+    index = torch.randperm(features)[: max(2, round(fraction * features))].sort().values.to(device)
+    wide_x = normal(features)
+    gates = torch.arange(features)
+    problem = Problem(
+        x=wide_x[:, index].contiguous(memory_format=layout).requires_grad_(),
+        wide_x=wide_x.requires_grad_(),
+        weight=torch.rand(features, device=device, dtype=floats).requires_grad_(),
+        bias=torch.randn(features, device=device, dtype=floats).requires_grad_(),
+        mean=torch.zeros(features, device=device, dtype=floats),
+        var=torch.ones(features, device=device, dtype=floats),
+        index=index,
+        z=torch.zeros(features + 1, device=device, dtype=floats),
+        feature_map=torch.stack([gates, torch.full_like(gates, features)]).to(device),
+        upstream=normal(features),
+        training=mode == "train",
     )
-    weight, bias, mean, var, index, z, feature_map = (tensor.to(device) for tensor in tensors)
-    for leaf in (x, weight, bias):
-        leaf.requires_grad_()
-    return Problem(x, weight, bias, mean, var, index, z, feature_map, training)
+    problem.z[index] = 0.5
+    problem.z[-1] = 1
+    with torch.no_grad():
+        wide, *full = (t.double() for t in (wide_x, problem.weight, problem.bias))
+        before = F.batch_norm(wide, None, None, *full, training=True)
+        problem.upstream = off_kinks(problem.upstream, before)
+    return problem
 
 
-def backward_of(y: Tensor, inputs: list[Tensor]) -> Callable[[], object]:
-    """Returns a step that runs the backward pass of y."""
-    upstream = torch.randn_like(y)
-    return lambda: torch.autograd.grad(y, inputs, upstream, retain_graph=True)
+def read(shape: str) -> tuple[list[int], str, str]:
+    """Returns size, layout and mode of a shape."""
+    parts = shape.split(":")
+    if len(parts) != 3 or parts[1] not in LAYOUTS or parts[2] not in MODES:
+        raise ValueError(f"expected a shape of {MEANING}, got {shape!r}")
+    return numbers(parts[0], 4 if parts[0].count("x") == 3 else 2, MEANING), parts[1], parts[2]
 
 
-def measure(
-    shapes: Sequence[Sequence[int]] = SHAPES,
-    layouts: Sequence[str] = LAYOUTS,
-    dtypes: Sequence[str] = tuple(DTYPES),
-    rounds: int = 30,
-    device: torch.device | str = "cpu",
-) -> list[dict]:
-    """Times both passes of both arms in turn, in training mode and the forward pass in eval mode.
-
-    Args:
-        shapes: of the packed activations, [N, C, *].
-        layouts: of "channels_last" and "contiguous"; 2-D activations are timed once.
-        dtypes: of "f32" and "bf16".
-        rounds: how many times each is timed.
-        device: where they run.
-
-    Returns:
-        One row per problem: microseconds of our passes, how many times slower PyTorch's are
-        (medians of ratios within rounds), and the rate at which ours move the bytes they must.
-    """
-    rows = []
-    for shape in shapes:
-        for layout in layouts if len(shape) > 2 else ("contiguous",):
-            for dtype in dtypes:
-                row = {"shape": list(shape), "layout": layout, "dtype": dtype}
-                rows.append(row | measure_one(shape, layout, DTYPES[dtype], rounds, device))
-    return rows
-
-
-def measure_one(
-    shape: Sequence[int],
-    layout: str,
-    dtype: torch.dtype,
-    rounds: int,
-    device: torch.device | str = "cpu",
-) -> dict:
-    """Times one shape; see `measure`."""
-    train, known = (make_problem(shape, layout, dtype, mode, device) for mode in (True, False))
-    steps = {
-        "ours forward": train.ours,
-        "plain forward": train.plain,
-        "ours backward": backward_of(train.ours(), train.inputs()),
-        "plain backward": backward_of(train.plain(), train.inputs()),
-        "ours eval": known.ours,
-        "plain eval": known.plain,
-    }
-    times = interleave(steps, rounds, device=device)
-    # Reads of x, reads of the gradient, writes of the result.
-    moved = {"forward": 3 * train.x.nbytes, "backward": 5 * train.x.nbytes}
-    moved["eval"] = 2 * train.x.nbytes
-    row: dict = {}
-    for what, count in moved.items():
-        micros = 1e3 * spread(times[f"ours {what}"]).median
-        slower = vars(paired(times, over=f"plain {what}", under=f"ours {what}"))
-        row[what] = {"us": micros, "gb_per_s": count / micros / 1e3, "times_slower": slower}
-    return row
-
-
-def table(rows: list[dict]) -> str:
-    """Formats the rows of `measure`."""
-    head = f"{'packed x':<15} {'layout':<13} {'dtype':<5}"
-    for name in ("forward", "backward", "eval"):
-        head += f" {name + ' us':>12} {'GB/s':>6} {'PyTorch':>8}"
-    lines = [head]
-    for row in rows:
-        shape = "x".join(map(str, row["shape"]))
-        line = f"{shape:<15} {row['layout']:<13} {row['dtype']:<5}"
-        for name in ("forward", "backward", "eval"):
-            part = row[name]
-            slower = f"{part['times_slower']['median']:.2f}x"
-            line += f" {part['us']:>12.1f} {part['gb_per_s']:>6.1f} {slower:>8}"
-        lines.append(line)
-    return "\n".join(lines)
-
-
-def main() -> None:
-    """Prints the table, or JSON."""
-    parser = argparse.ArgumentParser(prog="l0kernels.bench.ops.packed_norm", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=30, help="default: %(default)s")
-    parser.add_argument("--device", default="cpu", help="default: %(default)s")
-    parser.add_argument("--batch", type=int, help="replaces the first number of each shape")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
-    options = parser.parse_args()
-    shapes = [(options.batch or batch, *rest) for batch, *rest in SHAPES]
-    rows = measure(shapes, rounds=options.rounds, device=options.device)
-    if options.json:
-        print(json.dumps(rows, indent=1))
-    else:
-        print("normalisation and ReLU, all channels open; PyTorch: how many times slower than ours")
-        print(table(rows))
-
+SIZES = ("32x160x32x32", "32x320x16x16", "32x640x8x8")
+OPERATOR = Operator(
+    "packed_norm",
+    make_problem,
+    MEANING,
+    shapes=(
+        *(f"{size}:channels_last:train" for size in SIZES),
+        "32x320x16x16:contiguous:train",
+        "32x320x16x16:channels_last:eval",
+        "128x300:contiguous:train",
+    ),
+    small=("5x7x3x3:channels_last:train", "5x7x3x3:contiguous:eval", "9x7:contiguous:train"),
+    dtypes=("f64", "f32", "bf16"),
+    unit="GB/s",
+    batched=lambda shape, batch: f"{batch}x{shape.split('x', 1)[1]}",
+)
 
 if __name__ == "__main__":
-    main()
+    main("packed_norm")

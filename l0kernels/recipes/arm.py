@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -206,14 +206,15 @@ def open_units(net: nn.Module) -> list[int]:
 
 
 @torch.no_grad()
-def drawn_weights(net: nn.Module) -> int:
+def drawn_weights(net: nn.Module, cost: Mapping[str, int] | None = None) -> int:
     """Weights of convolutions and linear layers (no biases) that the current draw left open.
 
     Args:
         net: converted network after a training step.
+        cost: layer -> what each of its weights counts; None: 1.
     """
     total = 0
-    for layer in net.modules():
+    for name, layer in net.named_modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
             rows, columns = layer.weight.shape[:2]
             if isinstance(layer, GatedLayer):
@@ -221,7 +222,8 @@ def drawn_weights(net: nn.Module) -> int:
                     rows = int((layer.out_gate.z != 0).sum())
                 if layer.in_gate is not None:
                     columns = int((layer.in_gate.z != 0).sum())
-            total += rows * columns * layer.weight[0, 0].numel()
+            each = 1 if cost is None else cost[name]
+            total += each * rows * columns * layer.weight[0, 0].numel()
     return total
 
 

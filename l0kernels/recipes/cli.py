@@ -76,13 +76,13 @@ def run(args: argparse.Namespace) -> int:
     if args.list:
         print(published.describe())
         return 0
-    plans = _plans(args)
+    chosen = plans(args)
     plot.need()
-    if args.resume and not any(plan.checkpoint.exists() for plan in plans):
-        raise InputError(f"--resume: expected {plans[0].checkpoint}, got no such file")
+    if args.resume and not any(plan.checkpoint.exists() for plan in chosen):
+        raise InputError(f"--resume: expected {chosen[0].checkpoint}, got no such file")
     results: list[summary.Result] = []
     with deferred_interrupt() as check:
-        for plan in plans:
+        for plan in chosen:
             current = Run(plan)
             try:
                 _train(current, args, check)
@@ -90,11 +90,16 @@ def run(args: argparse.Namespace) -> int:
                 print(_interrupted(current), file=sys.stderr)
                 return INTERRUPTED
             results.append(summary.Result(plan, current.history, current.layout))
-    _finish(results, plans[0].folder.parent, args.json)
+    _finish(results, chosen[0].folder.parent, args.json)
     return 0
 
 
-def _plans(args: argparse.Namespace) -> list[Plan]:
+def plans(args: argparse.Namespace) -> list[Plan]:
+    """Return what to train, a plan for each seed; the folder of the results is made.
+
+    Raises:
+        InputError: an option, a file or a folder cannot be used.
+    """
     if args.recipe is None:
         raise InputError(f"expected a recipe, one of {', '.join(published.RECIPES)}, or --list")
     recipe = published.find(args.recipe)

@@ -7,6 +7,7 @@ import json
 import os
 import statistics
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
@@ -75,10 +76,19 @@ def step_memory(arm: Arm, batch: Batch) -> int:
     copy.optimizer.zero_grad()
     with copy.evaluating():
         pass
+    return allocated(lambda: copy.step(images, labels))
+
+
+def allocated(work: Callable[[], object]) -> int:
+    """Peak of what PyTorch's CPU allocator holds during some work beyond what it holds before.
+
+    Returns:
+        Bytes.
+    """
     # The profiler's own log lines go to stderr; they are no part of a progress bar.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        copy.step(images, labels)
+        work()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(trace))

@@ -11,6 +11,10 @@ WEIGHTS = {
     "mlp-784-300-100": 784 * 300 + 300 + 300 * 100 + 100 + 100 * 10 + 10,
     "lenet5": 20 * 26 + 50 * (20 * 25 + 1) + 500 * 801 + 10 * 501,
     "vgg16": 14_724_042,
+    "mlp-1024-4096-1024": 1024 * 4096 + 4096 + 4096 * 1024 + 1024,
+    "resnet20": 269_722,  # 0.27 million in He et al. 2016, table 6
+    "resnet50": 23_508_032 + 2048 * 100 + 100,
+    "mlp-block-768-3072": 2 * 768 * 3072 + 3072 + 768 + 2 * 768,
     "wrn-16-4": 2_748_890,
     "wrn-28-10": 36_479_194,
 }
@@ -18,6 +22,10 @@ WIDTHS = {
     "mlp-784-300-100": [300, 100],
     "lenet5": [20, 50, 500],
     "vgg16": [64] * 2 + [128] * 2 + [256] * 3 + [512] * 6,
+    "mlp-1024-4096-1024": [4096],
+    "resnet20": [16] * 3 + [32] * 3 + [64] * 3,
+    "resnet50": [64] * 6 + [128] * 8 + [256] * 12 + [512] * 6,
+    "mlp-block-768-3072": [3072],
     "wrn-16-4": [64] * 2 + [128] * 2 + [256] * 2,
     "wrn-28-10": [160] * 4 + [320] * 4 + [640] * 4,
 }
@@ -62,7 +70,7 @@ def test_only_gated_widths_shrink(name: str, keep: float):
             assert small.get_parameter(f"{module}.weight").shape[0] == made, module
 
 
-@pytest.mark.parametrize("name", ["mlp-784-300-100", "lenet5", "vgg16", "wrn-10-1"])
+@pytest.mark.parametrize("name", ["mlp-784-300-100", "lenet5", "vgg16", "wrn-10-1", "resnet20"])
 def test_forward_and_example(name: str):
     network = models.network(name)
     x, y = network.example(3)
@@ -82,7 +90,7 @@ def test_kept_width_rounds_half_up_and_keeps_two():
             models.kept_width(10, keep)
 
 
-@pytest.mark.parametrize("name", ["resnet50", "wrn-28", "wrn-28-0", "WRN-28-10"])
+@pytest.mark.parametrize("name", ["alexnet", "wrn-28", "wrn-28-0", "WRN-28-10"])
 def test_unknown_network(name: str):
     with pytest.raises(ValueError, match="expected one of .*lenet5.* got"):
         models.network(name)

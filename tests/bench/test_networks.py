@@ -199,12 +199,12 @@ def test_memory_freed_before_convert_is_not_reused_unseen(monkeypatch: pytest.Mo
 
 PEAK = """
 import torch
-from l0kernels.bench import convert_cost
-convert_cost.reset_peak()
-before = convert_cost.resident("VmRSS")
+from l0kernels.bench import resident
+resident.reset_peak()
+before = resident.resident("VmRSS")
 peak = torch.ones(64 << 18)
 del peak
-print(convert_cost.resident("VmHWM") - before)
+print(resident.resident("VmHWM") - before)
 """
 
 

@@ -9,18 +9,21 @@ from typing import Any
 import pytest
 import torch
 
-from l0kernels.bench import arms, models, step
+from l0kernels.bench import arms, models, peers, step
+from l0kernels.bench import cli as bench_cli
+from l0kernels.bench.figures import Sheet
 from l0kernels.bench.plot import STYLES
-from l0kernels.bench.timing import Spread, spread
+from l0kernels.bench.timing import Spread, middle, paired, spread
 from l0kernels.cli import main
 
 QUICK = ["bench", "step", "--model", "lenet5", "--batch", "4", "--rounds", "2", "--warmup", "1"]
+QUICK += ["--runs", "1"]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("bench") / "made" / "here"
-    assert main([*QUICK, "--keep", "1,.25", "--out", str(out)]) == 0
+    assert main([*QUICK, "--runs", "3", "--keep", "1,.25", "--out", str(out)]) == 0
     return out
 
 
@@ -38,35 +41,60 @@ def test_json_is_complete(finished: Path):
     assert "gate draw + penalty + forward + backward + optimizer" in report["step"]
     assert [row["keep"] for row in report["rows"]] == [1.0, 0.25]
     for row in report["rows"]:
-        assert list(row["times"]) == list(arms.VARIANTS)
-        assert all(len(ms) == 2 and min(ms) > 0 for ms in row["times"].values())
-        assert set(row["ratios"]) == set(step.RATIOS)
-        for name, (over, under) in step.RATIOS.items():
-            pairs = zip(row["times"][over], row["times"][under], strict=True)
-            expected = spread([a / b for a, b in pairs])
-            assert Spread(**row["ratios"][name]) == expected
-        for errors in (row["error_before"], row["error_after"]):
-            assert set(errors) == {"masked-nchw", "index-select", "ours"}
-            assert max(errors.values()) <= arms.TOLERANCE
+        assert len(row["times"]) == 3
+        for times in row["times"]:
+            assert list(times) == list(arms.VARIANTS)
+            assert all(len(ms) == 2 and min(ms) > 0 for ms in times.values())
+        there = {n: ends for n, ends in step.RATIOS.items() if set(ends) <= set(arms.VARIANTS)}
+        assert set(row["ratios"]) == set(there)
+        for name, (over, under) in there.items():
+            ratios = [paired(times, over, under) for times in row["times"]]
+            medians = [ratio.median for ratio in ratios]
+            assert row["medians"][name] == medians
+            assert Spread(**row["ratios"][name]) == ratios[middle(medians)]
+            assert sorted(medians)[1] == row["ratios"][name]["median"]
+        assert set(row["error_before"]) == {"masked-nchw", "index-select", "ours"}
+        assert max(row["error_before"].values()) <= arms.TOLERANCE
+        assert set(row["error_after"]) == set(arms.VARIANTS)
+        for name, error in row["error_after"].items():
+            assert error <= (1e-5 if name in arms.IN_SINGLE else 1e-12)
 
 
-def test_csv_has_one_line_per_time(finished: Path):
+def test_csv_has_one_line_per_figure(finished: Path):
     with (finished / "step.csv").open() as file:
         lines = list(csv.DictReader(file))
-    assert len(lines) == 2 * len(arms.VARIANTS) * 2
+    assert [line["impl"] for line in lines] == [*arms.VARIANTS, *arms.VARIANTS]
     report = json.loads((finished / "step.json").read_text())
     for line in lines:
         row = next(r for r in report["rows"] if r["keep"] == float(line["open"]))
-        ms = row["times"][line["variant"]][int(line["round"])]
-        assert float(line["ms"]) == pytest.approx(ms, abs=1e-3)
+        medians = [spread(times[line["impl"]]).median for times in row["times"]]
+        assert [float(ms) for ms in line["medians_ms"].split()] == pytest.approx(medians, rel=1e-4)
+        assert float(line["p50_ms"]) == pytest.approx(sorted(medians)[1], rel=1e-4)
+        over_ours = [paired(times, line["impl"], "ours").median for times in row["times"]]
+        assert float(line["over_ours"].split()[0]) == pytest.approx(sorted(over_ours)[1], rel=1e-3)
         assert line["torch"] == report["environment"]["torch"]
+        assert line["command"] == report["command"]
+        assert (line["op"], line["shape"]) == ("step", "lenet5 batch 4")
+    words = "--model lenet5 --batch 4 --keep 1,0.25 --rounds 2 --warmup 1"
+    assert lines[0]["command"] == f"l0kernels bench step {words}"
+
+
+def test_the_printed_command_repeats_the_run(finished: Path):
+    words = Sheet.load(finished / "step.csv").command.split()[1:]
+    parser = bench_cli.argparse.ArgumentParser()
+    bench_cli.add_arguments(parser)
+    args = parser.parse_args(words[1:])
+    setting = bench_cli.setting_of(step.Setting, args)
+    report = json.loads((finished / "step.json").read_text())
+    assert json.loads(json.dumps(vars(setting))) == report["setting"]
 
 
 def test_table_has_a_line_per_open_fraction(finished: Path):
     text = (finished / "step.md").read_text()
     rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("|")]
     assert [row[0].strip() for row in rows] == ["open", "---:", "1", "0.25"]
-    assert {len(row) for row in rows} == {1 + len(arms.VARIANTS) + len(step.RATIOS)}
+    there = [ends for ends in step.RATIOS.values() if set(ends) <= set(arms.VARIANTS)]
+    assert {len(row) for row in rows} == {1 + len(arms.VARIANTS) + len(there)}
     assert "OMP_WAIT_POLICY=passive" in text
     assert "optimizer" in text and "agree with the masked network" in text
 
@@ -77,7 +105,9 @@ def test_chosen_variants_as_json_and_plot(tmp_path: Path, capsys: pytest.Capture
     assert main([*QUICK, *chosen, "--plot", str(picture)]) == 0
     report = json.loads(capsys.readouterr().out)
     row = report["rows"][0]
-    assert list(row["times"]) == ["index-select", "oracle"]
+    (times,) = row["times"]
+    assert list(times) == ["index-select", "oracle"]
+    assert set(row["error_after"]) == {"index-select", "oracle"}
     assert list(row["ratios"]) == ["index-select / oracle"]
     assert row["error_before"] == {}
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -94,13 +124,14 @@ def test_oracles_end_the_round_after_ours(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(step, "interleave", told)
     for variants, last in (
         ("oracle-rounded,oracle,ours", ["oracle", "oracle-rounded"]),
+        ("dense,ours,oracle-onednn,oracle", ["oracle", "oracle-onednn"]),
         ("ours,masked-best", []),
     ):
         assert main([*QUICK, "--keep", ".5", "--variants", variants]) == 0
         assert rounds.pop() == (variants.split(","), last)
 
 
-@pytest.mark.parametrize("variant", [name for name in arms.VARIANTS if name != "oracle"])
+@pytest.mark.parametrize("variant", [name for name in arms.VARIANTS if name not in arms.REBUILT])
 def test_steps_run_under_autocast(variant: str):
     network = models.network("mlp-784-300-100")
     task = arms.Task(network, 2, torch.device("cpu"), amp=torch.bfloat16)
@@ -127,12 +158,13 @@ def test_every_ratio_has_its_own_look():
     ("options", "told"),
     [
         (["--model", "alexnet"], "expected one of mlp-784-300-100"),
-        (["--variants", "ours,dense"], "expected variants among masked-nchw"),
+        (["--variants", "ours,sparse"], "expected variants among dense, masked-nchw"),
         (["--variants", ","], "got none"),
         (["--keep", "0"], "expected open fractions in (0, 1], got [0.0]"),
         (["--keep", "1,2"], "expected open fractions in (0, 1]"),
         (["--batch", "0"], "expected batch >= 1"),
         (["--rounds", "0"], "rounds >= 1"),
+        (["--runs", "0"], "runs >= 1"),
         (["--threads", "0"], "expected --threads >= 1, got 0"),
         (["--device", "toaster"], "toaster"),
     ],
@@ -166,4 +198,28 @@ def test_no_figures_when_variants_disagree(
     assert main([*QUICK, "--keep", ".5"]) == 2
     captured = capsys.readouterr()
     assert "no figures for different computations" in captured.err
+    assert captured.out == ""
+
+
+def test_peers_run_or_say_why_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    chosen = [*QUICK, "--keep", ".25", "--variants", "torch-prune,torch-pruning"]
+    monkeypatch.setattr(peers, "find_spec", lambda name: None)
+    assert main([*chosen, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["variants"] == ["torch-prune"]
+    assert report["notes"] == ["torch-pruning is left out: torch-pruning is not installed"]
+    assert main([*chosen[:-1], "torch-pruning"]) == 2
+    assert "torch-pruning is not installed" in capsys.readouterr().err
+
+
+def test_wrong_weights_of_an_ungated_variant_have_no_figures(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    times = peers._times
+    monkeypatch.setattr(peers, "_times", lambda *args: times(*args) * 1.1)
+    assert main([*QUICK, "--keep", ".5", "--variants", "oracle-onednn"]) == 2
+    captured = capsys.readouterr()
+    assert "of its twin, got {'oracle-onednn'" in captured.err
     assert captured.out == ""

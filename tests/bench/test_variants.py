@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from l0kernels.bench import arms, index_select, masked, models
+from l0kernels.bench import arms, index_select, masked, models, peers, work
 
 SMALL = ("mlp-784-300-100", "lenet5", "wrn-10-1")
 PLAIN = (masked.MaskedAsWritten, masked.MaskedAtBest, index_select.IndexSelect)
@@ -40,7 +40,7 @@ def hooked(net: nn.Module, groups: tuple[models.Group, ...], z: list[Tensor]) ->
 
 
 @pytest.mark.parametrize("variant", PLAIN)
-@pytest.mark.parametrize("name", ["mlp-784-300-100", "lenet5", "vgg16", "wrn-10-1"])
+@pytest.mark.parametrize("name", ["lenet5", "vgg16", "wrn-10-1", "resnet20", "mlp-block-768-3072"])
 def test_plain_variant_is_the_definition(name: str, variant: type):
     network = models.network(name)
     net = network.build().double()
@@ -212,8 +212,9 @@ def test_rounded_oracle_is_built_small():
 
 
 def test_unknown_variant():
-    with pytest.raises(ValueError, match="expected one of masked-nchw, .* got 'dense'"):
-        arms.make_arm(task("lenet5"), "dense")
+    for name in ("sparse", "oracle"):
+        with pytest.raises(ValueError, match=f"expected one of dense, .* got '{name}'"):
+            arms.make_arm(task("lenet5"), name)
 
 
 def test_contiguous_view_shares_memory_or_refuses():
@@ -223,3 +224,94 @@ def test_contiguous_view_shares_memory_or_refuses():
     assert arms.contiguous_view(view) is view
     with pytest.raises(RuntimeError, match="expected a contiguous or channels_last"):
         arms.contiguous_view(weight.transpose(0, 1))
+
+
+@pytest.mark.parametrize("name", ["lenet5", "resnet20", "mlp-block-768-3072"])
+def test_pruning_peers_have_the_widths_of_the_rounded_oracle(name: str):
+    pytest.importorskip("torch_pruning", reason="torch-pruning is not installed")
+    what = task(name)
+    rounded = arms.make_arm(what, "oracle-rounded", 0.3)
+    cut = arms.make_arm(what, "torch-pruning", 0.3)
+    masks = arms.make_arm(what, "torch-prune", 0.3)
+    shapes = {key: p.shape for key, p in rounded.net.named_parameters()}
+    assert {key: p.shape for key, p in cut.net.named_parameters()} == shapes
+    for group in what.network.groups:
+        mask = masks.net.get_buffer(f"{group.producer}.weight_mask").flatten(1).amax(1)
+        assert int(mask.sum()) == shapes[f"{group.producer}.weight"][0]
+        full = masks.net.get_parameter(f"{group.producer}.weight_orig").detach()
+        # Both drop the same filters.
+        kept = cut.net.get_parameter(f"{group.producer}.weight")
+        norms = full.flatten(1).norm(dim=1)[mask != 0]
+        if group is what.network.groups[0]:
+            assert torch.allclose(kept.flatten(1).norm(dim=1), norms)
+        assert float(norms.min()) >= float(full.flatten(1).norm(dim=1)[mask == 0].max())
+
+
+def test_ungated_variants_are_near_their_twins():
+    what = task("lenet5")
+    made = {name: arms.make_arm(what, name, 0.3) for name in ("dense", "torch-prune")}
+    for name in arms.REBUILT:
+        oracle = arms.Oracle(what, 0.3, onednn=name == "oracle-onednn")
+        oracle.rebuild()
+        made[name] = oracle
+    for name in ("masked-best", "masked-nchw", "index-select"):
+        made[name] = arms.make_arm(what, name, 0.3)
+    found = arms.require_closeness(what, made)
+    assert set(found) == set(made)
+    assert found.pop("oracle-onednn") < 1e-5 and max(found.values()) < 1e-12
+    assert all(p.grad is None for p in made["dense"].trained)
+
+
+def test_compiled_masks_are_compiled_and_checked(monkeypatch: pytest.MonkeyPatch):
+    compiled: list[nn.Module] = []
+    monkeypatch.setattr(torch, "compile", lambda net: compiled.append(net) or net)
+    what = task("lenet5")
+    arm = arms.make_arm(what, "masked-compiled", 0.5)
+    arm.step()
+    assert compiled == [arm.net] and isinstance(arm.net, masked.MaskedAtBest)
+    assert arms.require_closeness(what, {"masked-compiled": arm})["masked-compiled"] < 1e-5
+    right = arms.plain_outcome
+
+    def other(*arguments: object) -> arms.Outcome:
+        found = right(*arguments)
+        return arms.Outcome(found.loss * 1.1, found.weights, found.gates)
+
+    monkeypatch.setattr(arms, "plain_outcome", other)
+    with pytest.raises(RuntimeError, match="of its twin, got {'masked-compiled'"):
+        arms.require_closeness(what, {"masked-compiled": arm})
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(5, 7), (2, 3, 7), (1, 7)])
+def test_linear_layers_in_onednn(shape: tuple[int, ...], bias: bool):
+    plain = nn.Linear(7, 6, bias=bias)
+    own = peers.with_onednn(copy.deepcopy(nn.Sequential(plain)))
+    assert type(own[0]) is peers.OneDNNLinear
+    x = torch.randn(shape)
+    found = []
+    for net in (plain, own):
+        leaf = x.clone().requires_grad_()
+        y = net(leaf)
+        upstream = torch.linspace(-1, 1, y.numel()).view_as(y)
+        grads = torch.autograd.grad(y, [leaf, *net.parameters()], upstream)
+        found.append((y, *grads))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_oracle_in_onednn_only_where_linear_layers_matter(name: str):
+    reason = arms.why_not(task(name), "oracle-onednn")
+    assert (reason == "") == (name != "wrn-10-1")
+    assert "float32 only" in arms.why_not(
+        arms.Task(models.network(name), 4, torch.device("cpu"), amp=torch.bfloat16), "oracle-onednn"
+    )
+
+
+def test_work_left():
+    network = models.network("mlp-784-300-100")
+    full = 784 * 300 + 300 * 100 + 100 * 10
+    assert work.operations(network, 1.0) == 2 * (3 * full - 784 * 300)  # no gradient of the input
+    half = 784 * 150 + 150 * 50 + 50 * 10
+    assert work.work_left(network, 0.5) == (3 * half - 784 * 150) / (3 * full - 784 * 300)
+    assert work.work_left(models.network("resnet20"), 1.0) == 1.0

@@ -29,8 +29,8 @@ OPS = (
     ("sample_gates", []),
     ("pack_weight", []),
     ("packed_norm", ["--batch", "128"]),
-    ("gated_linear", ["--batch", "8192", "--dtype", "bf16"]),
-    ("gated_conv2d", ["--batch", "128", "--dtype", "bf16"]),
+    ("gated_linear", ["--batch", "8192", "--dtypes", "bf16"]),
+    ("gated_conv2d", ["--batch", "128", "--dtypes", "bf16"]),
 )
 
 
@@ -73,15 +73,11 @@ def sanitizers() -> list[Stage]:
 
 
 def benchmarks(quick: bool) -> list[Stage]:
-    rounds = ["--rounds", "3" if quick else "15"]
+    rounds = ["--runs", "1", "--rounds", "3" if quick else "15"]
     return [
         _step("wrn-28-10", "bf16", rounds),
         _module("experiments", "experiments", []),
         *[_module(f"op {name}", f"ops.{name}", [*options, *rounds]) for name, options in OPS],
-        *[
-            _module(f"op {name} in Triton", f"ops.{name}", [*options, *rounds], impl="triton")
-            for name, options in OPS
-        ],
         _step("vgg16", "none", rounds),
     ]
 
@@ -92,9 +88,9 @@ def _step(model: str, amp: str, rounds: list[str]) -> Stage:
     return Stage(f"step {model} {amp}", [*bench, *options, *rounds], 100, figures=True)
 
 
-def _module(name: str, module: str, options: list[str], impl: str = "auto") -> Stage:
+def _module(name: str, module: str, options: list[str]) -> Stage:
     command = [PYTHON, "-m", f"l0kernels.bench.{module}", "--device", "cuda", "--json", *options]
-    return Stage(name, command, 60, environment={"L0K_IMPL": impl}, figures=True)
+    return Stage(name, command, 60, figures=True)
 
 
 def collect(only: str, logs: Path, quick: bool, seconds: float) -> list[Result]:

@@ -13,7 +13,6 @@ from torch.library import opcheck
 
 import l0kernels as l0
 from l0kernels._registry import chosen
-from l0kernels.bench.ops import pack_weight as bench
 from l0kernels.functional import GateLayout, open_lists, pack_weight, pack_weights
 from l0kernels.ops.pack_weight import op
 from l0kernels.testing import max_error
@@ -1148,26 +1147,3 @@ def test_same_result_on_every_device(device):
     there = Case(*(None if v is None else v.to(device) for v in list(vars(case).values())[:6]))
     for mine, true in zip(gradients(there, call, upstream.to(device)), exact, strict=True):
         torch.testing.assert_close(mine.cpu().double(), true, rtol=1e-5, atol=1e-5)
-
-
-def test_arms_of_the_benchmark_compute_the_same():
-    chain = bench.make_chain((6, 5, 7), 0.5)
-    packed = chain.ours()
-    upstreams = [torch.randn_like(one) for one in packed]
-    expected = torch.autograd.grad(packed, chain.inputs(), upstreams)
-    for arm in (chain.one_by_one, chain.plain):
-        other = arm()
-        for mine, theirs in zip(packed, other, strict=True):
-            torch.testing.assert_close(mine, theirs)
-        grads = torch.autograd.grad(other, chain.inputs(), upstreams)
-        for mine, theirs in zip(expected[:-1], grads[:-1], strict=True):
-            torch.testing.assert_close(mine, theirs)
-        is_open = chain.z.detach() != 0  # PyTorch's product has a gradient for dummies too
-        torch.testing.assert_close(expected[-1][is_open], grads[-1][is_open])
-
-
-def test_the_benchmark_times_whole_models():
-    rows = bench.measure_chain((6, 5, 7), [0.5], rounds=1)
-    assert rows[0]["forward"]["us"] > 0
-    assert rows[0]["backward"]["one_by_one"]["median"] > 0
-    assert "2 weights" in bench.table(rows) and "one call per weight" in bench.table(rows)
