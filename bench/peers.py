@@ -11,7 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+from l0kernels.nn import matmul
+
 from .models import Network, kept_width
+
+ALL_IN_ONEDNN = dict.fromkeys(matmul.PRODUCTS, True)
 
 
 def dropped(layer: nn.Module, keep: float) -> Tensor:
@@ -65,30 +69,7 @@ class OneDNNLinear(nn.Linear):
     """A linear layer whose three matmuls run in oneDNN instead of MKL; float32 on a CPU."""
 
     def forward(self, input: Tensor) -> Tensor:
-        rows = _OneDNNMatmul.apply(input.flatten(0, -2), self.weight, self.bias)
-        return rows.unflatten(0, input.shape[:-1]) if input.dim() != 2 else rows
-
-
-class _OneDNNMatmul(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
-        return _times(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[override]
-        x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        return (
-            _times(grad, weight.t()) if needs_x else None,
-            _times(grad.t(), x.t()) if needs_weight else None,
-            grad.sum(0) if needs_bias else None,
-        )
-
-
-def _times(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return x @ weight.T + bias."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return matmul.Linear.apply(input, self.weight, self.bias, ALL_IN_ONEDNN)
 
 
 def with_onednn(net: nn.Module) -> nn.Module:

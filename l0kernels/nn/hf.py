@@ -10,12 +10,12 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from l0kernels._config import current_impl
 from l0kernels.gates.ref import GateRef
 from l0kernels.nn.base import GatedLayer
+from l0kernels.nn.matmul import linear
 
 
 class _GatedConv1D(GatedLayer):
@@ -64,7 +64,7 @@ class _GatedConv1D(GatedLayer):
         if current_impl() == "reference":
             return super().forward(self.mask_inputs(x, -1, draw))
         weight, bias = self.packed_parameters(draw)
-        return F.linear(self.select_inputs(x, -1, draw, weight), weight.t(), bias)
+        return linear(self.select_inputs(x, -1, draw, weight), weight.t(), bias)
 
 
 @functools.cache

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from l0kernels._config import current_impl
 from l0kernels.gates.ref import GateRef
 from l0kernels.nn.base import GatedLayer
+from l0kernels.nn.matmul import linear
 
 
 class GatedLinear(GatedLayer, nn.Linear):
@@ -60,4 +60,4 @@ class GatedLinear(GatedLayer, nn.Linear):
         if current_impl() == "reference":
             return super().forward(self.mask_inputs(input, -1, draw))
         weight, bias = self.packed_parameters(draw)
-        return F.linear(self.select_inputs(input, -1, draw, weight), weight, bias)
+        return linear(self.select_inputs(input, -1, draw, weight), weight, bias)
