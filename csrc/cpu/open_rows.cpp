@@ -2,26 +2,35 @@
 // Which rows an optimizer has to update: `open_rows`.
 #include "cpu/rows.h"
 
+#include <algorithm>
+#include <cstring>
+#include <limits>
+
 namespace l0k {
 namespace {
 
 using torch::headeronly::ScalarType;
 
-// Integers instead of an early exit: the loop is a few instructions per vector.
-template <typename T>
+// All bits of a block at once, but for the signs: -0 is zero, and NaN is not.
+template <typename T, typename Bits>
 L0K_HD bool any_nonzero(const T* numbers, int64_t size) {
   constexpr int64_t kBlock = 1024;
+  constexpr Bits kMagnitude = std::numeric_limits<Bits>::max() >> 1;
   for (int64_t at = 0; at < size; at += kBlock) {
-    const int64_t end = at + kBlock < size ? at + kBlock : size;
-    int found = 0;
-    for (int64_t i = at; i < end; ++i) found |= static_cast<int>(numbers[i] != T(0));
-    if (found) return true;
+    const int64_t end = std::min(at + kBlock, size);
+    Bits found = 0;
+    for (int64_t i = at; i < end; ++i) {
+      Bits bits;
+      std::memcpy(&bits, numbers + i, sizeof bits);
+      found |= bits;
+    }
+    if (found & kMagnitude) return true;
   }
   return false;
 }
 
-L0K_FOR_EACH_ISA(any_f32, any_nonzero<float>, (const float* numbers, int64_t size), (numbers, size))
-L0K_FOR_EACH_ISA(any_f64, any_nonzero<double>, (const double* numbers, int64_t size),
+L0K_FOR_EACH_ISA(any_f32, (any_nonzero<float, uint32_t>), (const float* numbers, int64_t size), (numbers, size))
+L0K_FOR_EACH_ISA(any_f64, (any_nonzero<double, uint64_t>), (const double* numbers, int64_t size),
                  (numbers, size))
 
 template <typename T>

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,13 +35,14 @@ class SGD(FollowsDraws, torch.optim.SGD):
     PyTorch. On a CPU open rows are updated in C++; on a GPU, and where the library is not built, by
     PyTorch operations, and on a GPU the host waits once per weight and step.
 
-    Draws in training mode bring their open rows up to date. Draws in eval mode (thus evaluation,
-    ``frozen``), ``state_dict`` and ``load_state_dict`` of the optimizer and of the model,
-    ``copy.deepcopy`` and pickling of the model, ``compact``, ``revert`` and every 1024th step flush.
+    Draws in training mode bring their open rows up to date. These flush: draws in eval mode (thus
+    evaluation and ``frozen``), ``state_dict`` and ``load_state_dict`` of the optimizer and of the
+    model, ``copy.deepcopy`` and pickling of the model, ``compact``, ``revert``, every 1024th step.
     Call ``flush()`` yourself before anything else reads or writes weights: ``layer.weight``,
     ``parameters()``, ``AveragedModel.update_parameters``, a submodule's ``state_dict``, another
-    optimizer. A write in between, or a gradient that is not zero in closed rows (a penalty on
-    weights), raises; after a flush before each forward both work, at the cost of all rows.
+    optimizer. A write in between (unless through ``.data``, which nobody can see), or a gradient
+    that is not zero in closed rows (a penalty on weights), raises; after a flush before each
+    forward both work, at the cost of all rows.
 
     Clipping, ``GradScaler`` (unscales here; skipped steps), accumulation over several draws,
     ``hold``, several groups, DDP and ``zero_grad`` of both kinds work as with PyTorch's. A weight
@@ -121,12 +123,14 @@ class SGD(FollowsDraws, torch.optim.SGD):
 
     def _update_whole(self, group: dict[str, Any], weights: list[Tensor]) -> None:
         momentum = group["momentum"]
-        buffers = [self._velocity(weight) for weight in weights] if momentum else []
         grads = [weight.grad for weight in weights if weight.grad is not None]
+        found = [self._velocity(weight) if momentum else None for weight in weights]
+        turned = [_turned(*tensors) for tensors in zip(weights, grads, found, strict=True)]
+        buffers = _in_order(found, turned) if momentum else []
         sgd(
-            weights,
-            grads,
-            buffers,  # pyright: ignore[reportArgumentType]
+            _in_order(weights, turned),
+            _in_order(grads, turned),
+            buffers,
             has_sparse_grad=any(grad.is_sparse for grad in grads),
             foreach=group["foreach"],
             fused=group["fused"],
@@ -137,8 +141,10 @@ class SGD(FollowsDraws, torch.optim.SGD):
             nesterov=group["nesterov"],
             maximize=group["maximize"],
         )
-        for weight, buffer in zip(weights, buffers, strict=False):
-            self.state[weight]["momentum_buffer"] = buffer
+        for i, buffer in enumerate(buffers):
+            if found[i] is None:  # made in this step
+                made = buffer.permute(0, 3, 1, 2) if turned[i] else buffer
+                self.state[weights[i]]["momentum_buffer"] = made
 
     def _catch_up(self, rows: Rows, group: int, which: Tensor | None, mark: int) -> None:
         # Through .data: rows that a graph has read are up to date and stay as they are, so that
@@ -158,6 +164,27 @@ class SGD(FollowsDraws, torch.optim.SGD):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         self._tables.append(_identity())
+
+
+def _turned(*tensors: Tensor | None) -> bool:
+    """Whether all are channels_last: PyTorch's fused update copies what is not contiguous."""
+    return all(
+        tensor is None
+        or (
+            tensor.dim() == 4
+            and not tensor.is_contiguous()
+            and tensor.is_contiguous(memory_format=torch.channels_last)
+        )
+        for tensor in tensors
+    )
+
+
+def _in_order(tensors: Sequence[Any], turned: list[bool]) -> list[Any]:
+    """The tensors, and None for None, as contiguous views where they are turned."""
+    return [
+        tensor.permute(0, 2, 3, 1) if turn and tensor is not None else tensor
+        for tensor, turn in zip(tensors, turned, strict=True)
+    ]
 
 
 def _identity() -> Tensor:

@@ -8,11 +8,11 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from interop.nets import NETS, batch, make
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import l0kernels as l0
-from interop.nets import NETS, batch, make
 from l0kernels.nn.base import GatedLayer
 from l0kernels.optim import rows as rows_module
 from l0kernels.testing import assert_within_budget
