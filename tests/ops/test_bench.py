@@ -10,6 +10,7 @@ from l0kernels.bench.ops import (
     pack_weight,
     packed_norm,
     sample_gates,
+    sgd_rows,
 )
 
 
@@ -115,3 +116,21 @@ def test_table_of_gated_layers():
     (row,) = gated_linear.measure([(20, 12, 5)], (0.5,), 1)
     assert min(row["forward"]["us"], row["backward"]["over_oracle"]["median"]) > 0
     assert len(gated_linear.table([row]).splitlines()) == 2
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.5, 1.0])
+def test_sgd_arms_compute_the_same(keep):
+    problem = sgd_rows.make_problem((40, 6), keep)
+    for _ in range(20):
+        problem.ours()
+        problem.plain()
+    problem.flush()
+    torch.testing.assert_close(problem.weight, problem.twin)
+    assert problem.now == problem.twins == 20
+
+
+def test_sgd_arms_are_timed():
+    rows = sgd_rows.measure([(40, 6)], [0.5], rounds=1)
+    assert [(row["shape"], row["open"]) for row in rows] == [([40, 6], 0.5)]
+    assert rows[0]["us"] > 0 and rows[0]["times_slower"]["median"] > 0
+    assert "40x6" in sgd_rows.table(rows)
