@@ -5,6 +5,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,13 @@ from ..timing import interleave, paired, spread
 
 SHAPES = ((640, 640, 3, 3), (320, 320, 3, 3), (4096, 1024))
 FRACTIONS = (0.1, 0.25, 0.5, 1.0)
-SETTINGS = {"lr": 0.1, "momentum": 0.9, "dampening": 0.0, "weight_decay": 5e-4, "nesterov": True}
+SETTINGS: dict[str, Any] = {
+    "lr": 0.1,
+    "momentum": 0.9,
+    "dampening": 0.0,
+    "weight_decay": 5e-4,
+    "nesterov": True,
+}
 DRAWS = 8
 REMEMBERED = 1024
 
