@@ -257,7 +257,7 @@ class FollowsDraws(Optimizer):
         self.flush()
         super().load_state_dict(state_dict)
         for rows in self._rows.values():
-            state = self.state[rows.weight]
+            state = self.state.get(rows.weight, {})
             for name, value in state.items():
                 if isinstance(value, Tensor) and value.shape == rows.weight.shape:
                     state[name] = torch.empty_like(rows.weight).copy_(value)

@@ -162,6 +162,11 @@ class SGD(FollowsDraws, torch.optim.SGD):
     def _forget(self) -> None:
         self._tables = [_identity() for _ in self.param_groups]
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_tables" not in self.__dict__:  # a copy
+            self._forget()
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         self._tables.append(_identity())

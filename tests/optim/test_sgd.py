@@ -575,15 +575,35 @@ def test_a_new_optimizer_takes_over():
         torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-10, msg=name)
 
 
-def test_pickled_optimizers_are_up_to_date():
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])  # noqa: S301
+def test_copies_of_the_optimizer_are_up_to_date_and_do_what_torchs_does(copied):
     ours, mine, theirs, reference = pair(**COMMON)
     train(ours, mine, range(8))
-    again = pickle.loads(pickle.dumps(mine))  # noqa: S301 - its own bytes
     train(theirs, reference, range(8))
-    assert again.row_weights == []
-    expected = reference.state_dict()["state"]
-    for key, state in again.state_dict()["state"].items():
-        torch.testing.assert_close(state, expected[key], rtol=1e-10, atol=1e-10)
+    found, expected = copied(mine), copied(reference)
+    assert found.row_weights == []
+    for optimizer in (found, expected):
+        for _ in range(3):
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    p.grad = torch.ones_like(p)
+            optimizer.step()
+    for mine_group, group in zip(found.param_groups, expected.param_groups, strict=True):
+        for p, q in zip(mine_group["params"], group["params"], strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-10)
+            buffers = [o.state[t]["momentum_buffer"] for o, t in ((found, p), (expected, q))]
+            torch.testing.assert_close(*buffers, rtol=1e-10, atol=1e-10)
+
+
+def test_the_state_of_a_new_optimizer_is_empty():
+    ours, mine, theirs, reference = pair(**COMMON)
+    for net, optimizer in ((ours, mine), (theirs, reference)):
+        fresh = copy.deepcopy(optimizer.state_dict())
+        train(net, optimizer, range(5))
+        optimizer.load_state_dict(fresh)
+        assert not optimizer.state_dict()["state"]
+        train(net, optimizer, range(5, 15))
+    assert_same(ours, mine, theirs, reference)
 
 
 def test_transposed_convolutions_are_followed_by_their_inputs():
