@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train networks with L0 gates at the cost of the open gates."""
 
-from l0kernels import functional, gates, nn, select
+from l0kernels import functional, gates, nn, optim, select
 from l0kernels._config import use_impl
 from l0kernels._version import __version__
 from l0kernels.compact import compact, export_onnx, load_compact, save_compact
@@ -25,6 +25,7 @@ __all__ = [
     "info",
     "load_compact",
     "nn",
+    "optim",
     "param_groups",
     "penalty",
     "report",

@@ -79,6 +79,8 @@ def uninstall(root: nn.Module, gates: Gates) -> None:
     )
     if strange:
         raise ValueError(f"revert: expected layers of l0kernels.nn, got {strange}")
+    for follower in list(gates.followers):
+        follower.release()
     for module in layers:
         module.__class__ = module.plain_class  # pyright: ignore
         for name in ("in_gate", "out_gate", "in_port", "out_port"):

@@ -10,7 +10,7 @@ import operator
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,16 @@ def _whole(what: str, value: Any, expected: str, low: int, high: int) -> int:
     if not low <= number < high:
         raise ValueError(f"{what}: expected {expected}, got {value!r}")
     return number
+
+
+class Follower(Protocol):
+    """Who brings parameters up to date before layers read them."""
+
+    def drawn(self, draw: Draw) -> None:
+        """Gates were drawn: the layers are about to read what is open in this draw."""
+
+    def release(self) -> None:
+        """The gates are about to be removed: bring all up to date and follow no more."""
 
 
 class Gates(nn.Module):
@@ -118,6 +128,8 @@ class Gates(nn.Module):
         self.layers: weakref.WeakKeyDictionary[Any, dict[bool, torch.dtype | None]] | None = None
         self._has_few_weights = False
         self._held = 0
+        # Optimizers that leave closed rows behind: they are told of every draw.
+        self.followers: list[Follower] = []
 
     # What a method supplies.
 
@@ -342,7 +354,7 @@ class Gates(nn.Module):
         # A draw belongs to one graph: it is never copied or pickled.
         state = self.__dict__.copy()
         state.update(_draw=None, _awaiting=None, _held=0, layers=None)
-        state.update(_projected=-1, _restored=-1)
+        state.update(_projected=-1, _restored=-1, followers=[])
         del state["_graphs"]
         return state
 
@@ -518,6 +530,8 @@ class Gates(nn.Module):
         self._draw = draw
         if draw.differentiable:
             self._graphs.add(draw.graph)
+        for follower in self.followers:
+            follower.drawn(draw)
 
     def draw(self) -> None:
         """Draw the gates: sampled in training mode, deterministic in eval mode and when frozen.

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import l0kernels as l0
 from interop.nets import batch, gradients, make, norms_in_eval
+from l0kernels.optim import rows
 
 WORLD = 2
 Record = dict[str, Any]
@@ -41,6 +42,7 @@ class Case:
         closed: all gates of the first group are closed.
         kind: network.
         as_on_a_gpu: each layer packs weight and bias in one call, norms run as one operator.
+        open_rows: with l0.optim.SGD.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
@@ -55,6 +57,7 @@ class Case:
     closed: bool = False
     kind: str = "norm"
     as_on_a_gpu: bool = False
+    open_rows: bool = False
 
 
 UNUSED, STATIC = {"find_unused_parameters": True}, {"static_graph": True}
@@ -87,6 +90,9 @@ CASES: dict[str, Case] = {
     "frozen, bucket views": Case(VIEWS, frozen=SOME),
     "frozen, accumulated": Case(frozen=SOME, parts=2),
     "frozen, checkpointed": Case(frozen=SOME, checkpointed=True),
+    "open rows": Case(steps=20, open_rows=True),
+    "open rows, bucket views": Case(VIEWS, steps=20, open_rows=True),
+    "open rows, accumulated": Case(steps=20, parts=2, open_rows=True),
     "as on a GPU": Case(as_on_a_gpu=True),
     "as on a GPU, residual": Case(as_on_a_gpu=True, kind="residual"),
     "as on a GPU, norms in training mode": Case(as_on_a_gpu=True, norms_train=True),
@@ -114,7 +120,7 @@ def prepare(case: Case, seed: int) -> nn.Module:
 
 def train(case: Case, net: nn.Module, model: nn.Module, rank: int, ranks: int) -> list[Record]:
     """Train on every ``ranks``-th part of each batch; what happened in each step."""
-    optimizer = torch.optim.SGD(l0.param_groups(net, lr=0.1, gate_lr=2.0), momentum=0.9)
+    optimizer = make_optimizer(case, net, model)
     records = []
     for step in range(case.steps):
         set_frozen(net, step in case.frozen)
@@ -126,8 +132,20 @@ def train(case: Case, net: nn.Module, model: nn.Module, rank: int, ranks: int) -
         z = net.l0._draw.z.detach().clone()
         records.append({"z": z, "gradients": gradients(net), "step": int(net.l0.step)})
         optimizer.step()
+    if isinstance(optimizer, l0.optim.SGD):
+        assert optimizer.row_weights and optimizer._now
+        optimizer.flush()
     parameters = {n: p.detach().clone() for n, p in net.named_parameters()}
     return [*records, {"parameters": parameters, "statistics": dict(net.named_buffers())}]
+
+
+def make_optimizer(case: Case, net: nn.Module, model: nn.Module) -> torch.optim.SGD:
+    groups = l0.param_groups(net, lr=0.1, gate_lr=2.0)
+    # One process is PyTorch's optimizer, for the two that follow draws.
+    if not case.open_rows or model is net:
+        return torch.optim.SGD(groups, momentum=0.9)
+    rows.LEAST = 1
+    return l0.optim.SGD(groups, model=model, momentum=0.9)
 
 
 def set_frozen(net: nn.Module, wanted: bool) -> None:

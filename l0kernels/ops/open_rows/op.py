@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`open_rows`: schema, fake, public function."""
+
+import torch
+from torch import Tensor
+
+from l0kernels import _config, _registry
+from l0kernels.ops.open_rows import reference
+
+DTYPES = (torch.float32, torch.float64)
+
+
+def _rows_fake(grad, last, now):
+    return torch.library.get_ctx().new_dynamic_size()
+
+
+_rows_python = reference.open_rows
+
+_registry.add_op("open_rows")
+_ROWS = _registry.define(
+    "open_rows(Tensor grad, Tensor(a!) last, int now) -> SymInt",
+    fake=_rows_fake,
+    python=_rows_python,
+)
+
+
+@torch.no_grad()
+def open_rows(grad: Tensor, last: Tensor, now: int) -> int:
+    """Mark the rows that the gradient of a weight moves, and count those that it must not move.
+
+    Row r of a weight has seen ``last[r]`` of ``now`` optimizer steps; ``last[r] == now + 1`` marks
+    a row that has seen them all and takes part in the next one. A row that is not marked and whose
+    gradient is not exactly zero (Inf and NaN are not) is marked if it has seen all steps; if not,
+    the gradient was computed from a value that is out of date.
+
+    Args:
+        grad: [O, *], float32 or float64, rows contiguous in memory.
+        last: int64 [O], changed in place.
+        now: number of steps so far.
+
+    Returns:
+        The number of rows out of date that have a gradient; they are not marked. On a GPU the host
+        waits for it.
+
+    Raises:
+        TypeError: another dtype. ValueError: shapes that do not fit.
+    """
+    check_rows(grad, last)
+    if _config.reference_asked(grad):
+        return reference.open_rows(grad, last, now)
+    if not rows_contiguous(grad):
+        grad = grad.contiguous()
+    return _registry.chosen(_ROWS)(grad, last, now)
+
+
+def rows_contiguous(tensor: Tensor) -> bool:
+    """Whether each row (index of dimension 0) lies in one piece, the next one right behind it.
+
+    So do those of contiguous and of channels_last tensors.
+    """
+    return tensor.is_contiguous() or (
+        tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def check_rows(weight: Tensor, last: Tensor) -> None:
+    """Raise unless ``last`` has one counter per row of the weight."""
+    if weight.dtype not in DTYPES:
+        raise TypeError(f"expected float32 or float64, got {weight.dtype}")
+    if weight.dim() == 0 or last.dtype != torch.int64 or last.shape != weight.shape[:1]:
+        raise ValueError(
+            f"last: expected int64 of one entry per row of {list(weight.shape)}, "
+            f"got {last.dtype} of shape {list(last.shape)}"
+        )

@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights whose closed rows an optimizer leaves behind, and brings up to date when they open.
+
+The gradient of a gated weight is exactly zero in closed rows (output features; input features of
+layers that store them first). A step with gradient zero is a function of the element alone, so it
+can wait until somebody reads the row. Each row counts the steps that it has seen:
+
+- a draw makes up for the missed steps of its open rows and marks them,
+- the optimizer updates the marked rows, with all their columns, from the gradient,
+- ``flush`` makes up for the missed steps of all rows.
+
+Rows only: of the cache lines of a row, 16 floats each, 1 - .9^16 = 81 % hold something of the open
+tenth of its columns, so that leaving closed columns out would save memory traffic of a fifth and
+cost a counter for every element.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from l0kernels.gates.base import Gates
+from l0kernels.gates.draw import Draw
+from l0kernels.nn.base import GatedLayer
+from l0kernels.ops.open_rows import open_rows
+from l0kernels.ops.open_rows.op import DTYPES, rows_contiguous
+from l0kernels.training import gates_of, root_of
+
+LEAST = 1 << 14
+"""Weights of fewer elements are updated whole, which takes no longer."""
+
+REMEMBERED = 1024
+"""All rows are brought up to date when this many steps have passed since the last time."""
+
+
+class Rows:
+    """What is known of the rows of one weight.
+
+    Args:
+        name: of the weight in the model.
+        weight: the parameter.
+        layer: that reads it.
+    """
+
+    def __init__(self, name: str, weight: nn.Parameter, layer: GatedLayer) -> None:
+        self.name = name
+        self.weight = weight
+        self.layer = layer
+        self.last = torch.zeros(weight.shape[0], dtype=torch.int64, device=weight.device)
+        self.version = weight._version
+
+    def is_written(self) -> bool:
+        """Whether the weight was written since the optimizer wrote it."""
+        return self.weight._version != self.version
+
+    def open_in(self, draw: Draw) -> Tensor:
+        """The rows that a layer reads under a draw."""
+        port = self.layer.in_port if self.layer.stored_in_out else self.layer.out_port
+        return draw.index[port]
+
+
+class FollowsDraws(Optimizer):
+    """Mix-in before a class of ``torch.optim``: follows the draws of a model's gates.
+
+    A class says how rows are updated (``_update``) and how they make up for steps (``_catch_up``),
+    and remembers each step (``_remember``) until all rows have seen it (``_forget``).
+    """
+
+    def _follow(self, model: nn.Module) -> None:
+        """Find what can be followed; before the parameters are added."""
+        self._gates: Gates | None = gates_of(model)
+        root = root_of(model, self._gates)
+        self._found = {weight: Rows(name, weight, layer) for name, weight, layer in _gated(root)}
+        self._rows: dict[Tensor, Rows] = {}
+        self._now = 0  # steps since all rows were up to date
+        self._drawn = False  # since the last step
+        self._root = root
+
+    def _begin(self) -> None:
+        """Hear of draws from now on, and of who reads the weights of the model as a whole."""
+        gates = self._gates
+        assert gates is not None
+        for other in list(gates.followers):
+            if isinstance(other, FollowsDraws) and self._rows.keys() & other._rows.keys():
+                other.release()
+        gates.followers.append(self)
+        guard = _Guard(self)
+        self._hooks = [
+            self._root.register_state_dict_pre_hook(guard),
+            self._root.register_load_state_dict_pre_hook(guard),
+        ]
+
+    @property
+    def row_weights(self) -> list[str]:
+        """Names of the weights of which only open rows are updated."""
+        return [rows.name for rows in self._rows.values()]
+
+    # What a class supplies.
+
+    def _update(self, rows: Rows, group: dict[str, Any]) -> None:
+        """One step of the marked rows."""
+        raise NotImplementedError
+
+    def _update_whole(self, group: dict[str, Any], weights: list[Tensor]) -> None:
+        """One step of PyTorch's."""
+        raise NotImplementedError
+
+    def _catch_up(self, rows: Rows, group: int, which: Tensor | None, mark: int) -> None:
+        """Make up for the missed steps of some rows, or all, and set their counters."""
+        raise NotImplementedError
+
+    def _remember(self) -> None:
+        """Take note of the step that has been made."""
+        raise NotImplementedError
+
+    def _forget(self) -> None:
+        """No row needs any step that was remembered."""
+        raise NotImplementedError
+
+    def _has_state(self, weight: Tensor, group: dict[str, Any]) -> bool:
+        """Whether PyTorch's optimizer has made its state of this weight."""
+        raise NotImplementedError
+
+    # Following.
+
+    @torch.no_grad()
+    def drawn(self, draw: Draw) -> None:
+        """Bring the rows that are open in a draw up to date; all of them in eval mode."""
+        if not draw.training:
+            self.flush()
+            return
+        self._check_unwritten()
+        self._drawn = True
+        for group, rows in self._followed():
+            self._catch_up(rows, group, rows.open_in(draw), self._now + 1)
+
+    @torch.no_grad()
+    def flush(self) -> None:
+        """Bring all weights and the optimizer's state up to date, as PyTorch's would be.
+
+        Call it before anything but the gated layers reads or writes the weights: averaging them,
+        clipping or copying them by hand, giving them to another optimizer.
+
+        Raises:
+            RuntimeError: a weight was written by somebody else while rows were behind.
+        """
+        if self._now == 0:
+            return
+        self._check_unwritten()
+        for group, rows in self._followed():
+            self._catch_up(rows, group, None, self._now)
+            rows.last -= self._now
+        self._now = 0
+        self._forget()
+
+    def release(self) -> None:
+        """Flush, and from now on do what PyTorch's optimizer does."""
+        self.flush()
+        self._rows.clear()
+        self._found.clear()
+        if self._gates is not None:
+            self._gates.followers.remove(self)
+            self._gates = None
+            for hook in self._hooks:
+                hook.remove()
+
+    def _followed(self) -> Iterable[tuple[int, Rows]]:
+        for number, group in enumerate(self.param_groups):
+            for weight in group["params"]:
+                if weight in self._rows:
+                    yield number, self._rows[weight]
+
+    def _check_unwritten(self) -> None:
+        written = [rows.name for rows in self._rows.values() if rows.is_written()]
+        if self._now and written:
+            raise RuntimeError(
+                f"expected that only their optimizer writes to weights while closed rows are "
+                f"behind, got {', '.join(written)} written by somebody else; call flush() before"
+            )
+
+    # Steps.
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Make one step.
+
+        Args:
+            closure: computes the loss again and returns it; optional.
+
+        Raises:
+            RuntimeError: the gradient of a row that was closed is not zero, or a weight was
+                written by somebody else; nothing is changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        draw = None if self._gates is None else self._gates._draw
+        if not self._drawn and draw is not None and draw.training:
+            # The forward ran under a draw that an earlier step knows too (``hold``).
+            self.drawn(draw)
+        self._check_unwritten()
+        for rows in self._rows.values():
+            self._check_gradient(rows)
+        for number, group in enumerate(self.param_groups):
+            self._step_group(number, group)
+        self._remember()
+        self._now += 1
+        self._drawn = False
+        for rows in self._rows.values():
+            rows.version = rows.weight._version
+        if self._now >= REMEMBERED:
+            self.flush()
+        return loss
+
+    def _check_gradient(self, rows: Rows) -> None:
+        grad = rows.weight.grad
+        if grad is None or grad.is_sparse:
+            return
+        stale = open_rows(grad, rows.last, self._now)
+        if stale:
+            raise RuntimeError(
+                f"{rows.name}: expected gradients of zero in closed rows, got others in {stale} "
+                f"rows that are behind; where a loss reads weights directly, call flush() of the "
+                f"optimizer before each forward, or use PyTorch's optimizer"
+            )
+
+    def _step_group(self, number: int, group: dict[str, Any]) -> None:
+        whole = []
+        for weight in group["params"]:
+            rows = self._rows.get(weight)
+            if rows is None:
+                whole.append(weight)
+            elif weight.grad is None or weight.grad.is_sparse or not self._has_state(weight, group):
+                # No step for the weight, or PyTorch's: as it is, no row will have missed it.
+                self._catch_up(rows, number, None, self._now)
+                rows.last.fill_(self._now + 1)
+                whole.append(weight)
+            else:
+                self._update(rows, group)
+                torch.autograd.graph.increment_version(weight)
+        self._update_whole(group, [weight for weight in whole if weight.grad is not None])
+
+    # State.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Flush and return the state, which is that of PyTorch's optimizer."""
+        self.flush()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state of this optimizer or PyTorch's."""
+        self.flush()
+        super().load_state_dict(state_dict)
+        for rows in self._rows.values():
+            state = self.state.get(rows.weight, {})
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.shape == rows.weight.shape:
+                    state[name] = torch.empty_like(rows.weight).copy_(value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.flush()
+        return super().__getstate__()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Copies of an optimizer follow no draws; PyTorch calls it for ``load_state_dict`` too."""
+        super().__setstate__(state)
+        for name, value in (("_gates", None), ("_now", 0), ("_drawn", False)):
+            self.__dict__.setdefault(name, value)
+        for name in ("_found", "_rows"):
+            self.__dict__.setdefault(name, {})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters; gated weights among them are followed from now on."""
+        super().add_param_group(param_group)
+        for weight in self.param_groups[-1]["params"]:
+            if weight in self._found:
+                self._rows[weight] = rows = self._found[weight]
+                rows.last.fill_(self._now)
+                rows.version = weight._version
+
+
+class _Guard:
+    """Hook of a model: flushes before its state is taken or replaced, and before it is copied.
+
+    Copies and pickles of a module have its hooks before its submodules; the guard in them does
+    nothing.
+    """
+
+    def __init__(self, optimizer: FollowsDraws | None) -> None:
+        self._optimizer = optimizer
+
+    def __call__(self, *args: Any) -> None:
+        if self._optimizer is not None:
+            self._optimizer.flush()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Guard:
+        self()
+        return _Guard(None)
+
+    def __reduce__(self) -> tuple[type[_Guard], tuple[None]]:
+        self()
+        return _Guard, (None,)
+
+
+def _gated(root: nn.Module) -> Iterable[tuple[str, nn.Parameter, GatedLayer]]:
+    """The weights that can be followed, with their names and layers.
+
+    Each is read by one layer inside the root, whose first dimension has gates, and is large enough.
+    """
+    owners: dict[int, int] = {}
+    for _, parameter in root.named_parameters(remove_duplicate=False):
+        owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    for name, layer in root.named_modules():
+        if layer is root or not isinstance(layer, GatedLayer) or layer.gates is not root.l0:
+            continue
+        weight = layer._parameters.get("weight")
+        port = layer.in_port if layer.stored_in_out else layer.out_port
+        if weight is None or weight.dim() < 2 or port < 0:
+            continue
+        fits = weight.dtype in DTYPES and rows_contiguous(weight) and weight.numel() >= LEAST
+        if fits and owners[id(weight)] == 1:
+            yield f"{name}.weight", weight, layer

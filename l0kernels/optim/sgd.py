@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SGD that updates the open rows of gated weights only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.sgd import sgd
+
+from l0kernels.ops.sgd_rows import sgd_rows, sgd_rows_catch_up
+from l0kernels.optim.rows import FollowsDraws, Rows
+
+
+class SGD(FollowsDraws, torch.optim.SGD):
+    """``torch.optim.SGD`` that touches only the open rows of gated weights.
+
+    After :meth:`flush` all parameters and the state are those of ``torch.optim.SGD``, to rounding.
+
+    A step with gradient zero takes each element (w, v), v its momentum buffer, to M (w, v) with
+
+        v' = momentum v + (1 - dampening) weight_decay w,
+        w' = w - lr v',  with nesterov  w - lr (weight_decay w + momentum v'),
+
+    and without momentum w' = (1 - lr weight_decay) w. M depends on nothing but the settings of the
+    group, so the steps that a row has missed are one product of 2 x 2 matrices in float64, applied
+    when the row opens or is flushed. Learning rates and all other settings may change at any step:
+    each step has the matrix of its own settings.
+
+    Weights whose first dimension has gates are treated so (``row_weights`` names them): float32 or
+    float64, contiguous or channels_last, of at least 16384 elements, read by one layer. All other
+    parameters, and every weight in the step that makes its momentum buffer, are updated by
+    PyTorch. On a CPU open rows are updated in C++; on a GPU, and where the library is not built, by
+    PyTorch operations, and on a GPU the host waits once per weight and step; ``use_impl`` of
+    "cuda" or "triton", which have no kernels for it, raises.
+
+    Draws in training mode bring their open rows up to date. These flush: draws in eval mode (thus
+    evaluation and ``frozen``), ``state_dict`` and ``load_state_dict`` of the optimizer and of the
+    model, ``copy.deepcopy`` and pickling of the model, ``compact``, ``revert``, every 1024th step.
+    Call ``flush()`` yourself before anything else reads or writes weights: ``layer.weight``,
+    ``parameters()``, ``AveragedModel.update_parameters``, a submodule's ``state_dict``, another
+    optimizer. A write in between (unless through ``.data``, which nobody can see), or a gradient
+    that is not zero in closed rows (a penalty on weights), raises; after a flush before each
+    forward both work, at the cost of all rows.
+
+    Clipping, ``GradScaler`` (unscales here; skipped steps), accumulation over several draws,
+    ``hold``, several groups, DDP and ``zero_grad`` of both kinds work as with PyTorch's. A weight
+    without gradient is left alone, as PyTorch's leaves it. Pickles and copies of the optimizer
+    follow no draws: they do what PyTorch's does. A new optimizer of this kind for the same weights
+    flushes the one before and takes over.
+
+    Args:
+        params, lr, momentum, dampening, weight_decay, nesterov, maximize: as in
+            ``torch.optim.SGD``.
+        model: a converted model, or a wrapper around one, on its device and in its dtype.
+        foreach, fused: how PyTorch updates the other parameters.
+        differentiable: not supported.
+
+    Raises:
+        ValueError: the model has no gates, or ``differentiable``.
+
+    Source: lazy updates without momentum in Carpenter, "Lazy sparse stochastic gradient descent for
+    regularized multinomial logistic regression" (Alias-i, 2008).
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        model: nn.Module,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        if differentiable:
+            raise ValueError("differentiable: expected False, got True")
+        self._follow(model)
+        self._tables: list[Tensor] = []
+        super().__init__(
+            params,
+            lr,
+            momentum,
+            dampening,
+            weight_decay,
+            nesterov,
+            maximize=maximize,
+            foreach=foreach,
+            fused=fused,
+        )
+        # A GradScaler is to unscale gradients and to skip steps itself.
+        self.__dict__.pop("_step_supports_amp_scaling", None)
+        self._begin()
+
+    def _has_state(self, weight: Tensor, group: dict[str, Any]) -> bool:
+        return group["momentum"] == 0 or self._velocity(weight) is not None
+
+    def _velocity(self, weight: Tensor) -> Tensor | None:
+        return self.state[weight].get("momentum_buffer") if weight in self.state else None
+
+    def _update(self, rows: Rows, group: dict[str, Any]) -> None:
+        weight = rows.weight
+        assert weight.grad is not None
+        sgd_rows(
+            weight.data,
+            self._velocity(weight) if group["momentum"] else None,
+            weight.grad,
+            rows.last,
+            self._now,
+            lr=float(group["lr"]),
+            momentum=group["momentum"],
+            dampening=group["dampening"],
+            weight_decay=float(group["weight_decay"]),
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+        )
+
+    def _update_whole(self, group: dict[str, Any], weights: list[Tensor]) -> None:
+        momentum = group["momentum"]
+        grads = [weight.grad for weight in weights if weight.grad is not None]
+        found = [self._velocity(weight) if momentum else None for weight in weights]
+        turned = [_turned(*tensors) for tensors in zip(weights, grads, found, strict=True)]
+        buffers = _in_order(found, turned) if momentum else []
+        sgd(
+            _in_order(weights, turned),
+            _in_order(grads, turned),
+            buffers,
+            has_sparse_grad=any(grad.is_sparse for grad in grads),
+            foreach=group["foreach"],
+            fused=group["fused"],
+            weight_decay=group["weight_decay"],
+            momentum=momentum,
+            lr=group["lr"],
+            dampening=group["dampening"],
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+        )
+        for i, buffer in enumerate(buffers):
+            if found[i] is None:  # made in this step
+                made = buffer.permute(0, 3, 1, 2) if turned[i] else buffer
+                self.state[weights[i]]["momentum_buffer"] = made
+
+    def _catch_up(self, rows: Rows, group: int, which: Tensor | None, mark: int) -> None:
+        # Through .data: rows that a graph has read are up to date and stay as they are, so that
+        # backward may follow; and the version counter would say that they have changed.
+        velocity = self._velocity(rows.weight)
+        table = self._tables[group]
+        sgd_rows_catch_up(rows.weight.data, velocity, rows.last, which, table, self._now, mark)
+
+    def _remember(self) -> None:
+        for number, group in enumerate(self.param_groups):
+            table = step_matrix(group) @ self._tables[number]
+            self._tables[number] = torch.cat((_identity(), table))
+
+    def _forget(self) -> None:
+        self._tables = [_identity() for _ in self.param_groups]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_tables" not in self.__dict__:  # a copy
+            self._forget()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        self._tables.append(_identity())
+
+
+def _turned(*tensors: Tensor | None) -> bool:
+    """Whether all are channels_last: PyTorch's fused update copies what is not contiguous."""
+    return all(
+        tensor is None
+        or (
+            tensor.dim() == 4
+            and not tensor.is_contiguous()
+            and tensor.is_contiguous(memory_format=torch.channels_last)
+        )
+        for tensor in tensors
+    )
+
+
+def _in_order(tensors: Sequence[Any], turned: list[bool]) -> list[Any]:
+    """The tensors, and None for None, as contiguous views where they are turned."""
+    return [
+        tensor.permute(0, 2, 3, 1) if turn and tensor is not None else tensor
+        for tensor, turn in zip(tensors, turned, strict=True)
+    ]
+
+
+def _identity() -> Tensor:
+    return torch.eye(2, dtype=torch.float64)[None]
+
+
+def step_matrix(group: dict[str, Any]) -> Tensor:
+    """The matrix of one step with gradient zero on (w, v), float64 of shape [2, 2]."""
+    lr, momentum, decay = float(group["lr"]), group["momentum"], float(group["weight_decay"])
+    if momentum == 0:
+        return torch.tensor([[1 - lr * decay, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    of_w, of_v = (1 - group["dampening"]) * decay, momentum  # the new v
+    if group["nesterov"]:
+        row = [1 - lr * (decay + momentum * of_w), -lr * momentum * of_v]
+    else:
+        row = [1 - lr * of_w, -lr * of_v]
+    return torch.tensor([row, [of_w, of_v]], dtype=torch.float64)
