@@ -5,6 +5,7 @@ import copy
 import gc
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +68,7 @@ class Task:
         device: where it runs.
         seed: of weights, data and gates.
         amp: dtype of autocast around forward and loss; None: no autocast.
+        open_rows: ours has `l0.optim.SGD`, which updates open rows only.
     """
 
     network: Network
@@ -74,6 +76,7 @@ class Task:
     device: torch.device
     seed: int = 0
     amp: torch.dtype | None = None
+    open_rows: bool = False
 
 
 class Arm:
@@ -88,6 +91,7 @@ class Arm:
         y: labels.
         amp: dtype of autocast around forward and loss in `step`; None: no autocast.
         named: the weights by their names in the plain network; None: as in `net`.
+        open_rows: `net` is converted, and `l0.optim.SGD` updates open rows only.
     """
 
     def __init__(
@@ -99,6 +103,7 @@ class Arm:
         y: Tensor,
         amp: torch.dtype | None = None,
         named: dict[str, nn.Parameter] | None = None,
+        open_rows: bool = False,
     ):
         self.net, self.loss, self.gates, self.x, self.y = net, loss, list(gates), x, y
         self.amp = amp
@@ -107,13 +112,16 @@ class Arm:
         weights = [p for p in net.parameters() if p not in own]
         self.trained = [*weights, *self.gates]
         # torch's fused SGD copies every gradient that is not contiguous, for nothing: it gets
-        # contiguous views of the same memory, in all variants alike.
-        self.views = [nn.Parameter(contiguous_view(p.detach())) for p in self.trained]
+        # contiguous views of the same memory, in all variants alike. Ours takes care of that.
+        self.views = [
+            p if open_rows else nn.Parameter(contiguous_view(p.detach())) for p in self.trained
+        ]
         groups: list[dict[str, object]] = [{"params": self.views[: len(weights)]}]
         if self.gates:
             fixed = {"params": self.views[len(weights) :], "lr": 0.0, "weight_decay": 0.0}
             groups.append(fixed)
-        self.optimizer = torch.optim.SGD(
+        make = partial(l0.optim.SGD, model=net) if open_rows else torch.optim.SGD
+        self.optimizer = make(
             groups,
             lr=LEARNING_RATE,
             momentum=MOMENTUM,
@@ -130,7 +138,7 @@ class Arm:
             parameter.grad = view.grad = None
         loss.backward()
         for parameter, view in zip(self.trained, self.views, strict=True):
-            if parameter.grad is not None:
+            if parameter.grad is not None and view is not parameter:
                 view.grad = contiguous_view(parameter.grad)
         self.optimizer.step()
 
@@ -312,7 +320,15 @@ def our_arm(task: Task, net: nn.Module, x: Tensor, y: Tensor) -> Arm:
     expected = {g.producer: w for g, w in zip(task.network.groups, widths, strict=True)}
     if list(got.items()) != list(expected.items()):  # draws are in the order of the gates
         raise RuntimeError(f"expected convert to gate {expected}, got {got}")
-    return Arm(net, lambda x, y: our_loss(net, x, y), [gates.log_alpha], x, y, task.amp)
+    return Arm(
+        net,
+        lambda x, y: our_loss(net, x, y),
+        [gates.log_alpha],
+        x,
+        y,
+        task.amp,
+        open_rows=task.open_rows,
+    )
 
 
 def our_loss(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:

@@ -70,6 +70,12 @@ def add_step(kinds: Any) -> None:
         help=f"of {','.join(ALL_VARIANTS)} (default: {','.join(VARIANTS)})",
     )
     steps.add_argument("--amp", choices=step.AMP, default=default.amp, help="default: %(default)s")
+    steps.add_argument(
+        "--optimizer",
+        choices=step.OPTIMIZERS,
+        default=default.optimizer,
+        help="of ours: torch's SGD as the others, or l0.optim.SGD (default: %(default)s)",
+    )
     steps.add_argument("--plot", type=Path, metavar="PNG", help="draw the figure into this file")
     add_shared(steps, default)
     steps.set_defaults(measure=run_step)

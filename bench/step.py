@@ -28,6 +28,7 @@ from .figures import Figure, Sheet, markdown, timed, write_texts
 from .operators import options_of
 from .timing import Runs, Spread, environment, interleave, middle_run, paired, require_passive_wait
 
+OPTIMIZERS = ("torch", "open-rows")
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Name in tables: (over, under).
 RATIOS = {
@@ -45,18 +46,19 @@ RATIOS = {
 }
 CONTENT = (
     "A step is gate draw + penalty + forward + backward + optimizer (SGD, Nesterov momentum .9, "
-    "weight decay 5e-4, torch's fused implementation for every variant); gates are redrawn every "
-    "step. dense is the full network without gates. The oracle is the network at the widths that "
-    "ours draws in a round: it ends the round, rebuilt and warmed up outside the clock after ours "
-    "has run, so that ours pays for what oneDNN prepares at widths it has not met, as in training; "
-    "oracle-onednn is the same with linear layers in oneDNN. oracle-rounded, after it, is built "
-    "once at round(open fraction * width), where widths are often multiples of 16, which CPU "
-    "convolutions are fastest at; torch-pruning has these widths too, torch-prune masks the same "
-    "units. None of these has gates to draw. The others take turns in being first. "
-    "oracle-rounded, torch-pruning and index-select, which draws widths of its own, prepare some "
-    "widths for ours too (--variants leaves variants out). S = other / ours, R = ours / oracle: "
-    "medians of ratios paired round by round, quartiles in brackets. Of several runs the one with "
-    "the middle median counts; the JSON has all."
+    "weight decay 5e-4, torch's fused implementation for every variant; --optimizer open-rows: "
+    "l0.optim.SGD for ours); gates are redrawn every step. dense is the full network without "
+    "gates. The oracle is the network at the widths that ours draws in a round: it ends the "
+    "round, rebuilt and warmed up outside the clock after ours has run, so that ours pays for "
+    "what oneDNN prepares at widths it has not met, as in training; oracle-onednn is the same "
+    "with linear layers in oneDNN. oracle-rounded, after it, is built once at round(open "
+    "fraction * width), where widths are often multiples of 16, which CPU convolutions are "
+    "fastest at; torch-pruning has these widths too, torch-prune masks the same units. None of "
+    "these has gates to draw. The others take turns in being first. oracle-rounded, torch- "
+    "pruning and index-select, which draws widths of its own, prepare some widths for ours too "
+    "(--variants leaves variants out). S = other / ours, R = ours / oracle: medians of ratios "
+    "paired round by round, quartiles in brackets. Of several runs the one with the middle "
+    "median counts; the JSON has all."
 )
 
 
@@ -75,6 +77,7 @@ class Setting:
         device: "cpu", "cuda" or "cuda:N".
         seed: of weights, data and gates.
         amp: autocast around forward and loss: "none", "bf16" or "fp16" (without loss scaling).
+        optimizer: of ours: "torch", as the others have it, or "open-rows": `l0.optim.SGD`.
         threads: of the CPU; None: torch's choice.
     """
 
@@ -88,6 +91,7 @@ class Setting:
     device: str = "cpu"
     seed: int = 0
     amp: str = "none"
+    optimizer: str = "torch"
     threads: int | None = None
 
 
@@ -163,6 +167,7 @@ def measure(setting: Setting) -> Report:
         torch.device(setting.device),
         setting.seed,
         AMP[setting.amp],
+        setting.optimizer == "open-rows",
     )
     before = environment(setting.device)
     reasons = {name: why_not(task, name) for name in setting.variants}
@@ -189,6 +194,9 @@ def check(setting: Setting) -> None:
         raise ValueError(f"expected batch >= 1, rounds >= 1 and runs >= 1, got {numbers}")
     if setting.amp not in AMP:
         raise ValueError(f"expected amp among {', '.join(AMP)}, got {setting.amp!r}")
+    if setting.optimizer not in OPTIMIZERS:
+        known = ", ".join(OPTIMIZERS)
+        raise ValueError(f"expected an optimizer among {known}, got {setting.optimizer!r}")
     if torch.device(setting.device).type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(f"expected a CUDA device for {setting.device!r}, found none")
 
@@ -257,7 +265,8 @@ def table(report: Report) -> str:
 def title(report: Report) -> str:
     setting, where = report.setting, report.environment
     return (
-        f"{setting.model}, batch {setting.batch}, autocast {setting.amp},"
+        f"{setting.model}, batch {setting.batch}, autocast {setting.amp}, optimizer of ours"
+        f" {setting.optimizer},"
         f" {setting.runs} x {setting.rounds} rounds;"
         f" {where['device']}"
         f" ({where['cpu']}), {where['threads']} threads, torch {where['torch']}, l0kernels"

@@ -33,6 +33,15 @@ def test_writes_every_file_and_nothing_else(finished: Path):
     assert (finished / "step.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
+def test_ours_with_open_rows(tmp_path: Path):
+    """LeNet-5's first linear layer has 400,000 weights."""
+    what = [*QUICK, "--keep", ".25", "--variants", "masked-best,ours,oracle"]
+    assert main([*what, "--optimizer", "open-rows", "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "step.json").read_text())
+    assert "--optimizer open-rows" in report["command"]
+    assert report["rows"][0]["error_after"]["ours"] <= 1e-12
+
+
 def test_json_is_complete(finished: Path):
     report = json.loads((finished / "step.json").read_text())
     assert report["setting"]["model"] == "lenet5"

@@ -3,6 +3,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -162,6 +163,22 @@ def test_steps_equal_the_usual_optimizer(variant: str):
         usual.zero_grad()
         other.loss(other.x, other.y).backward()
         usual.step()
+    for mine, theirs in zip(arm.trained, other.trained, strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_open_rows_are_updated_as_all_rows_are():
+    """WRN-10-2 has weights that are large enough."""
+    plain = task("wrn-10-2")
+    arm = arms.make_arm(replace(plain, open_rows=True), "ours", 0.25)
+    other = arms.make_arm(plain, "ours", 0.25)
+    assert arm.optimizer.row_weights
+    for _ in range(5):
+        arm.step()
+        other.step()
+    waits = {name: t.detach().clone() for name, t in arm.net.named_parameters()}
+    arm.optimizer.flush()
+    assert any(not torch.equal(waits[n], t) for n, t in arm.net.named_parameters())
     for mine, theirs in zip(arm.trained, other.trained, strict=True):
         assert torch.allclose(mine, theirs, rtol=1e-5, atol=1e-6)
 
