@@ -55,8 +55,8 @@ CONTENT = (
     "fraction * width), where widths are often multiples of 16, which CPU convolutions are "
     "fastest at; torch-pruning has these widths too, torch-prune masks the same units. None of "
     "these has gates to draw. The others take turns in being first. oracle-rounded, "
-    "torch-pruning and index-select, which draws widths of its own, prepare some widths for ours too "
-    "(--variants leaves variants out). S = other / ours, R = ours / oracle: medians of ratios "
+    "torch-pruning and index-select, which draws widths of its own, prepare some widths for ours "
+    "too (--variants leaves variants out). S = other / ours, R = ours / oracle: medians of ratios "
     "paired round by round, quartiles in brackets. Of several runs the one with the middle "
     "median counts; the JSON has all."
 )
