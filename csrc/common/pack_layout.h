@@ -36,8 +36,13 @@ inline bool has_layout(const Tensor& t, bool channels_last) {
   return t.numel() == 0 || is_dense(t, channels_last);
 }
 
+// Where one channel or one pixel leaves it open in memory, the strides say so, by which
+// convolutions choose their layout.
 inline bool is_channels_last(const Tensor& weight) {
-  return weight.dim() == 4 && has_layout(weight, true) && !has_layout(weight, false);
+  if (weight.dim() != 4 || !has_layout(weight, true)) return false;
+  const bool strided_so = weight.stride(1) == 1 && weight.stride(3) == weight.size(1);
+  return !has_layout(weight, false) ||
+         (strided_so && weight.size(1) * weight.size(2) * weight.size(3) > 1);
 }
 
 inline MemoryFormat format_of(bool channels_last) {

@@ -22,6 +22,10 @@ from l0kernels.gates.ref import GateRef
 from l0kernels.gates.rounding import Rounding
 
 GPU_MULTIPLE = 16  # channels that a tensor core's instruction takes
+# Channels of a vector of oneDNN, which prepares a convolution for a width in about a millisecond.
+# Of small groups it computes less without what would be added.
+CPU_MULTIPLES = (16, 8)
+MOST_ADDED = 1 / 8  # of a group
 # Numbers in the weights of a model for which a call costs more than keeping packed gradients.
 FEW_WEIGHTS = 1 << 22
 
@@ -126,7 +130,7 @@ class Gates(nn.Module):
         self._graphs: weakref.WeakSet[Graph] = weakref.WeakSet()
         # Those that pack together, from the first forward on: see l0kernels.nn.packing.Members.
         self.layers: weakref.WeakKeyDictionary[Any, dict[bool, torch.dtype | None]] | None = None
-        self._has_few_weights = False
+        self._has_few_weights = self._has_convolutions = False
         self._held = 0
         # Optimizers that leave closed rows behind: they are told of every draw.
         self.followers: list[Follower] = []
@@ -247,6 +251,7 @@ class Gates(nn.Module):
         if not layers:
             raise ValueError("attach: expected a model with layers that use these gates, got none")
         self._plan_ports(layers)
+        self._has_convolutions = any(isinstance(m, nn.modules.conv._ConvNd) for m in layers)
         self.layers = self._draw = None
         names = {module: name for name, module in root.named_modules()}
         norms = [m for m in layers if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -429,12 +434,15 @@ class Gates(nn.Module):
             return self._together
         return self._has_few_weights or self.log_alpha.is_cuda
 
-    @property
-    def multiple(self) -> int:
-        """What the packed widths of groups are rounded up to multiples of, where they can be."""
+    def multiple_of(self, size: int) -> int:
+        """What the packed width of a group is rounded up to multiples of, where it can be."""
         if self._multiple is not None:
             return self._multiple
-        return GPU_MULTIPLE if self.log_alpha.is_cuda else 1
+        if self.log_alpha.is_cuda:
+            return GPU_MULTIPLE
+        if not self._has_convolutions:
+            return 1
+        return next((m for m in CPU_MULTIPLES if m <= MOST_ADDED * size), 1)
 
     def span(self, port: int, draw: Draw) -> tuple[int, int]:
         """Where the packed features of a port lie in the lists of a draw; (-1, 0) for no port."""
@@ -579,11 +587,11 @@ class Gates(nn.Module):
     ) -> Draw:
         version = self.log_alpha._version
         places = self.port_starts, self.port_selects
-        rounding = None if self.multiple == 1 else self.rounding
-        widths = None
-        if rounding is not None:
+        rounding, widths = self.rounding, None
+        # The largest group has the largest multiple.
+        if rounding is not None and self.multiple_of(max(self.sizes)) > 1:
             lists = rounding.lists(z, lists)
-            widths = functools.partial(rounding.widths, multiple=self.multiple)
+            widths = functools.partial(rounding.widths, multiple_of=self.multiple_of)
         return Draw(z, lists, *places, self.training, version, expected, drawn_from, widths)
 
     def _sample(self, cost: Tensor) -> tuple[Tensor, Tensor, OpenLists, Tensor]:

@@ -27,8 +27,8 @@ class Units(NamedTuple):
 class Rounding:
     """Rounds the number of packed units of a group up to a multiple; dummies make up for it.
 
-    A GPU's libraries plan each convolution anew for every width, and odd widths are slow. The
-    first closed units follow the open ones: they pass as zeros, as the dummies of narrow layers do,
+    Libraries prepare each convolution anew for every width, and odd widths are slow. The first
+    closed units follow the open ones: they pass as zeros, as the dummies of narrow layers do,
     so no result changes. A group is rounded if all its ports carry its units alone and in order;
     where features of several groups meet, only the kernels know their order.
 
@@ -77,10 +77,15 @@ class Rounding:
         order = torch.sort(self.order + closed, stable=True).indices - self.first
         return lists._replace(index=torch.where(self.is_rounded, order, lists.index))
 
-    def widths(self, counts: Sequence[int], multiple: int) -> list[int]:
-        """The packed widths for the numbers of features that kernels counted."""
+    def widths(self, counts: Sequence[int], multiple_of: Callable[[int], int]) -> list[int]:
+        """The packed widths for the numbers of features that kernels counted.
+
+        Args:
+            counts: of every port.
+            multiple_of: maps the size of a group to what its width is rounded up to multiples of.
+        """
         return [
-            count if units is None else _rounded(count, units, multiple)
+            count if units is None else _rounded(count, units, multiple_of(units.size))
             for count, units in zip(counts, self.ports, strict=True)
         ]
 

@@ -6,6 +6,9 @@ slow on other makers' processors: oneDNN, which PyTorch has for convolutions, ne
 on some. Which one is faster depends on the processor, on the product (a forward pass, the
 gradient of its input, that of its weight) and on whether rows are few, and is found out by timing
 one product of each kind, once for a processor: a file in the user's cache keeps the answer.
+
+oneDNN prepares every shape that it has not met, for some hundred microseconds, and widths change
+with every draw: only large products are worth it.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from l0kernels._files import write_whole
 from l0kernels.info import cpu_name
 
 PRODUCTS = ("forward", "dgrad", "wgrad")
-LEAST = 1 << 22  # multiplications of a product for which choosing pays
+LEAST = 1 << 27  # multiplications of a product for which choosing pays
 FEW_ROWS = 32
 CLEARLY = 0.95  # of PyTorch's time: below it oneDNN is taken
 ROUNDS = 7

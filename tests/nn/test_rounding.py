@@ -118,5 +118,26 @@ def test_widths():
     maps = [torch.zeros(2, 20, dtype=torch.int64), torch.zeros(2, 40, dtype=torch.int64)]
     rounding = Rounding(maps, [Units(20, 1), Units(20, 2)])
     for count, width in ((2, 16), (16, 16), (17, 20), (20, 20)):
-        assert rounding.widths([count, 2 * count], 16) == [width, 2 * width]
-    assert Rounding(maps, [None, Units(20, 2)]).widths([5, 10], 16) == [5, 32]
+        assert rounding.widths([count, 2 * count], lambda size: 16) == [width, 2 * width]
+    assert Rounding(maps, [None, Units(20, 2)]).widths([5, 10], lambda size: 16) == [5, 32]
+
+
+def test_on_a_cpu_wide_groups_of_convolutions_are_rounded():
+    """To 16 from 128 units on, to 8 from 64 on; those of linear layers are not."""
+    widths = (200, 128, 127, 64, 63)
+    channels = zip((3, *widths[:-1]), widths, strict=True)
+    layers = [layer for c in channels for layer in (nn.Conv2d(*c, 1), nn.ReLU())]
+    net = nn.Sequential(*layers, nn.Conv2d(widths[-1], 2, 1))
+    l0.convert(net, "hard_concrete", example_inputs=(torch.randn(2, 3, 4, 4),))
+    assert [net.l0.multiple_of(size) for size in widths] == [16, 16, 8, 8, 1]
+    nn.init.constant_(net.l0.log_alpha, -1.0)
+    with l0.hold(net):
+        draw = net.l0.current_draw()
+        rounded = [-(-n // m) * m for n, m in zip(draw.counts, (16, 16, 8, 8, 1), strict=False)]
+        assert draw.widths[:5] == rounded != draw.counts[:5]
+        packed = net(torch.ones(1, 3, 4, 4))
+        with l0.use_impl("reference"):
+            torch.testing.assert_close(packed, net(torch.ones(1, 3, 4, 4)))
+    linear = nn.Sequential(nn.Linear(6, 256), nn.ReLU(), nn.Linear(256, 2))
+    l0.convert(linear, "hard_concrete", example_inputs=(torch.randn(2, 6),))
+    assert linear.l0.multiple_of(256) == 1

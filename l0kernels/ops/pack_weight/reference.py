@@ -58,12 +58,16 @@ def feature_scale(z: Tensor, feature_map: Tensor, features: Tensor | None) -> Te
 
 
 def is_channels_last(weight: Tensor) -> bool:
-    """Tells whether a weight is packed to channels_last."""
-    return (
-        weight.dim() == 4
-        and weight.is_contiguous(memory_format=torch.channels_last)
-        and not weight.is_contiguous()
-    )
+    """Tells whether a weight is packed to channels_last.
+
+    Where one channel or one pixel leaves it open in memory, the strides say so, by which
+    convolutions choose their layout.
+    """
+    if weight.dim() != 4 or not weight.is_contiguous(memory_format=torch.channels_last):
+        return False
+    _, channels, *kernel = weight.shape
+    strided_so = weight.stride(1) == 1 and weight.stride(3) == channels
+    return not weight.is_contiguous() or (strided_so and channels * kernel[0] * kernel[1] > 1)
 
 
 def _along(values: Tensor, dim: int, ndim: int) -> Tensor:
