@@ -15,6 +15,7 @@ from l0kernels.bench.figures import Sheet
 from l0kernels.bench.plot import STYLES
 from l0kernels.bench.timing import Spread, middle, paired, spread
 from l0kernels.cli import main
+from l0kernels.nn import matmul
 
 QUICK = ["bench", "step", "--model", "lenet5", "--batch", "4", "--rounds", "2", "--warmup", "1"]
 QUICK += ["--runs", "1"]
@@ -226,8 +227,8 @@ def test_peers_run_or_say_why_not(
 def test_wrong_weights_of_an_ungated_variant_have_no_figures(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    times = peers._times
-    monkeypatch.setattr(peers, "_times", lambda *args: times(*args) * 1.1)
+    product = matmul._product
+    monkeypatch.setattr(matmul, "_product", lambda *args: product(*args) * 1.1)
     assert main([*QUICK, "--keep", ".5", "--variants", "oracle-onednn"]) == 2
     captured = capsys.readouterr()
     assert "of its twin, got {'oracle-onednn'" in captured.err

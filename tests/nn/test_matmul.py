@@ -80,7 +80,7 @@ def test_upstream_gradients_of_any_strides(chosen, kind):
         assert_within_budget(got, true, other)
 
 
-@pytest.mark.parametrize("needed", itertools.product((False, True), repeat=3))
+@pytest.mark.parametrize("needed", list(itertools.product((False, True), repeat=3)))
 def test_gradients_that_nobody_needs_are_not_computed(needed, monkeypatch):
     tensors = [torch.randn(9, 5), torch.randn(4, 5), torch.randn(4)]
     for tensor, wanted in zip(tensors, needed, strict=True):
