@@ -72,11 +72,19 @@ def drop_reader(net: nn.Module) -> None:
 
 
 def update_closed_statistics(net: nn.Module) -> None:
-    def update(index, is_open, mean, var):
-        net.norm.running_mean[index] = mean
-        net.norm.running_var[index] = 0.9 * var + 0.1
+    norm = net.norm
+    run = norm._in_one
 
-    net.norm._keep_statistics = update
+    def in_one(x, draw):
+        y = run(x, draw)
+        closed = torch.ones(norm.num_features, dtype=torch.bool)
+        closed[draw.index[norm.out_port]] = False
+        if norm.training:
+            norm.running_mean[closed] *= 0.9
+            norm.running_var[closed] *= 0.9
+        return y
+
+    norm._in_one = in_one
 
 
 def change_parameter(net: nn.Module) -> None:
