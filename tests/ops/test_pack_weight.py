@@ -396,6 +396,22 @@ def test_strided_gates_and_indices(impl):
 # ---- Inf and NaN ----
 
 
+@pytest.mark.parametrize("shape", [(9, 1, 3, 3), (9, 6, 1, 1)])
+@pytest.mark.parametrize("strides", ["channels_last", "contiguous"])
+def test_strides_decide_where_memory_leaves_the_layout_open(impl, shape, strides):
+    """Convolutions choose their layout by them: one channel or one pixel is dense in both."""
+    layout = torch.channels_last if strides == "channels_last" else torch.contiguous_format
+    weight = torch.empty(shape, memory_format=layout).normal_().requires_grad_()
+    rows = torch.tensor([1, 4, 5])
+    packed = pack_weight(weight, rows=rows)
+    assert packed.stride() == torch.empty_like(weight[:3]).stride()
+    assert torch.equal(packed, weight[rows])
+    packed.sum().backward()
+    assert weight.grad is not None
+    if impl != "reference":  # whose gradient autograd lays out
+        assert weight.grad.stride() == weight.stride()
+
+
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dummies", [False, True])

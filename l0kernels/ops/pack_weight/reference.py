@@ -100,7 +100,7 @@ def pack_weight(
         # Masked on both sides of the product: Inf * 0 is NaN, forward and in both gradients.
         packed = (packed.to(scale.dtype) * scale).masked_fill(closed, 0)
     layout = torch.channels_last if is_channels_last(weight) else torch.contiguous_format
-    return packed.to(dtype or weight.dtype).contiguous(memory_format=layout)
+    return packed.to(dtype or weight.dtype).clone(memory_format=layout)
 
 
 def pack_weights(
