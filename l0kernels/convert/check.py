@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -150,9 +151,9 @@ def _backward(outputs: list[Tensor], training: bool) -> None:
     outputs = [torch.view_as_real(t) if t.is_complex() else t for t in outputs]
     # Where masked logits are -Inf there is nothing to learn, and 0 * Inf would spread.
     floating = [
-        torch.where(t.isfinite(), t, 0.0)
+        t if math.isfinite(_largest(t.detach())) else torch.where(t.isfinite(), t, 0.0)
         for t in outputs
-        if t.is_floating_point() and t.requires_grad
+        if t.is_floating_point() and t.requires_grad and t.numel()
     ]
     if not floating:
         if training:
@@ -161,7 +162,7 @@ def _backward(outputs: list[Tensor], training: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     total = 0.0
     for t in floating:
-        weights = torch.randn(t.shape, generator=generator, dtype=t.dtype).to(t.device)
+        weights = torch.randn(t.shape, generator=generator).to(t)
         total = total + (t * weights).sum()
     assert isinstance(total, Tensor)
     total.backward()
@@ -208,8 +209,17 @@ def largest_gradient(found: dict[str, Tensor]) -> float:
 
 def _size(t: Tensor) -> float:
     """Largest finite magnitude."""
-    t = _real(t).abs()
-    return float(torch.where(t.isfinite(), t, 0.0).max()) if t.numel() else 0.0
+    if t.numel() == 0:
+        return 0.0
+    t = _real(t)
+    size = _largest(t)
+    return size if math.isfinite(size) else _largest(torch.where(t.isfinite(), t, 0.0))
+
+
+def _largest(t: Tensor) -> float:
+    """Largest magnitude, NaN where an element is."""
+    least, most = t.aminmax()
+    return max(-float(least), float(most))
 
 
 def _real(t: Tensor) -> Tensor:
@@ -222,9 +232,12 @@ def _distance(got: Tensor, expected: Tensor) -> float:
     if got.numel() == 0:
         return 0.0
     got, expected = _real(got), _real(expected)
+    distance = _largest(got - expected)
+    if math.isfinite(distance):
+        return distance
     same = (got == expected) | (got.isnan() & expected.isnan())
     apart = torch.where(same, 0.0, (got - expected).abs())
-    return float(torch.where(apart.isnan(), torch.inf, apart).max())
+    return _largest(torch.where(apart.isnan(), torch.inf, apart))
 
 
 def forced_draws(gates: Gates) -> list[Tensor]:

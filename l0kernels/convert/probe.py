@@ -285,6 +285,9 @@ class Probe:
         if training.signature() != modes[0].signature():
             modes.append(training)
         self._points = [point for mode in modes for point in self._points_of(mode)]
+        outputs = [t for mode in modes for calls in mode.outputs_of.values() for t in calls]
+        largest = max((t.numel() for t in outputs), default=0)
+        self._noise = _Noise(largest, next(self.model.parameters()).device)
         # In the order of the mode that calls more.
         modes.sort(key=lambda mode: -len(mode.calls))
         readers = dict.fromkeys(name for mode in modes for name in mode.calls)
@@ -352,7 +355,7 @@ class Probe:
     def _settle(self, point: _Point) -> bool:
         """Note what modules read at a point; whether the model can be there."""
         self._now, self._changes, self._calls, self._settling = point, {}, {}, True
-        self._last = None
+        self._last, self._changed = None, True
         try:
             results = self._run(point.training, point.signed_arguments(), NoDropout())
         except Exception:  # values of another sign need not be legal inputs
@@ -385,15 +388,18 @@ class Probe:
         index = self._calls.get(name, 0)
         self._calls[name] = index + 1
         if isinstance(x, Tensor):
-            if name in self._modules_read:
-                self._note(name, x, index)
-            else:
+            if name not in self._modules_read:
                 self._note_sums(name, x, index)
+            elif self._changed or name in self._kept:
+                self._note(name, x, index)
         if name not in self._now.outputs_of:
             return forward(*args, **kwargs)
         out = self._now.output(name, index)
         change = self._changes.get(name)
-        return out if change is None else change(out)
+        if change is None:
+            return out
+        self._changed = True
+        return change(out)
 
     def _note(self, name: str, x: Tensor, index: int) -> None:
         """Record or compare what a layer or passage reads."""
@@ -405,8 +411,10 @@ class Probe:
                 # Cloned: the next forward may write there.
                 found = x.clone()
             else:
-                new = (x != self._now.inputs_of[name][index]).movedim(dim, 0)
-                found = new.reshape(len(new), -1).any(1).cpu()
+                new = (x != self._now.inputs_of[name][index]).view(torch.uint8)
+                others = [d for d in range(x.dim()) if d != dim % x.dim()]
+                # A maximum of bytes is faster than any().
+                found = (new.amax(others) if others and new.numel() else new).bool().cpu()
             self._last = (key, x, found)
         found = self._last[2]
         if self._settling:
@@ -419,9 +427,10 @@ class Probe:
 
     def _note_sums(self, name: str, x: Tensor, index: int) -> None:
         """Record or compare what another module reads."""
-        if self._settling or name not in self._touched.others:
-            x = (torch.view_as_real(x) if x.is_complex() else x).double()
-            sums = float(x.sum()), float(x.abs().sum())
+        if self._settling or self._changed and name not in self._touched.others:
+            x = torch.view_as_real(x) if x.is_complex() else x
+            x = x if x.is_floating_point() else x.double()
+            sums = float(x.sum()), float(torch.linalg.vector_norm(x))
             if self._settling:
                 self._now.sums_of.setdefault(name, []).append(sums)
             elif sums != self._now.sums_of[name][index]:
@@ -441,6 +450,7 @@ class Probe:
 
     def _replay(self, point: _Point, changes: Mapping[str, Change]) -> None:
         self._now, self._changes, self._calls, self._last = point, changes, {}, None
+        self._changed = False
         try:
             results = self._run(point.training, point.signed_arguments(), NoDropout())
         except Exception:
@@ -466,9 +476,9 @@ class Probe:
         self._touched, self._kept = Touched(), {}
         for point in self._points:
             for size, share in point.sizes[:most]:
-                generator = torch.Generator().manual_seed(seed)
+                noise = self._noise.starting(seed)
                 changes = {
-                    name: _shift(units, feature_dim(self.modules[name]), size, share, generator)
+                    name: _shift(units, feature_dim(self.modules[name]), size, share, noise)
                     for name, units in chosen.items()
                 }
                 self._replay(point, changes)
@@ -512,19 +522,47 @@ def _lively(t: Tensor, generator: torch.Generator) -> Tensor:
     return (t.abs() + t.abs().mean().clamp_min(1.0)) * (sign * factor).to(t.device)
 
 
+class _Noise:
+    """Uniform numbers in [0, 1): slices of one pool, since drawing would take most of a replay.
+
+    Args:
+        largest: number of elements of the largest slice.
+        device: where they are wanted.
+    """
+
+    def __init__(self, largest: int, device: torch.device) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self._pool = torch.rand(largest + MOST_STARTS - 1, generator=generator).to(device)
+
+    def starting(self, seed: int) -> Callable[[torch.Size], Tensor]:
+        """A function that returns slices by shape, not to be written to; a seed gives the same."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(shape: torch.Size) -> Tensor:
+            start = int(torch.randint(MOST_STARTS, (), generator=generator))
+            return self._pool[start : start + shape.numel()].view(shape)
+
+        return draw
+
+
+MOST_STARTS = 1 << 16
+
+
 def _shift(
-    chosen: Tensor, dim: int, size: float, share: float, generator: torch.Generator
+    chosen: Tensor, dim: int, size: float, share: float, noise: Callable[[torch.Size], Tensor]
 ) -> Change:
     """Move the chosen units by random amounts around ``size`` times their magnitude."""
 
     def change(out: Tensor) -> Tensor:
-        noise, up = torch.rand(2, *out.shape, generator=generator, dtype=out.dtype).to(out.device)
-        amount = torch.where(up < share, 1.0, -1.0) * (noise + 0.5) * size
-        amount = amount * (out.abs() + out.abs().mean().clamp_min(1e-3))
+        magnitude = out.abs()
+        magnitude += magnitude.mean().clamp_min(1e-3)
+        # Up where another random number is below the share.
+        amount = ((noise(out.shape) + 0.5) * size).copysign_(share - noise(out.shape))
         shape = [1] * out.dim()
         shape[dim] = -1
+        moved = (out + amount * magnitude).to(out.dtype)
         # Not a product: 0 * NaN would mark units that were left alone.
-        return torch.where(chosen.view(shape).to(out.device), out + amount, out)
+        return torch.where(chosen.view(shape).to(out.device), moved, out)
 
     return change
 
