@@ -2,7 +2,8 @@
 // pack_weight, pack_weights and their backward passes on the CPU.
 //
 // Weights are seen as lines (common/pack_layout.h): packing gathers within lines, and all loops run
-// over adjacent numbers.
+// over adjacent numbers. A matrix whose output features lie next to each other ("transposed") is
+// worked on as what it is in memory, with the input features as rows.
 #include "common/host_device.h"
 #include "common/pack_layout.h"
 #include "cpu/common.h"
@@ -26,6 +27,7 @@ constexpr int64_t kGrain = 262144;      // numbers per task below which threads 
 constexpr int64_t kChunk = 32768;       // numbers per chunk of the backward pass, about
 constexpr int64_t kMaxChunks = 64;      // each has its own sums, added in the order of the chunks
 constexpr int64_t kProductsInSum = 64;  // products summed in float32 before they go to float64
+constexpr int64_t kLanes = 16;          // sums of a line that grow side by side
 
 // What is computed in: scales, products and short sums.
 template <typename Weight>
@@ -84,6 +86,14 @@ std::vector<S> scales_of(const Axis& axis, const Gates<S>& gates) {
   return scales;
 }
 
+// 1 for every packed feature that is open, 0 for a dummy.
+template <typename S>
+std::vector<S> flags_of(const Axis& axis, const Gates<S>& gates) {
+  std::vector<S> flags = scales_of(axis, gates);
+  for (S& flag : flags) flag = flag != S(0) ? S(1) : S(0);
+  return flags;
+}
+
 template <typename S>
 std::vector<uint8_t> open_rows(const Axis& axis, const Gates<S>& gates) {
   const std::vector<S> scales = scales_of(axis, gates);
@@ -132,6 +142,7 @@ struct Pack {
   bool gathers;             // else whole lines, scaled
   const int64_t* row_full;  // packed -> full
   const uint8_t* row_open;
+  const void* row_scale;  // one per packed row; null: only numbers of a line are scaled
   const int32_t* gather;  // places in a full line
   const void* scale;      // one per packed number of a line
   const int32_t* closed;  // places in a packed line whose scale is 0
@@ -148,16 +159,19 @@ L0K_HD void copy_line(const W* __restrict from, P* __restrict to, int64_t count)
 }
 
 template <typename W, typename P, typename S>
-L0K_HD void scale_line(const W* __restrict from, const S* __restrict scale, P* __restrict to,
-                       int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<P>(static_cast<S>(from[i]) * scale[i]);
+L0K_HD void scale_line(const W* __restrict from, const S* __restrict scale, S row_scale,
+                       P* __restrict to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    to[i] = static_cast<P>(static_cast<S>(from[i]) * scale[i] * row_scale);
+  }
 }
 
 template <typename W, typename P, typename S>
 L0K_HD void gather_line(const W* __restrict from, const int32_t* __restrict gather,
-                        const S* __restrict scale, P* __restrict to, int64_t count) {
+                        const S* __restrict scale, S row_scale, P* __restrict to,
+                        int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
-    to[i] = static_cast<P>(static_cast<S>(from[gather[i]]) * scale[i]);
+    to[i] = static_cast<P>(static_cast<S>(from[gather[i]]) * scale[i] * row_scale);
   }
 }
 
@@ -179,11 +193,12 @@ L0K_HD void pack_rows(const Pack& p, int64_t begin, int64_t end) {
     } else if (p.plain) {
       copy_line(from, to, p.lines * p.packed_line);
     } else {
+      const S row_scale = p.row_scale ? static_cast<const S*>(p.row_scale)[r] : S(1);
       for (int64_t a = 0; a < p.lines; ++a, from += p.full_line, to += p.packed_line) {
         if (p.gathers) {
-          gather_line(from, p.gather, scale, to, p.packed_line);
+          gather_line(from, p.gather, scale, row_scale, to, p.packed_line);
         } else {
-          scale_line(from, scale, to, p.packed_line);
+          scale_line(from, scale, row_scale, to, p.packed_line);
         }
         clear(to, p.closed, p.closed_numbers);
       }
@@ -197,10 +212,12 @@ struct Unpack {
   const void* grad;
   const void* weight;
   void* grad_weight;  // null: not wanted
-  double* sums;       // [chunks, cols], <grad, weight> of every input feature; null: not wanted
+  double* sums;       // <grad, weight> of every input feature, [rows] if these are rows, else
+                      // [chunks, cols]; null: not wanted
   int64_t rows, cols, lines, full_line, packed_line, inner;
   int64_t rows_per_chunk;
   const int64_t* row_slot;  // full -> packed, -1 where closed
+  const void* row_scale;    // one per full row; null: rows are not input features
   bool plain;               // whole lines, not scaled
   bool gathers;             // else whole lines, scaled
   const int32_t* from;      // where open numbers lie in a packed line ...
@@ -243,22 +260,40 @@ L0K_HD void flush(Scratch<S>& scratch) {
 }
 
 template <typename W, typename P, typename S>
-L0K_HD void unpack_line(const Unpack& u, const P* grad, const W* __restrict weight,
+L0K_HD void unpack_line(const Unpack& u, const P* grad, const W* __restrict weight, S row_scale,
                         W* __restrict grad_weight, Scratch<S>& scratch) {
   const S* __restrict scale = static_cast<const S*>(u.scale);
   S* __restrict line = scratch.line.data();
   spread_line(u, grad, line);
   if (grad_weight != nullptr) {
-    for (int64_t i = 0; i < u.full_line; ++i) grad_weight[i] = static_cast<W>(line[i] * scale[i]);
+    for (int64_t i = 0; i < u.full_line; ++i) {
+      grad_weight[i] = static_cast<W>(line[i] * scale[i] * row_scale);
+    }
   }
-  if (u.sums != nullptr) {
+  if (u.sums != nullptr && u.row_scale == nullptr) {
     S* __restrict products = scratch.products.data();
     for (int64_t i = 0; i < u.full_line; ++i) products[i] += line[i] * static_cast<S>(weight[i]);
   }
 }
 
+// <grad, weight> over the open numbers of a line, in short sums of neighbours.
+template <typename W, typename P, typename S>
+L0K_HD double dot_line(const Unpack& u, const P* __restrict grad, const W* __restrict weight) {
+  double total = 0;
+  for (int64_t begin = 0; begin < u.open_numbers; begin += kProductsInSum * kLanes) {
+    const int64_t end = std::min(u.open_numbers, begin + kProductsInSum * kLanes);
+    S sums[kLanes] = {};
+    for (int64_t i = begin; i < end; ++i) {
+      sums[i % kLanes] += static_cast<S>(grad[u.from[i]]) * static_cast<S>(weight[u.to[i]]);
+    }
+    for (S sum : sums) total += static_cast<double>(sum);
+  }
+  return total;
+}
+
 template <typename W, typename P>
 L0K_HD void unpack_rows(const Unpack& u, int64_t chunk, Scratch<Compute<W>>& scratch) {
+  using S = Compute<W>;
   const int64_t end = std::min(u.rows, (chunk + 1) * u.rows_per_chunk);
   const int64_t lines_per_flush = std::max<int64_t>(1, kProductsInSum / u.lines) * u.lines;
   int64_t lines_summed = 0;
@@ -274,21 +309,26 @@ L0K_HD void unpack_rows(const Unpack& u, int64_t chunk, Scratch<Compute<W>>& scr
       continue;
     }
     const P* grad = static_cast<const P*>(u.grad) + slot * u.lines * u.packed_line;
+    S row_scale = S(1);
+    if (u.row_scale != nullptr) {
+      row_scale = static_cast<const S*>(u.row_scale)[row];
+      if (u.sums != nullptr) u.sums[row] = dot_line<W, P, S>(u, grad, weight);
+    }
     if (u.plain) {
       copy_line(grad, grad_weight, u.lines * u.full_line);
       continue;
     }
     for (int64_t a = 0; a < u.lines; ++a) {
-      unpack_line(u, grad + a * u.packed_line, weight + a * u.full_line,
+      unpack_line(u, grad + a * u.packed_line, weight + a * u.full_line, row_scale,
                   grad_weight == nullptr ? nullptr : grad_weight + a * u.full_line, scratch);
     }
     lines_summed += u.lines;
-    if (u.sums != nullptr && lines_summed >= lines_per_flush) {
+    if (u.sums != nullptr && u.row_scale == nullptr && lines_summed >= lines_per_flush) {
       flush(scratch);
       lines_summed = 0;
     }
   }
-  if (u.sums != nullptr) flush(scratch);
+  if (u.sums != nullptr && u.row_scale == nullptr) flush(scratch);
 }
 
 template <typename S>
@@ -357,9 +397,21 @@ UnpackRows<S> unpack_function(ScalarType weight, ScalarType packed) {
 struct Arguments {
   Tensor weight;  // dense
   bool channels_last;
+  bool transposed;  // rows are input features
   Shape shape;
   Tensor z;  // contiguous; undefined without gates
   Axis row, col;
+
+  const Axis& inputs() const { return transposed ? row : col; }
+
+  // Whether all numbers of a line are packed as they are.
+  bool is_plain() const { return !col.selects && !col.scales && !(transposed && row.scales); }
+
+  // What the numbers of packed columns are multiplied by.
+  template <typename S>
+  std::vector<S> column_factors() const {
+    return transposed ? flags_of(col, gates<S>()) : scales_of(col, gates<S>());
+  }
 
   template <typename S>
   Gates<S> gates() const {
@@ -370,13 +422,17 @@ struct Arguments {
 Arguments make_arguments(const Tensor& weight, const Tensor& z, const AxisList& rows,
                          const AxisList& cols) {
   const bool channels_last = is_channels_last(weight);
-  const Shape shape = shape_of(weight, channels_last);
-  return {with_layout(weight, channels_last),
+  const bool transposed = is_transposed(weight);
+  const Tensor stored = transposed ? torch::stable::transpose(weight, 0, 1) : weight;
+  const Axis outputs = make_axis("rows", "row_map", rows, weight.size(0));
+  const Axis inputs = make_axis("cols", "col_map", cols, weight.dim() > 1 ? weight.size(1) : 1);
+  return {with_layout(stored, channels_last),
           channels_last,
-          shape,
+          transposed,
+          shape_of(stored, channels_last),
           z,
-          make_axis("rows", "row_map", rows, shape.rows),
-          make_axis("cols", "col_map", cols, shape.cols)};
+          transposed ? inputs : outputs,
+          transposed ? outputs : inputs};
 }
 
 std::vector<int64_t> features_of(const Axis& axis) {
@@ -388,13 +444,14 @@ std::vector<int64_t> features_of(const Axis& axis) {
 template <typename S>
 void run_pack(const Arguments& args, const Tensor& packed) {
   const Shape& shape = args.shape;
-  const bool plain = !args.col.selects && !args.col.scales;
+  const bool plain = args.is_plain();
   const std::vector<int64_t> row_full = features_of(args.row);
   const std::vector<uint8_t> row_open = open_rows(args.row, args.gates<S>());
+  const std::vector<S> row_scale = scales_of(args.row, args.gates<S>());
   std::vector<int32_t> gather;
   std::vector<S> scale;
   if (args.col.selects) gather = places(features_of(args.col), shape.inner);
-  if (!plain) scale = repeated(scales_of(args.col, args.gates<S>()), shape.inner);
+  if (!plain) scale = repeated(args.column_factors<S>(), shape.inner);
   const std::vector<int32_t> closed = closed_places(scale);
 
   Pack p{};
@@ -407,6 +464,7 @@ void run_pack(const Arguments& args, const Tensor& packed) {
   p.gathers = args.col.selects;
   p.row_full = row_full.data();
   p.row_open = row_open.data();
+  p.row_scale = args.transposed ? row_scale.data() : nullptr;
   p.gather = gather.data();
   p.scale = scale.data();
   p.closed = closed.data();
@@ -424,13 +482,12 @@ Tensor pack_one(const Arguments& args, ScalarType dtype) {
   if (sizes.size() > 1) sizes[1] = args.col.packed;
   Tensor packed = torch::stable::empty(sizes, dtype, std::nullopt, std::nullopt, std::nullopt,
                                        format_of(args.channels_last));
-  if (packed.numel() == 0) return packed;
-  if (weight.scalar_type() == ScalarType::Double) {
+  if (packed.numel() > 0 && weight.scalar_type() == ScalarType::Double) {
     run_pack<double>(args, packed);
-  } else {
+  } else if (packed.numel() > 0) {
     run_pack<float>(args, packed);
   }
-  return packed;
+  return args.transposed ? torch::stable::transpose(packed, 0, 1) : packed;
 }
 
 // For every full row its place in the packed weight, -1 if it is closed or a dummy.
@@ -458,10 +515,9 @@ struct OpenColumns {
 };
 
 template <typename S>
-OpenColumns<S> open_columns(const Axis& col, const Gates<S>& gates) {
+OpenColumns<S> open_columns(const Axis& col, const std::vector<S>& scales) {
   OpenColumns<S> open;
   open.full_scale.assign(col.full, S(0));
-  const std::vector<S> scales = scales_of(col, gates);
   std::vector<uint8_t> seen(col.full, 0);
   int64_t repeats = 0;
   for (int64_t c = 0; c < col.packed; ++c) {
@@ -479,13 +535,13 @@ OpenColumns<S> open_columns(const Axis& col, const Gates<S>& gates) {
 
 // Adds to the gradients of the gates.
 template <typename S>
-void add_gate_grads(const Axis& col, const Gates<S>& gates, const OpenColumns<S>& open,
+void add_gate_grads(const Axis& inputs, const Gates<S>& gates, const OpenColumns<S>& open,
                     const std::vector<double>& sums, int64_t chunks, std::vector<double>& grad_z) {
   for (int64_t feature : open.full) {
     double sum = 0;
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += sums[chunk * col.full + feature];
-    const int64_t a = col.first_gate(feature);
-    const int64_t b = col.second_gate(feature);
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += sums[chunk * inputs.full + feature];
+    const int64_t a = inputs.first_gate(feature);
+    const int64_t b = inputs.second_gate(feature);
     grad_z[a] += sum * static_cast<double>(gates.z[b]);
     grad_z[b] += sum * static_cast<double>(gates.z[a]);
   }
@@ -501,9 +557,12 @@ template <typename S>
 void run_unpack(const Arguments& args, const Tensor& grad, const Tensor& grad_weight,
                 std::vector<double>* grad_z) {
   const Shape& shape = args.shape;
-  const bool sums_wanted = grad_z != nullptr && args.col.scales;
+  const Axis& inputs = args.inputs();
+  const bool sums_wanted = grad_z != nullptr && inputs.scales;
   const std::vector<int64_t> slots = row_slots(args.row, args.gates<S>());
-  const OpenColumns<S> open = open_columns(args.col, args.gates<S>());
+  const OpenColumns<S> open = open_columns(args.col, args.column_factors<S>());
+  const OpenColumns<S> open_inputs =
+      args.transposed ? open_columns(args.row, scales_of(args.row, args.gates<S>())) : open;
   const std::vector<S> scale = repeated(open.full_scale, shape.inner);
   const std::vector<int32_t> closed = closed_places(scale);
   const std::vector<int32_t> from = places(open.packed, shape.inner);
@@ -521,7 +580,8 @@ void run_unpack(const Arguments& args, const Tensor& grad, const Tensor& grad_we
   u.inner = shape.inner;
   u.rows_per_chunk = rows_per_chunk(shape);
   u.row_slot = slots.data();
-  u.plain = !args.col.selects && !args.col.scales;
+  u.row_scale = args.transposed ? open_inputs.full_scale.data() : nullptr;
+  u.plain = args.is_plain();
   u.gathers = args.col.selects;
   u.from = from.data();
   u.to = to.data();
@@ -531,7 +591,9 @@ void run_unpack(const Arguments& args, const Tensor& grad, const Tensor& grad_we
   u.closed_numbers = static_cast<int64_t>(closed.size());
 
   const int64_t chunks = (shape.rows + u.rows_per_chunk - 1) / u.rows_per_chunk;
-  std::vector<double> sums(sums_wanted ? chunks * shape.cols : 0);
+  // Every row of input features lies in one chunk.
+  const int64_t parts = args.transposed ? 1 : chunks;
+  std::vector<double> sums(sums_wanted ? parts * inputs.full : 0);
   u.sums = sums_wanted ? sums.data() : nullptr;
   const auto run = unpack_function<S>(args.weight.scalar_type(), grad.scalar_type());
   if (u.grad_weight != nullptr || sums_wanted) {
@@ -539,19 +601,20 @@ void run_unpack(const Arguments& args, const Tensor& grad, const Tensor& grad_we
       Scratch<S> scratch(u.plain ? 0 : u.full_line);
       for (int64_t chunk = begin; chunk < end; ++chunk) {
         run(u, chunk, scratch);
-        if (sums_wanted) store_sums(u, chunk, scratch);
+        if (sums_wanted && !args.transposed) store_sums(u, chunk, scratch);
       }
     });
   }
   if (sums_wanted) {
-    add_gate_grads(args.col, args.gates<S>(), open, sums, chunks, *grad_z);
+    add_gate_grads(inputs, args.gates<S>(), open_inputs, sums, parts, *grad_z);
   }
 }
 
 // The gradient of a weight in the layout that the weight has.
 Tensor unpack_one(const Arguments& args, const Tensor& weight, const Tensor& grad,
                   bool need_weight, std::vector<double>* grad_z) {
-  const Tensor upstream = with_layout(grad, args.channels_last);
+  const Tensor packed = args.transposed ? torch::stable::transpose(grad, 0, 1) : grad;
+  const Tensor upstream = with_layout(packed, args.channels_last);
   const Tensor dense = need_weight ? torch::stable::empty_like(args.weight) : Tensor();
   if (weight.scalar_type() == ScalarType::Double) {
     run_unpack<double>(args, upstream, dense, grad_z);
@@ -559,6 +622,7 @@ Tensor unpack_one(const Arguments& args, const Tensor& weight, const Tensor& gra
     run_unpack<float>(args, upstream, dense, grad_z);
   }
   if (!need_weight) return nothing(weight);
+  if (args.transposed) return torch::stable::transpose(dense, 0, 1);
   if (has_layout(weight, args.channels_last)) return dense;
   Tensor grad_weight = torch::stable::empty_like(weight);
   torch::stable::copy_(grad_weight, dense);

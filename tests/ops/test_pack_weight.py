@@ -393,6 +393,65 @@ def test_strided_gates_and_indices(impl):
     assert all(map(torch.equal, plain, strided))
 
 
+# ---- matrices stored [I, O] ----
+
+
+def transposed(case):
+    case.weight = case.weight.t().contiguous().t()
+    return case
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("shape", [(2, 2), (31, 17), (17, 31), (70, 1300), (1300, 70)], ids=str)
+def test_transposed_shapes(impl, shape, share):
+    check(impl, transposed(make_case(shape, share)))
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda pair: f"{pair[0]}-{pair[1]}"[6:])
+def test_transposed_dtypes(impl, dtypes):
+    packed, grad, _ = check(impl, transposed(make_case((19, 23), dtypes=dtypes)))
+    assert packed.dtype == dtypes[1]
+    if impl in ("cpp", "python"):
+        assert packed.t().is_contiguous() and grad.t().is_contiguous()
+
+
+@pytest.mark.parametrize("present", list(itertools.product([False, True], repeat=4)), ids=str)
+def test_transposed_with_every_combination_of_arguments(impl, present):
+    case = transposed(make_case((12, 10), 0.6))
+    for name, keep in zip(ARGUMENTS[1:], present, strict=True):
+        if not keep:
+            setattr(case, name, None)
+    check(impl, case)
+
+
+@pytest.mark.parametrize("name", ["one number", "one row", "reversed", "every second"])
+def test_transposed_with_upstream_gradients_of_any_strides(impl, name):
+    case = transposed(make_case((13, 11), 0.6))
+    check(impl, case, dict(upstreams(masked_dense(case).shape))[name])
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+@pytest.mark.parametrize("selects", [False, True])
+def test_transposed_closed_weights_do_not_matter(impl, bad, selects):
+    case = transposed(make_case((8, 9), 1.0))
+    case.z[[1, 8 + 2]] = 0
+    if not selects:
+        case.rows = case.cols = None
+    upstream = torch.randn(masked_dense(case).shape)
+    clean = gradients(case, call, upstream)
+    case.weight[1] = case.weight[:, 2] = bad
+    upstream[1] = upstream[:, 2] = bad
+    for mine, other in zip(gradients(case, call, upstream), clean, strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_transposed_fake_has_the_strides_of_the_result():
+    case = transposed(make_case((13, 11), 0.6))
+    arguments = (case.weight, case.z, case.rows, case.row_map, case.cols, case.col_map)
+    ops_to_check = torch.ops.l0kernels.pack_weight.default
+    opcheck(ops_to_check, (*arguments, torch.float32), test_utils="test_faketensor")
+
+
 # ---- Inf and NaN ----
 
 

@@ -14,6 +14,7 @@ from l0kernels.ops.pack_weight.reference import (
     axes_of,
     feature_scale,
     is_channels_last,
+    is_transposed,
 )
 
 _OUTPUT_DTYPES = {
@@ -35,6 +36,8 @@ def _empty_packed(weight, height, width, dtype) -> Tensor:
         shape[0] = height
     if width is not None:
         shape[1] = width
+    if is_transposed(weight):
+        return torch.empty(shape[::-1], dtype=dtype, device=weight.device).t()
     layout = torch.channels_last if is_channels_last(weight) else torch.contiguous_format
     return torch.empty(shape, dtype=dtype, device=weight.device, memory_format=layout)
 
@@ -299,7 +302,8 @@ def pack_weight(
         dtype: of the result; default weight's. float32 weights pack to bfloat16 and float16 too.
 
     Returns:
-        [n, m, *kernel]: channels_last if the weight is 4-D and strided so, else contiguous.
+        [n, m, *kernel]: channels_last if the weight is 4-D and strided so, and on a CPU stored
+        [m, n] if the weight is a matrix stored [I, O]; else contiguous.
         Differentiable in weight and z; the gradient of weight has weight's strides.
 
     Raises:

@@ -70,6 +70,12 @@ def is_channels_last(weight: Tensor) -> bool:
     return not weight.is_contiguous() or (strided_so and channels * kernel[0] * kernel[1] > 1)
 
 
+def is_transposed(weight: Tensor) -> bool:
+    """Tells whether a weight is packed to a matrix stored [I, O]: on a CPU, if it is one."""
+    stored_so = weight.dim() == 2 and not weight.is_contiguous() and weight.t().is_contiguous()
+    return stored_so and weight.device.type == "cpu"
+
+
 def _along(values: Tensor, dim: int, ndim: int) -> Tensor:
     """Shapes a vector so that it broadcasts along one dimension."""
     return values.reshape([-1 if i == dim else 1 for i in range(ndim)])
@@ -99,6 +105,8 @@ def pack_weight(
     if scale is not None:
         # Masked on both sides of the product: Inf * 0 is NaN, forward and in both gradients.
         packed = (packed.to(scale.dtype) * scale).masked_fill(closed, 0)
+    if is_transposed(weight):
+        return packed.to(dtype or weight.dtype).t().contiguous().t()
     layout = torch.channels_last if is_channels_last(weight) else torch.contiguous_format
     return packed.to(dtype or weight.dtype).clone(memory_format=layout)
 
