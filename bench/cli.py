@@ -15,6 +15,7 @@ from . import run as whole_runs
 from .arms import ALL_VARIANTS, VARIANTS
 from .base import measure_base
 from .figures import Sheet, change_table, compare, slower
+from .timing import keep_what_onednn_prepares
 
 TOO_SLOW = 1
 
@@ -199,6 +200,7 @@ def run(args: argparse.Namespace) -> int:
         if args.threads < 1:
             raise ValueError(f"expected --threads >= 1, got {args.threads}")
         torch.set_num_threads(args.threads)
+    keep_what_onednn_prepares()
     return args.measure(args)
 
 

@@ -86,6 +86,19 @@ def require_passive_wait() -> None:
         )
 
 
+def keep_what_onednn_prepares() -> None:
+    """Make room for what oneDNN prepares for the widths of all variants.
+
+    It keeps 1,024 prepared convolutions by default. Oracles that are rebuilt at other widths in
+    every round would push out those of the variants beside them, which no training does to itself.
+    Before the first convolution: oneDNN reads the variable then.
+    """
+    os.environ.setdefault(ONEDNN_CACHE, "32768")
+
+
+ONEDNN_CACHE = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+
+
 def interleave(
     steps: Mapping[str, Callable[[], object]],
     rounds: int,
@@ -170,6 +183,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, object]:
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY"),
+        ONEDNN_CACHE: os.environ.get(ONEDNN_CACHE),
         "load_average": None if load is None else [round(value, 2) for value in load],
         "python": platform.python_version(),
         "torch": str(torch.__version__),

@@ -597,7 +597,9 @@ void run_unpack(const Arguments& args, const Tensor& grad, const Tensor& grad_we
   u.sums = sums_wanted ? sums.data() : nullptr;
   const auto run = unpack_function<S>(args.weight.scalar_type(), grad.scalar_type());
   if (u.grad_weight != nullptr || sums_wanted) {
-    torch::stable::parallel_for(0, chunks, 2, [&](int64_t begin, int64_t end) {
+    const int64_t chunk_numbers = u.rows_per_chunk * shape.lines * shape.line();
+    const int64_t grain = kGrain / std::max<int64_t>(1, chunk_numbers) + 1;
+    torch::stable::parallel_for(0, chunks, grain, [&](int64_t begin, int64_t end) {
       Scratch<S> scratch(u.plain ? 0 : u.full_line);
       for (int64_t chunk = begin; chunk < end; ++chunk) {
         run(u, chunk, scratch);

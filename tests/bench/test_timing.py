@@ -119,3 +119,12 @@ def test_commit_is_only_told_for_a_checkout(monkeypatch: pytest.MonkeyPatch):
     answers = {"rev-parse": "/elsewhere", "status": ""}
     monkeypatch.setattr(timing, "run_git", lambda first, *rest, folder: answers[first])
     assert timing.git_commit() is None
+
+
+def test_onednn_gets_room_unless_the_user_has_said_how_much(monkeypatch):
+    monkeypatch.delenv(timing.ONEDNN_CACHE, raising=False)
+    timing.keep_what_onednn_prepares()
+    assert timing.environment()[timing.ONEDNN_CACHE] == os.environ[timing.ONEDNN_CACHE] == "32768"
+    monkeypatch.setenv(timing.ONEDNN_CACHE, "7")
+    timing.keep_what_onednn_prepares()
+    assert os.environ[timing.ONEDNN_CACHE] == "7"
