@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import memory, models, networks, operators, step
+from . import memory, models, networks, operators, step, where
 from . import run as whole_runs
 from .arms import ALL_VARIANTS, VARIANTS
 from .base import measure_base
@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_ops(kinds)
     add_step(kinds)
     add_memory(kinds)
+    add_where(kinds)
     runs = kinds.add_parser("run", help="whole training runs, ours beside masked: eta_run")
     whole_runs.add_arguments(runs)
     runs.set_defaults(measure=whole_runs.run)
@@ -107,6 +108,33 @@ def add_memory(kinds: Any) -> None:
     parser.add_argument("--out", type=Path, help="folder for memory.md, .json, .csv and .png")
     parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
     parser.set_defaults(measure=run_memory)
+
+
+def add_where(kinds: Any) -> None:
+    default = where.Setting()
+    parser = kinds.add_parser("where", help="where the time of a step goes, by kind of work")
+    parser.add_argument(
+        "--model", default=default.model, help=f"{', '.join(models.NAMES)} (default: %(default)s)"
+    )
+    parser.add_argument("--batch", type=int, default=default.batch, help="default: %(default)s")
+    parser.add_argument(
+        "--keep", type=float, default=default.keep, help="open fraction (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=default.steps, help="profiled (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--variants",
+        type=words,
+        default=default.variants,
+        help=f"of {','.join(ALL_VARIANTS)} (default: {','.join(default.variants)})",
+    )
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--seed", type=int, default=default.seed, help="default: %(default)s")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    parser.add_argument("--out", type=Path, help="folder for where.md, .json and .png")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    parser.set_defaults(measure=run_where)
 
 
 def add_shared(parser: argparse.ArgumentParser, default: Any) -> None:
@@ -240,6 +268,14 @@ def run_memory(args: argparse.Namespace) -> int:
     print(json.dumps(sheet.to_dict(), indent=1) if args.json else memory.table(sheet))
     if args.out is not None:
         tell(memory.write(sheet, args.out))
+    return 0
+
+
+def run_where(args: argparse.Namespace) -> int:
+    report = where.measure(setting_of(where.Setting, args))
+    print(json.dumps(report.to_dict(), indent=1) if args.json else where.table(report))
+    if args.out is not None:
+        tell(where.write(report, args.out))
     return 0
 
 

@@ -17,6 +17,7 @@ from .work import work_left
 
 if TYPE_CHECKING:
     from .step import Report, Row
+    from .where import Report as WhereReport
 
 # Okabe and Ito's palette; every line has its own marker as well.
 STYLES = {
@@ -33,6 +34,9 @@ STYLES = {
     "ours / torch-pruning": ("#117733", ">"),
 }
 ORACLE = ("#009E73", "D")
+KIND_COLOURS = (
+    "#F0E442", "#D55E00", "#E69F00", "#56B4E9", "#CC79A7", "#0072B2", "#999999", "#333333",
+)  # fmt: skip
 OPERATORS = ("#0072B2", "o")
 IDEAL = {"color": "0.4", "linestyle": ":", "label": "ideal"}
 
@@ -134,6 +138,37 @@ def plot_memory(sheet: Sheet, path: Path) -> Path:
         axes.barh(*zip(*bars, strict=True), color=OPERATORS[0])
         axes.invert_yaxis()
         axes.set(title=f"{sheet.figures[0].shape}, open {keep:g}", xlabel="peak [MB]")
+    write_whole(path, canvas.print_png)
+    return path
+
+
+def plot_where(report: WhereReport, path: Path) -> Path:
+    """Draw where the time of a step goes, a bar for each variant.
+
+    Args:
+        report: from `where.measure`.
+        path: PNG file to write.
+
+    Returns:
+        The path.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    picture, canvas = new_figure(9, 1.6 + 0.5 * len(report.parts))
+    axes = picture.subplots()
+    names = [part.variant for part in report.parts]
+    ends = [0.0] * len(names)
+    kinds = report.parts[0].kinds if report.parts else {}
+    for kind, colour in zip(kinds, KIND_COLOURS, strict=False):
+        widths = [part.kinds[kind] for part in report.parts]
+        axes.barh(names, widths, left=ends, color=colour, edgecolor="white", label=kind)
+        ends = [end + width for end, width in zip(ends, widths, strict=True)]
+    axes.invert_yaxis()
+    axes.set(xlabel="profiled step [ms]")
+    picture.legend(loc="outside lower center", ncols=4, fontsize=8)
+    setting = report.setting
+    picture.suptitle(f"{setting.model}, batch {setting.batch}, open {setting.keep:g}")
     write_whole(path, canvas.print_png)
     return path
 
