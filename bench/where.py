@@ -3,14 +3,12 @@
 
 import json
 import time
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from . import models
@@ -158,15 +156,11 @@ def profiled(arm: Arm | Oracle, variant: str, setting: Setting) -> Part:
     with profile(activities=[ProfilerActivity.CPU]) as found:
         whole = sum(timed(arm) for _ in range(setting.steps))
     kinds = dict.fromkeys((*KINDS, HOST), 0.0)
-    for event in on_the_host(found.key_averages()):
+    for event in found.key_averages():
         kinds[kind_of(event.key)] += event.self_cpu_time_total / 1e6
     kinds[HOST] = max(0.0, whole - sum(t for kind, t in kinds.items() if kind != HOST))
     per_step = {kind: 1e3 * seconds / setting.steps for kind, seconds in kinds.items()}
     return Part(variant, per_step, 1e3 * median(plain))
-
-
-def on_the_host(events: Iterable[Any]) -> list[Any]:
-    return [event for event in events if event.device_type == DeviceType.CPU]
 
 
 def timed(arm: Arm | Oracle) -> float:
