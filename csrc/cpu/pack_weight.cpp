@@ -503,7 +503,7 @@ std::vector<int64_t> row_slots(const Axis& row, const Gates<S>& gates) {
     seen[feature] = 1;
     if (open[r]) slots[feature] = r;
   }
-  require(repeats == 0, "rows: expected distinct indices");
+  require(repeats == 0, row.index_name, ": expected distinct indices");
   return slots;
 }
 
@@ -529,7 +529,7 @@ OpenColumns<S> open_columns(const Axis& col, const std::vector<S>& scales) {
     open.full.push_back(feature);
     open.full_scale[feature] = scales[c];
   }
-  require(repeats == 0, "cols: expected distinct indices");
+  require(repeats == 0, col.index_name, ": expected distinct indices");
   return open;
 }
 

@@ -151,9 +151,9 @@ def _backward(outputs: list[Tensor], training: bool) -> None:
     outputs = [torch.view_as_real(t) if t.is_complex() else t for t in outputs]
     # Where masked logits are -Inf there is nothing to learn, and 0 * Inf would spread.
     floating = [
-        t if math.isfinite(_largest(t.detach())) else torch.where(t.isfinite(), t, 0.0)
+        t if _is_finite(t.detach()) else torch.where(t.isfinite(), t, 0.0)
         for t in outputs
-        if t.is_floating_point() and t.requires_grad and t.numel()
+        if t.is_floating_point() and t.requires_grad
     ]
     if not floating:
         if training:
@@ -214,6 +214,10 @@ def _size(t: Tensor) -> float:
     t = _real(t)
     size = _largest(t)
     return size if math.isfinite(size) else _largest(torch.where(t.isfinite(), t, 0.0))
+
+
+def _is_finite(t: Tensor) -> bool:
+    return t.numel() == 0 or math.isfinite(_largest(t))
 
 
 def _largest(t: Tensor) -> float:

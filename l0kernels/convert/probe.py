@@ -411,10 +411,7 @@ class Probe:
                 # Cloned: the next forward may write there.
                 found = x.clone()
             else:
-                new = (x != self._now.inputs_of[name][index]).view(torch.uint8)
-                others = [d for d in range(x.dim()) if d != dim % x.dim()]
-                # A maximum of bytes is faster than any().
-                found = (new.amax(others) if others and new.numel() else new).bool().cpu()
+                found = _features_of(x != self._now.inputs_of[name][index], dim).cpu()
             self._last = (key, x, found)
         found = self._last[2]
         if self._settling:
@@ -429,7 +426,7 @@ class Probe:
         """Record or compare what another module reads."""
         if self._settling or self._changed and name not in self._touched.others:
             x = torch.view_as_real(x) if x.is_complex() else x
-            x = x if x.is_floating_point() else x.double()
+            x = x if x.dtype in (torch.float32, torch.float64) else x.double()
             sums = float(x.sum()), float(torch.linalg.vector_norm(x))
             if self._settling:
                 self._now.sums_of.setdefault(name, []).append(sums)
@@ -511,6 +508,16 @@ def _equal(first: Tensor, second: Tensor) -> bool:
     return bool(((first == second) | ((first != first) & (second != second))).all())
 
 
+def _features_of(new: Tensor, dim: int) -> Tensor:
+    """Which features are new anywhere, bool of shape [features]."""
+    others = [d for d in range(new.dim()) if d != dim % new.dim()]
+    if not others:
+        return new
+    if new.numel() == 0:  # as an expert that is given no token reads
+        return new.new_zeros(new.shape[dim])
+    return new.view(torch.uint8).amax(others).bool()  # faster than any()
+
+
 def _has_own_parameters(module: nn.Module) -> bool:
     return any(p is not None for p in module._parameters.values())
 
@@ -560,7 +567,10 @@ def _shift(
         amount = ((noise(out.shape) + 0.5) * size).copysign_(share - noise(out.shape))
         shape = [1] * out.dim()
         shape[dim] = -1
-        moved = (out + amount * magnitude).to(out.dtype)
+        moved = out + amount * magnitude
+        if moved.dtype != out.dtype:  # in an autocast region; not Inf, which spreads as NaN
+            limits = torch.finfo(out.dtype)
+            moved = moved.clamp(limits.min, limits.max).to(out.dtype)
         # Not a product: 0 * NaN would mark units that were left alone.
         return torch.where(chosen.view(shape).to(out.device), moved, out)
 

@@ -122,7 +122,8 @@ def test_commit_is_only_told_for_a_checkout(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_onednn_gets_room_unless_the_user_has_said_how_much(monkeypatch):
-    monkeypatch.delenv(timing.ONEDNN_CACHE, raising=False)
+    monkeypatch.setenv(timing.ONEDNN_CACHE, "put back afterwards")
+    monkeypatch.delenv(timing.ONEDNN_CACHE)
     timing.keep_what_onednn_prepares()
     assert timing.environment()[timing.ONEDNN_CACHE] == os.environ[timing.ONEDNN_CACHE] == "32768"
     monkeypatch.setenv(timing.ONEDNN_CACHE, "7")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import l0kernels as l0
 from l0kernels.bench import oracle
+from l0kernels.convert.probe import Probe
 from l0kernels.convert.tensors import InDouble
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
@@ -203,6 +204,36 @@ def test_experts_chosen_by_values():
         assert max(errors.values()) <= 1e-9
 
 
+class IdleExpert(Chain):
+    """Given no token, as an expert that no example is routed to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 9), nn.Linear(9, 8)
+
+    def between(self, h: Tensor) -> Tensor:
+        h = F.relu(h)
+        return torch.cat((h, self.down(F.relu(self.up(h[:0])))))
+
+
+class AutocastMask(Chain):
+    """fp16 inside, and a feature that a mask takes away, whatever its size."""
+
+    def between(self, h: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.float16):
+            h = F.relu(self.b(1e3 * h))
+            return h * (torch.arange(7) > 0).half()
+
+    def rest(self, h: Tensor) -> Tensor:
+        return self.c(h.float())
+
+
+def test_changes_stay_finite_in_half_precision():
+    with Probe(AutocastMask(), (X,)) as probe:
+        touched = probe.touched({"b": torch.ones(7, dtype=torch.bool)}, 0)
+    assert touched.features["c"].tolist() == [False] + [True] * 6
+
+
 class Predicts(Chain):
     def forward(self, x: Tensor):
         y = super().forward(x)
@@ -271,6 +302,7 @@ class RoundsToSingle(Chain):
         (ComplexOutput, ["a", "b"]),
         (MaskedLogits, ["a", "b"]),
         (KeepsInBuffer, ["a"]),
+        (IdleExpert, ["b"]),
     ],
 )
 def test_unusual_models(kind: type[Chain], groups: list[str]):

@@ -1065,9 +1065,11 @@ def test_cpp_refuses_lists_out_of_bounds(need_cpp):
             op._LIST_FORWARD(*arguments, case.flat, torch.float32)
 
 
+@pytest.mark.parametrize("stored", ["[O, I]", "[I, O]"])
 @pytest.mark.parametrize("axis", ["rows", "cols"])
-def test_cpp_refuses_repeated_indices_in_backward(need_cpp, axis):
+def test_cpp_refuses_repeated_indices_in_backward(need_cpp, axis, stored):
     case = make_case((4, 3), 1.0)
+    case = transposed(case) if stored == "[I, O]" else case
     setattr(case, axis, torch.tensor([1, 1]))
     with pytest.raises(RuntimeError, match=f"{axis}: expected distinct"), l0.use_impl("cpp"):
         gradients(case, call, torch.ones(masked_dense(case).shape))
