@@ -29,7 +29,7 @@ def test_outcomes(tmp_path):
 
 
 def test_a_stage_that_hangs_is_interrupted_and_heard(tmp_path, monkeypatch):
-    monkeypatch.setattr("gpu.stages.GRACE", 0.5)
+    monkeypatch.setattr("gpu.stages.GRACE", 3.0)
     hangs = "import time\ntry:\n  time.sleep(60)\nexcept KeyboardInterrupt:\n  print('so far')"
     found = run(tmp_path, hangs, limit=3.0)
     assert found.outcome == "interrupted after 3 s" and found.last == "so far" and found.failed

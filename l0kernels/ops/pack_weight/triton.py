@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from l0kernels import _triton
-from l0kernels.ops.pack_weight.reference import Span, is_channels_last
+from l0kernels.ops.pack_weight.reference import Span, is_channels_last, is_transposed
 
 WEIGHTS = 48  # in one launch: their addresses and sizes must fit into 4 KiB of arguments
 TILES = ((32, 32), (8, 128))  # lines and numbers of a program; the first for short lines
@@ -531,7 +531,11 @@ def _launch_pack(
                 NUMBERS=numbers,
                 num_warps=4,
             )
-    return packed
+    # Triton's interpreter runs on a CPU, where matrices stored [I, O] are promised to stay so.
+    return [
+        one.new_empty(one.shape[::-1]).t().copy_(one) if is_transposed(weight) else one
+        for weight, one in zip(weights, packed, strict=True)
+    ]
 
 
 class _Chunks(NamedTuple):
