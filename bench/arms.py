@@ -3,7 +3,7 @@
 
 import copy
 import gc
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -295,6 +295,27 @@ class Oracle:
         if self.arm is None:
             raise RuntimeError("expected rebuild() before step()")
         self.arm.step()
+
+
+def require_variants(names: Sequence[str]) -> None:
+    """Refuse names of no variant, and none at all.
+
+    Raises:
+        ValueError: there are such names.
+    """
+    unknown = [name for name in names if name not in ALL_VARIANTS]
+    if unknown or not names:
+        known = ", ".join(ALL_VARIANTS)
+        raise ValueError(f"expected variants among {known}, got {unknown or 'none'}")
+
+
+def ready_arm(task: Task, variant: str, keep: float) -> Arm | Oracle:
+    """Return any variant ready to step by itself, an oracle at the widths of a first draw."""
+    if variant not in REBUILT:
+        return make_arm(task, variant, keep)
+    oracle = Oracle(task, keep, onednn=variant == "oracle-onednn")
+    oracle.rebuild()
+    return oracle
 
 
 def plain_arm(task: Task, variant: str, net: nn.Module, x: Tensor, y: Tensor) -> Arm:

@@ -87,26 +87,12 @@ def add_memory(kinds: Any) -> None:
     default = memory.Setting()
     parser = kinds.add_parser("memory", help="peak memory of a step, each variant in a process")
     parser.add_argument(
-        "--model", default=default.model, help=f"{', '.join(models.NAMES)} (default: %(default)s)"
-    )
-    parser.add_argument("--batch", type=int, default=default.batch, help="default: %(default)s")
-    parser.add_argument(
         "--keep",
         type=fractions,
         default=default.keep,
         help="open fractions, comma-separated (default: .5)",
     )
-    parser.add_argument(
-        "--variants",
-        type=words,
-        default=default.variants,
-        help=f"of {','.join(ALL_VARIANTS)} (default: {','.join(default.variants)})",
-    )
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
-    parser.add_argument("--seed", type=int, default=default.seed, help="default: %(default)s")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
-    parser.add_argument("--out", type=Path, help="folder for memory.md, .json, .csv and .png")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    add_one_network(parser, default, "memory.md, .json, .csv and .png")
     parser.set_defaults(measure=run_memory)
 
 
@@ -114,15 +100,21 @@ def add_where(kinds: Any) -> None:
     default = where.Setting()
     parser = kinds.add_parser("where", help="where the time of a step goes, by kind of work")
     parser.add_argument(
-        "--model", default=default.model, help=f"{', '.join(models.NAMES)} (default: %(default)s)"
-    )
-    parser.add_argument("--batch", type=int, default=default.batch, help="default: %(default)s")
-    parser.add_argument(
         "--keep", type=float, default=default.keep, help="open fraction (default: %(default)s)"
     )
     parser.add_argument(
         "--steps", type=int, default=default.steps, help="profiled (default: %(default)s)"
     )
+    add_one_network(parser, default, "where.md, .json and .png")
+    parser.set_defaults(measure=run_where)
+
+
+def add_one_network(parser: argparse.ArgumentParser, default: Any, files: str) -> None:
+    """Declare what benchmarks of single steps on a CPU have: the network, its variants, output."""
+    parser.add_argument(
+        "--model", default=default.model, help=f"{', '.join(models.NAMES)} (default: %(default)s)"
+    )
+    parser.add_argument("--batch", type=int, default=default.batch, help="default: %(default)s")
     parser.add_argument(
         "--variants",
         type=words,
@@ -132,9 +124,8 @@ def add_where(kinds: Any) -> None:
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--seed", type=int, default=default.seed, help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
-    parser.add_argument("--out", type=Path, help="folder for where.md, .json and .png")
+    parser.add_argument("--out", type=Path, help=f"folder for {files}")
     parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
-    parser.set_defaults(measure=run_where)
 
 
 def add_shared(parser: argparse.ArgumentParser, default: Any) -> None:

@@ -13,13 +13,12 @@ import torch
 
 from . import models
 from .arms import (
-    ALL_VARIANTS,
-    REBUILT,
     Oracle,
     Task,
-    make_arm,
+    ready_arm,
     require_agreement,
     require_closeness,
+    require_variants,
     why_not,
 )
 from .figures import Figure, Sheet, markdown, shown, write_texts
@@ -90,10 +89,7 @@ def check(setting: Setting) -> Task:
         ValueError: see `measure`.
         RuntimeError: the system does not tell the memory of a process.
     """
-    unknown = [name for name in setting.variants if name not in ALL_VARIANTS]
-    if unknown or not setting.variants:
-        known = ", ".join(ALL_VARIANTS)
-        raise ValueError(f"expected variants among {known}, got {unknown or 'none'}")
+    require_variants(setting.variants)
     if not setting.keep or any(not 0 < keep <= 1 for keep in setting.keep):
         raise ValueError(f"expected open fractions in (0, 1], got {list(setting.keep)}")
     if setting.batch < 1:
@@ -111,12 +107,7 @@ def command(setting: Setting) -> str:
 
 def peak_of(task: Task, variant: str, keep: float) -> tuple[int, float]:
     """Return the peak of resident memory during steps, in bytes, and the error after them."""
-    if variant in REBUILT:
-        oracle = Oracle(task, keep, onednn=variant == "oracle-onednn")
-        oracle.rebuild()
-        arm = oracle
-    else:
-        arm = make_arm(task, variant, keep)
+    arm = ready_arm(task, variant, keep)
     for _ in range(STEPS):
         arm.step()
     gc.collect()

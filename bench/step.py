@@ -11,7 +11,6 @@ import torch
 
 from . import models
 from .arms import (
-    ALL_VARIANTS,
     IN_SINGLE,
     REBUILT,
     UNGATED,
@@ -22,6 +21,7 @@ from .arms import (
     make_arm,
     require_agreement,
     require_closeness,
+    require_variants,
     why_not,
 )
 from .figures import Figure, Sheet, markdown, timed, write_texts
@@ -183,10 +183,7 @@ def measure(setting: Setting) -> Report:
 
 
 def check(setting: Setting) -> None:
-    unknown = [name for name in setting.variants if name not in ALL_VARIANTS]
-    if unknown or not setting.variants:
-        known = ", ".join(ALL_VARIANTS)
-        raise ValueError(f"expected variants among {known}, got {unknown or 'none'}")
+    require_variants(setting.variants)
     models.network(setting.model)
     if not setting.keep or any(not 0 < keep <= 1 for keep in setting.keep):
         raise ValueError(f"expected open fractions in (0, 1], got {list(setting.keep)}")

@@ -12,7 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from . import models
-from .arms import ALL_VARIANTS, REBUILT, Arm, Oracle, Task, make_arm, why_not
+from .arms import Arm, Oracle, Task, ready_arm, require_variants, why_not
 from .figures import markdown, write_texts
 from .operators import options_of
 from .timing import environment, require_passive_wait
@@ -109,10 +109,7 @@ def check(setting: Setting) -> Task:
     Raises:
         ValueError: unknown model or variant, or numbers out of range.
     """
-    unknown = [name for name in setting.variants if name not in ALL_VARIANTS]
-    if unknown or not setting.variants:
-        known = ", ".join(ALL_VARIANTS)
-        raise ValueError(f"expected variants among {known}, got {unknown or 'none'}")
+    require_variants(setting.variants)
     if not 0 < setting.keep <= 1:
         raise ValueError(f"expected an open fraction in (0, 1], got {setting.keep}")
     if min(setting.batch, setting.steps) < 1:
@@ -137,16 +134,8 @@ def measure(setting: Setting) -> Report:
         if reason:
             report.notes.append(f"{variant} is left out: {reason}")
         else:
-            report.parts.append(profiled(arm_of(task, variant, setting.keep), variant, setting))
+            report.parts.append(profiled(ready_arm(task, variant, setting.keep), variant, setting))
     return report
-
-
-def arm_of(task: Task, variant: str, keep: float) -> Arm | Oracle:
-    if variant not in REBUILT:
-        return make_arm(task, variant, keep)
-    oracle = Oracle(task, keep, onednn=variant == "oracle-onednn")
-    oracle.rebuild()
-    return oracle
 
 
 def profiled(arm: Arm | Oracle, variant: str, setting: Setting) -> Part:

@@ -45,12 +45,6 @@ inline bool is_channels_last(const Tensor& weight) {
          (strided_so && weight.size(1) * weight.size(2) * weight.size(3) > 1);
 }
 
-// A matrix stored [I, O], as a layer that multiplies by its weight from the right has it.
-inline bool is_transposed(const Tensor& weight) {
-  return weight.dim() == 2 && !has_layout(weight, false) && weight.stride(0) == 1 &&
-         weight.stride(1) == weight.size(0);
-}
-
 inline MemoryFormat format_of(bool channels_last) {
   return channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
 }

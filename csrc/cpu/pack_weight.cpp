@@ -419,6 +419,12 @@ struct Arguments {
   }
 };
 
+// A matrix stored [I, O], as a layer that multiplies by its weight from the right has it.
+bool is_transposed(const Tensor& weight) {
+  return weight.dim() == 2 && !has_layout(weight, false) && weight.stride(0) == 1 &&
+         weight.stride(1) == weight.size(0);
+}
+
 Arguments make_arguments(const Tensor& weight, const Tensor& z, const AxisList& rows,
                          const AxisList& cols) {
   const bool channels_last = is_channels_last(weight);
@@ -447,7 +453,8 @@ void run_pack(const Arguments& args, const Tensor& packed) {
   const bool plain = args.is_plain();
   const std::vector<int64_t> row_full = features_of(args.row);
   const std::vector<uint8_t> row_open = open_rows(args.row, args.gates<S>());
-  const std::vector<S> row_scale = scales_of(args.row, args.gates<S>());
+  std::vector<S> row_scale;
+  if (args.transposed) row_scale = scales_of(args.row, args.gates<S>());
   std::vector<int32_t> gather;
   std::vector<S> scale;
   if (args.col.selects) gather = places(features_of(args.col), shape.inner);
@@ -561,8 +568,9 @@ void run_unpack(const Arguments& args, const Tensor& grad, const Tensor& grad_we
   const bool sums_wanted = grad_z != nullptr && inputs.scales;
   const std::vector<int64_t> slots = row_slots(args.row, args.gates<S>());
   const OpenColumns<S> open = open_columns(args.col, args.column_factors<S>());
-  const OpenColumns<S> open_inputs =
-      args.transposed ? open_columns(args.row, scales_of(args.row, args.gates<S>())) : open;
+  OpenColumns<S> input_rows;
+  if (args.transposed) input_rows = open_columns(args.row, scales_of(args.row, args.gates<S>()));
+  const OpenColumns<S>& open_inputs = args.transposed ? input_rows : open;
   const std::vector<S> scale = repeated(open.full_scale, shape.inner);
   const std::vector<int32_t> closed = closed_places(scale);
   const std::vector<int32_t> from = places(open.packed, shape.inner);
