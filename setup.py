@@ -31,7 +31,8 @@ CHOICES = ("auto", "none", "cpu", "cuda")
 # Gate decisions must be the same on every machine, so the compiler may not contract a*b+c where
 # the target happens to have a fused instruction.
 HOST_FLAGS = ["-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall"]
-FLAGS = ["-std=c++17", "-O3", *HOST_FLAGS]
+# Square roots need not set errno: loops with one become vector instructions.
+FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", *HOST_FLAGS]
 NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false", f"-Xcompiler={','.join(HOST_FLAGS)}"]
 OLDEST_NVCC = (12, 1)  # kernels have more than 4 KiB of parameters
 # Machine code for these, and the newest one's PTX for GPUs that come later.
