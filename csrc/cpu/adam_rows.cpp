@@ -18,7 +18,7 @@ struct Step {
   T keep2;         // beta2
   T size;          // lr / (1 - beta1^step)
   T root;          // sqrt(1 - beta2^step)
-  T eps, decay;    // decay: lr weight_decay
+  T eps, shrink;   // shrink: 1 - lr weight_decay
 };
 
 template <typename T>
@@ -30,7 +30,7 @@ L0K_HD void step_row(const Step<T>& s, T* weight, T* mean, T* square, const T* g
     const T v = s.keep2 * square[i] + s.rise2 * (g * g);
     mean[i] = m;
     square[i] = v;
-    weight[i] -= s.decay * weight[i] + s.size * m / (std::sqrt(v) / s.root + s.eps);
+    weight[i] = s.shrink * weight[i] - s.size * m / (std::sqrt(v) / s.root + s.eps);
   }
 }
 
@@ -45,7 +45,7 @@ template <typename T>
 struct Missed {
   const Term<T>* terms;
   int64_t count;
-  T change;        // of the weight by its decay, over itself
+  T shrink;        // of the weight by its decay
   T keep1, keep2;  // products of all betas
 };
 
@@ -64,7 +64,7 @@ L0K_HD void catch_up_row(const Missed<T>& missed, T* weight, T* mean, T* square,
       for (int64_t i = 0; i < kBlock; ++i) sum[i] += term.rate / (term.root * root[i] + term.eps);
     }
     for (int64_t i = at; i < at + count; ++i) {
-      weight[i] += missed.change * weight[i] - mean[i] * sum[i - at];
+      weight[i] = missed.shrink * weight[i] - mean[i] * sum[i - at];
       mean[i] *= missed.keep1;
       square[i] *= missed.keep2;
     }
@@ -114,7 +114,7 @@ void step(const Tensor& weight, const Moments& moments, const Tensor& grad, cons
   const Step<T> s{maximize ? T(-1) : T(1),          static_cast<T>(1 - o.beta1),
                   static_cast<T>(1 - o.beta2),      static_cast<T>(o.beta2),
                   static_cast<T>(o.lr / c.mean),    static_cast<T>(std::sqrt(c.square)),
-                  static_cast<T>(o.eps),            static_cast<T>(o.lr * o.decay)};
+                  static_cast<T>(o.eps),            static_cast<T>(1 - o.lr * o.decay)};
   T* w = out<T>(weight);
   T* m = out<T>(moments.mean);
   T* v = out<T>(moments.square);
@@ -146,10 +146,10 @@ void adam_rows(Tensor weight, Tensor exp_avg, Tensor exp_avg_sq, Tensor grad, Te
 template <typename T>
 struct Replay {
   std::vector<Term<T>> terms;
-  T change, keep1, keep2;
+  T shrink, keep1, keep2;
 
   Missed<T> missed() const {
-    return {terms.data(), static_cast<int64_t>(terms.size()), change, keep1, keep2};
+    return {terms.data(), static_cast<int64_t>(terms.size()), shrink, keep1, keep2};
   }
 };
 
@@ -170,7 +170,7 @@ Replay<T> replay(const Options* options, int64_t count, int64_t number) {
     all[t].rate *= shrink;
     shrink *= 1 - options[t].lr * options[t].decay;
   }
-  Replay<T> result{{}, static_cast<T>(shrink - 1), static_cast<T>(keep1), static_cast<T>(keep2)};
+  Replay<T> result{{}, static_cast<T>(shrink), static_cast<T>(keep1), static_cast<T>(keep2)};
   // Numerators shrink faster than denominators. What all left out add is below the rounding of the
   // first term in every element: a denominator shrinks no more than the faster one of its parts.
   const double nothing = std::numeric_limits<T>::epsilon() / (4.0 * static_cast<double>(count));

@@ -58,12 +58,12 @@ def adam_rows_catch_up(
     if missed and missed[0] > table.shape[0]:
         raise IndexError(f"table: expected {missed[0]} steps; got {table.shape[0]}")
     w, m, v = (t.index_select(0, found) for t in (weight, exp_avg, exp_avg_sq))
-    count = 0
+    zero, count = w.new_zeros(()), 0
     for age in range(missed[0] if missed else 0, 0, -1):  # 1: the step before this one
         while count < len(missed) and missed[count] >= age:
             count += 1
         lr, beta1, beta2, eps, decay = table[table.shape[0] - age].tolist()
-        m[:count].mul_(beta1)
+        m[:count].lerp_(zero, 1 - beta1)
         v[:count].mul_(beta2)
         settings = (lr, beta1, beta2, eps, decay)
         _move(w[:count], m[:count], v[:count], number + 1 - age, settings)
