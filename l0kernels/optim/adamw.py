@@ -109,9 +109,13 @@ class AdamW(FollowsDraws, torch.optim.AdamW):
         has_complex = self._init_group({**group, "params": weights}, *found)
         steps = found.pop()
         turns = [turned(*tensors) for tensors in zip(*found[:4], strict=True)]
+        params, grads, means, squares = (in_order(tensors, turns) for tensors in found[:4])
         beta1, beta2 = group["betas"]
         adam(
-            *(in_order(tensors, turns) for tensors in found[:4]),
+            params,
+            grads,
+            means,
+            squares,
             [],
             steps,
             foreach=group["foreach"],

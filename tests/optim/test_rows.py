@@ -433,10 +433,12 @@ def test_clipped_gradients(common):
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_grad_scaler_skips_steps(fused, common):
+    # A bias before a norm has gradients of rounding alone, which AdamW divides by their size.
+    options = {**common, "eps": 1e-3} if "eps" in common else common
     results = []
     for make_optimizer in (ours_of, plain):
         net = make()
-        optimizer = make_optimizer(net, fused=fused, **common)
+        optimizer = make_optimizer(net, fused=fused, **options)
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=4)
         for step in range(16):
             optimizer.zero_grad()
