@@ -31,7 +31,8 @@ CHOICES = ("auto", "none", "cpu", "cuda")
 # Gate decisions must be the same on every machine, so the compiler may not contract a*b+c where
 # the target happens to have a fused instruction.
 HOST_FLAGS = ["-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall"]
-FLAGS = ["-std=c++17", "-O3", *HOST_FLAGS]
+# Square roots need not set errno: loops with one become vector instructions.
+FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", *HOST_FLAGS]
 NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false", f"-Xcompiler={','.join(HOST_FLAGS)}"]
 OLDEST_NVCC = (12, 1)  # kernels have more than 4 KiB of parameters
 # Machine code for these, and the newest one's PTX for GPUs that come later.
@@ -195,8 +196,11 @@ def cuda_ops() -> Extension:
     # The CUDA runtime is linked in and hidden, so the library needs no CUDA to load and never
     # mixes with the runtime that torch brings.
     link = ["-cudart=static", "-Xlinker=--exclude-libs,ALL", "-Xlinker=--no-as-needed"]
-    flags = [*nvcc_flags(), *gpu_flags(architectures())]
-    return ops_library("l0kernels._C_cuda", "csrc/cuda/*.cu", flags, link)
+    pattern = "csrc/cuda/*.cu"
+    # Where there are more cores than files, the architectures of one are compiled side by side.
+    threads = f"--threads={max(1, (os.cpu_count() or 1) // len(sources(pattern)))}"
+    flags = [*nvcc_flags(), *gpu_flags(architectures()), threads]
+    return ops_library("l0kernels._C_cuda", pattern, flags, link)
 
 
 def scalar_math() -> Extension:

@@ -9,8 +9,6 @@
 namespace l0k {
 namespace {
 
-using torch::headeronly::ScalarType;
-
 // All bits of a block at once, but for the signs: -0 is zero, and NaN is not.
 template <typename T, typename Bits>
 L0K_HD bool any_nonzero(const T* numbers, int64_t size) {

@@ -3,12 +3,8 @@
 // `sgd_rows_catch_up`.
 #include "cpu/rows.h"
 
-#include <optional>
-
 namespace l0k {
 namespace {
-
-using torch::headeronly::ScalarType;
 
 template <typename T>
 struct Step {
@@ -75,17 +71,9 @@ L0K_ROWS(f32, float)
 L0K_ROWS(f64, double)
 #undef L0K_ROWS
 
-Tensor checked(const Tensor& weight, const std::optional<Tensor>& velocity) {
-  const ScalarType type = weight.scalar_type();
-  require(type == ScalarType::Double || type == ScalarType::Float,
-          "sgd_rows: expected float64 or float32");
-  if (velocity) require_like(weight, *velocity, "velocity");
-  return velocity.value_or(Tensor());
-}
-
 template <typename T>
-T* numbers_of(const Tensor& tensor) {
-  return tensor.defined() ? out<T>(tensor) : nullptr;
+T* numbers_of(const std::optional<Tensor>& tensor) {
+  return tensor ? out<T>(*tensor) : nullptr;
 }
 
 template <typename T>
@@ -99,16 +87,16 @@ struct Options {
 };
 
 template <typename T, typename F>
-void step(const Tensor& weight, const Tensor& velocity, const Tensor& grad, const Rows& rows,
-          const std::vector<int64_t>& open, const Options& o, F run) {
+void step(const Tensor& weight, const std::optional<Tensor>& velocity, const Tensor& grad,
+          const Rows& rows, const std::vector<int64_t>& open, const Options& o, F run) {
   const Step<T> s{o.maximize ? T(-1) : T(1),      static_cast<T>(o.lr),
                   static_cast<T>(o.momentum),     static_cast<T>(1 - o.dampening),
                   static_cast<T>(o.decay),        o.nesterov};
-  T* w = numbers_of<T>(weight);
+  T* w = out<T>(weight);
   T* v = numbers_of<T>(velocity);
   const T* g = data<T>(grad);
   for_rows(rows, static_cast<int64_t>(open.size()), [&](int64_t i) {
-    run(s, at(w, open[i], rows), at(v, open[i], rows), at(g, open[i], rows), rows.size);
+    run(s, w + open[i] * rows.size, at(v, open[i], rows), at(g, open[i], rows), rows.size);
   });
 }
 
@@ -117,45 +105,22 @@ void sgd_rows(Tensor weight, std::optional<Tensor> velocity, Tensor grad, Tensor
               bool maximize) {
   const Rows rows = rows_of(weight);
   const int64_t* counters = counters_of(last, rows);
-  const Tensor v = checked(weight, velocity);
+  const ScalarType type = checked_type(weight);
+  if (velocity) require_like(weight, *velocity, "velocity");
   require_like(weight, grad, "grad");
-  std::vector<int64_t> open;
-  for (int64_t row = 0; row < rows.count; ++row) {
-    if (counters[row] == now + 1) open.push_back(row);
-  }
+  const std::vector<int64_t> open = marked(counters, rows, now);
   const Options options{lr, momentum, dampening, weight_decay, nesterov, maximize};
-  if (weight.scalar_type() == ScalarType::Double) {
-    step<double>(weight, v, grad, rows, open, options, step_f64);
+  if (type == ScalarType::Double) {
+    step<double>(weight, velocity, grad, rows, open, options, step_f64);
   } else {
-    step<float>(weight, v, grad, rows, open, options, step_f32);
+    step<float>(weight, velocity, grad, rows, open, options, step_f32);
   }
-}
-
-struct Behind {
-  int64_t row, steps;
-};
-
-// The rows of a list, or all, that have missed steps; sets the counters of those not yet marked.
-std::vector<Behind> advance(const std::optional<Tensor>& list, int64_t* last, const Rows& rows,
-                            int64_t now, int64_t mark, int64_t known) {
-  const Tensor index = list ? dense(*list) : Tensor();
-  const int64_t count = list ? index.size(0) : rows.count;
-  std::vector<Behind> behind;
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t row = list ? data<int64_t>(index)[i] : i;
-    require(row >= 0 && row < rows.count, "rows: expected them below ", rows.count, "; got ", row);
-    const int64_t steps = now - last[row];
-    require(steps < known, "table: expected more than ", steps, " steps; got ", known);
-    if (steps >= 0) behind.push_back({row, steps});
-  }
-  for (const Behind& b : behind) last[b.row] = mark;
-  return behind;
 }
 
 template <typename T, typename F>
-void catch_up(const Tensor& weight, const Tensor& velocity, const Rows& rows,
+void catch_up(const Tensor& weight, const std::optional<Tensor>& velocity, const Rows& rows,
               const std::vector<Behind>& behind, const double* table, F run) {
-  T* w = numbers_of<T>(weight);
+  T* w = out<T>(weight);
   T* v = numbers_of<T>(velocity);
   for_rows(rows, static_cast<int64_t>(behind.size()), [&](int64_t i) {
     if (behind[i].steps == 0) return;
@@ -170,18 +135,19 @@ void sgd_rows_catch_up(Tensor weight, std::optional<Tensor> velocity, Tensor las
                        std::optional<Tensor> list, Tensor table, int64_t now, int64_t mark) {
   const Rows rows = rows_of(weight);
   int64_t* counters = counters_of(last, rows);
-  const Tensor v = checked(weight, velocity);
+  const ScalarType type = checked_type(weight);
+  if (velocity) require_like(weight, *velocity, "velocity");
   const Tensor matrices = dense(table);
   require(matrices.scalar_type() == ScalarType::Double && matrices.dim() == 3 &&
               matrices.size(1) == 2 && matrices.size(2) == 2,
           "table: expected float64 of shape [steps, 2, 2]");
   const std::vector<Behind> behind =
-      advance(list, counters, rows, now, mark, matrices.size(0));
+      advance(list, counters, rows, now, mark, matrices.size(0) - 1);
   const double* m = data<double>(matrices);
-  if (weight.scalar_type() == ScalarType::Double) {
-    catch_up<double>(weight, v, rows, behind, m, catch_up_f64);
+  if (type == ScalarType::Double) {
+    catch_up<double>(weight, velocity, rows, behind, m, catch_up_f64);
   } else {
-    catch_up<float>(weight, v, rows, behind, m, catch_up_f32);
+    catch_up<float>(weight, velocity, rows, behind, m, catch_up_f32);
   }
 }
 

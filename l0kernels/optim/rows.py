@@ -16,7 +16,7 @@ cost a counter for every element.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -67,7 +67,7 @@ class FollowsDraws(Optimizer):
     """Mix-in before a class of ``torch.optim``: follows the draws of a model's gates.
 
     A class says how rows are updated (``_update``) and how they make up for steps (``_catch_up``),
-    and remembers each step (``_remember``) until all rows have seen it (``_forget``).
+    and what a table per group keeps of each step until all rows have seen it (``_with_step``).
     """
 
     def _follow(self, model: nn.Module) -> None:
@@ -76,6 +76,7 @@ class FollowsDraws(Optimizer):
         root = root_of(model, self._gates)
         self._found = {weight: Rows(name, weight, layer) for name, weight, layer in _gated(root)}
         self._rows: dict[Tensor, Rows] = {}
+        self._tables: list[Tensor] = []  # what rows that are behind need to know, per group
         self._now = 0  # steps since all rows were up to date
         self._drawn = False  # since the last step
         self._root = root
@@ -113,12 +114,12 @@ class FollowsDraws(Optimizer):
         """Make up for the missed steps of some rows, or all, and set their counters."""
         raise NotImplementedError
 
-    def _remember(self) -> None:
-        """Take note of the step that has been made."""
+    def _no_steps(self) -> Tensor:
+        """The table of a group when all rows are up to date."""
         raise NotImplementedError
 
-    def _forget(self) -> None:
-        """No row needs any step that was remembered."""
+    def _with_step(self, table: Tensor, group: dict[str, Any]) -> Tensor:
+        """The table and the step that has been made."""
         raise NotImplementedError
 
     def _has_state(self, weight: Tensor, group: dict[str, Any]) -> bool:
@@ -155,7 +156,7 @@ class FollowsDraws(Optimizer):
             self._catch_up(rows, group, None, self._now)
             rows.last -= self._now
         self._now = 0
-        self._forget()
+        self._tables = [self._no_steps() for _ in self.param_groups]
 
     def release(self) -> None:
         """Flush, and from now on do what PyTorch's optimizer does."""
@@ -208,7 +209,8 @@ class FollowsDraws(Optimizer):
             self._check_gradient(rows)
         for number, group in enumerate(self.param_groups):
             self._step_group(number, group)
-        self._remember()
+        for number, group in enumerate(self.param_groups):
+            self._tables[number] = self._with_step(self._tables[number], group)
         self._now += 1
         self._drawn = False
         for rows in self._rows.values():
@@ -273,10 +275,13 @@ class FollowsDraws(Optimizer):
             self.__dict__.setdefault(name, value)
         for name in ("_found", "_rows"):
             self.__dict__.setdefault(name, {})
+        if "_tables" not in self.__dict__:
+            self._tables = [self._no_steps() for _ in self.param_groups]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters; gated weights among them are followed from now on."""
         super().add_param_group(param_group)
+        self._tables.append(self._no_steps())
         for weight in self.param_groups[-1]["params"]:
             if weight in self._found:
                 self._rows[weight] = rows = self._found[weight]
@@ -325,3 +330,24 @@ def _gated(root: nn.Module) -> Iterable[tuple[str, nn.Parameter, GatedLayer]]:
         fits = weight.dtype in DTYPES and rows_contiguous(weight) and weight.numel() >= LEAST
         if fits and owners[id(weight)] == 1:
             yield f"{name}.weight", weight, layer
+
+
+def turned(*tensors: Tensor | None) -> bool:
+    """Whether all are channels_last: PyTorch's fused update copies what is not contiguous."""
+    return all(
+        tensor is None
+        or (
+            tensor.dim() == 4
+            and not tensor.is_contiguous()
+            and tensor.is_contiguous(memory_format=torch.channels_last)
+        )
+        for tensor in tensors
+    )
+
+
+def in_order(tensors: Sequence[Any], turns: list[bool]) -> list[Any]:
+    """The tensors, and None for None, as contiguous views where they are turned."""
+    return [
+        tensor.permute(0, 2, 3, 1) if turn and tensor is not None else tensor
+        for tensor, turn in zip(tensors, turns, strict=True)
+    ]

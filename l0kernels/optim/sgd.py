@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
 from l0kernels.ops.sgd_rows import sgd_rows, sgd_rows_catch_up
-from l0kernels.optim.rows import FollowsDraws, Rows
+from l0kernels.optim.rows import FollowsDraws, Rows, in_order, turned
 
 
 class SGD(FollowsDraws, torch.optim.SGD):
@@ -83,7 +82,6 @@ class SGD(FollowsDraws, torch.optim.SGD):
         if differentiable:
             raise ValueError("differentiable: expected False, got True")
         self._follow(model)
-        self._tables: list[Tensor] = []
         super().__init__(
             params,
             lr,
@@ -126,11 +124,11 @@ class SGD(FollowsDraws, torch.optim.SGD):
         momentum = group["momentum"]
         grads = [weight.grad for weight in weights if weight.grad is not None]
         found = [self._velocity(weight) if momentum else None for weight in weights]
-        turned = [_turned(*tensors) for tensors in zip(weights, grads, found, strict=True)]
-        buffers = _in_order(found, turned) if momentum else []
+        turns = [turned(*tensors) for tensors in zip(weights, grads, found, strict=True)]
+        buffers = in_order(found, turns) if momentum else []
         sgd(
-            _in_order(weights, turned),
-            _in_order(grads, turned),
+            in_order(weights, turns),
+            in_order(grads, turns),
             buffers,
             has_sparse_grad=any(grad.is_sparse for grad in grads),
             foreach=group["foreach"],
@@ -144,7 +142,7 @@ class SGD(FollowsDraws, torch.optim.SGD):
         )
         for i, buffer in enumerate(buffers):
             if found[i] is None:  # made in this step
-                made = buffer.permute(0, 3, 1, 2) if turned[i] else buffer
+                made = buffer.permute(0, 3, 1, 2) if turns[i] else buffer
                 self.state[weights[i]]["momentum_buffer"] = made
 
     def _catch_up(self, rows: Rows, group: int, which: Tensor | None, mark: int) -> None:
@@ -154,43 +152,11 @@ class SGD(FollowsDraws, torch.optim.SGD):
         table = self._tables[group]
         sgd_rows_catch_up(rows.weight.data, velocity, rows.last, which, table, self._now, mark)
 
-    def _remember(self) -> None:
-        for number, group in enumerate(self.param_groups):
-            table = step_matrix(group) @ self._tables[number]
-            self._tables[number] = torch.cat((_identity(), table))
+    def _no_steps(self) -> Tensor:
+        return _identity()
 
-    def _forget(self) -> None:
-        self._tables = [_identity() for _ in self.param_groups]
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if "_tables" not in self.__dict__:  # a copy
-            self._forget()
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        self._tables.append(_identity())
-
-
-def _turned(*tensors: Tensor | None) -> bool:
-    """Whether all are channels_last: PyTorch's fused update copies what is not contiguous."""
-    return all(
-        tensor is None
-        or (
-            tensor.dim() == 4
-            and not tensor.is_contiguous()
-            and tensor.is_contiguous(memory_format=torch.channels_last)
-        )
-        for tensor in tensors
-    )
-
-
-def _in_order(tensors: Sequence[Any], turned: list[bool]) -> list[Any]:
-    """The tensors, and None for None, as contiguous views where they are turned."""
-    return [
-        tensor.permute(0, 2, 3, 1) if turn and tensor is not None else tensor
-        for tensor, turn in zip(tensors, turned, strict=True)
-    ]
+    def _with_step(self, table: Tensor, group: dict[str, Any]) -> Tensor:
+        return torch.cat((_identity(), step_matrix(group) @ table))
 
 
 def _identity() -> Tensor:

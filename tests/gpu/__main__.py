@@ -25,6 +25,8 @@ SECONDS = 470
 PYTHON = sys.executable
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 CHECKED = "GPU and (test_shapes or test_more_than_one_block)"
+# Races are looked for in our own kernels: where Triton puts barriers is its compiler's matter.
+RACES = f"cuda and {CHECKED}"
 OPS = (
     ("sample_gates", []),
     ("pack_weight", []),
@@ -62,7 +64,7 @@ def sanitizers() -> list[Stage]:
         Stage(
             tool,
             ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=9"]
-            + [*pytest, "tests/ops", "-k", CHECKED],
+            + [*pytest, "tests/ops", "-k", RACES if tool == "racecheck" else CHECKED],
             130,
             # Only memory that is not kept for later use has bounds that a sanitizer knows.
             environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
@@ -85,7 +87,7 @@ def benchmarks(quick: bool) -> list[Stage]:
 def _step(model: str, amp: str, rounds: list[str]) -> Stage:
     bench = [PYTHON, "-m", "l0kernels.cli", "bench", "step", "--device", "cuda", "--json"]
     options = ["--model", model, "--batch", "128", "--amp", amp, "--keep", "1,.5,.25,.1"]
-    return Stage(f"step {model} {amp}", [*bench, *options, *rounds], 100, figures=True)
+    return Stage(f"step {model} {amp}", [*bench, *options, *rounds], 120, figures=True)
 
 
 def _module(name: str, module: str, options: list[str]) -> Stage:

@@ -9,6 +9,8 @@ SCRIPT = """
 import hashlib
 import torch
 from l0kernels.functional import GateLayout, pack_weight, packed_norm, sample_gates
+from l0kernels.ops.adam_rows import adam_rows, adam_rows_catch_up
+from l0kernels.ops.sgd_rows import sgd_rows, sgd_rows_catch_up
 
 digest = hashlib.sha256()
 
@@ -60,6 +62,19 @@ for dtype in (f64, f32, bf16, f16):
                 maps = index, gates.to(own), gates_of(0, 67)
                 y = packed_norm(*leaves, *running, *maps, training, activation="relu")
                 add(y, *running, *torch.autograd.grad(y, leaves, numbers(*shape).to(dtype)))
+
+for dtype in (f64, f32):
+    state = [numbers(37, 101).to(dtype) for _ in range(3)]
+    weight, mean, square = state[0], state[1].flip(0), state[2].square()
+    grad, last = numbers(37, 101).to(dtype), torch.arange(37) % 4
+    adam = torch.tensor([[0.1, 0.9, 0.99, 1e-8, 0.1]] * 3, dtype=f64)
+    adam_rows_catch_up(weight, mean, square, last, None, adam, 3, number=9, mark=4)
+    adam_rows(weight, mean, square, grad, last, 3, number=10, lr=0.1, weight_decay=0.1)
+    add(weight, mean, square)
+    last = torch.arange(37) % 4
+    sgd_rows_catch_up(weight, mean, last, None, numbers(4, 2, 2), 3, 4)
+    sgd_rows(weight, mean, grad, last, 3, lr=0.1, momentum=0.9, nesterov=True)
+    add(weight, mean)
 print(digest.hexdigest())
 """
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`open_rows`: schema, fake, public function."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -72,3 +74,37 @@ def check_rows(weight: Tensor, last: Tensor) -> None:
             f"last: expected int64 of one entry per row of {list(weight.shape)}, "
             f"got {last.dtype} of shape {list(last.shape)}"
         )
+
+
+def check_state(weight: Tensor, last: Tensor, **buffers: Tensor | None) -> None:
+    """Raise unless rows of the weight and of an optimizer's buffers lie alike in memory."""
+    check_rows(weight, last)
+    if not rows_contiguous(weight):
+        raise ValueError(
+            f"weight: expected it contiguous or channels_last, got strides {weight.stride()}"
+        )
+    for name, buffer in buffers.items():
+        if buffer is not None and _layout(buffer) != _layout(weight):
+            raise ValueError(
+                f"{name}: expected {weight.dtype} of shape {list(weight.shape)} and strides "
+                f"{weight.stride()}, got {buffer.dtype} of shape {list(buffer.shape)} and strides "
+                f"{buffer.stride()}"
+            )
+
+
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.dtype, tensor.shape, tensor.stride()
+
+
+def check_grad(weight: Tensor, grad: Tensor) -> None:
+    """Raise unless a gradient has the dtype and shape of the weight."""
+    if grad.shape != weight.shape or grad.dtype != weight.dtype:
+        raise ValueError(
+            f"grad: expected {weight.dtype} of shape {list(weight.shape)}, "
+            f"got {grad.dtype} of shape {list(grad.shape)}"
+        )
+
+
+def laid_out_like(weight: Tensor, grad: Tensor) -> Tensor:
+    """The gradient with the strides of the weight."""
+    return grad if grad.stride() == weight.stride() else torch.empty_like(weight).copy_(grad)

@@ -13,3 +13,17 @@ def open_rows(grad: Tensor, last: Tensor, now: int) -> int:
     stale = found & (last < now)
     last.masked_fill_(found & (last == now), now + 1)
     return int(stale.sum())
+
+
+def advance(last: Tensor, rows: Tensor | None, now: int, mark: int) -> tuple[Tensor, Tensor]:
+    """Set the counters of rows, all for None, that are not marked yet.
+
+    Returns:
+        The rows of them that have missed steps, and how many each.
+    """
+    if rows is None:
+        rows = torch.arange(last.shape[0], device=last.device)
+    steps = now - last.index_select(0, rows)
+    rows, steps = rows[steps >= 0], steps[steps >= 0]
+    last.index_fill_(0, rows, mark)
+    return rows[steps > 0], steps[steps > 0]

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from l0kernels import _config, _registry
-from l0kernels.ops.open_rows.op import check_rows, rows_contiguous
+from l0kernels.ops.open_rows.op import check_grad, check_state, laid_out_like
 from l0kernels.ops.sgd_rows import reference
 
 
@@ -68,18 +68,13 @@ def sgd_rows(
 
     A weight is neither copied nor differentiated here: its version counter stays as it is.
     """
-    _check(weight, velocity, last)
-    if grad.shape != weight.shape or grad.dtype != weight.dtype:
-        raise ValueError(
-            f"grad: expected {weight.dtype} of shape {list(weight.shape)}, "
-            f"got {grad.dtype} of shape {list(grad.shape)}"
-        )
+    check_state(weight, last, velocity=velocity)
+    check_grad(weight, grad)
     options = (lr, momentum, dampening, weight_decay, nesterov, maximize)
     if _config.reference_asked(weight):
         reference.sgd_rows(weight, velocity, grad, last, now, *options)
         return
-    if grad.stride() != weight.stride():
-        grad = torch.empty_like(weight).copy_(grad)
+    grad = laid_out_like(weight, grad)
     _registry.chosen(_STEP)(weight, velocity, grad, last, now, *options)
 
 
@@ -112,27 +107,9 @@ def sgd_rows_catch_up(
         TypeError: another dtype. ValueError: shapes or strides that do not fit.
         RuntimeError or IndexError: a row out of bounds, or more missed steps than the table has.
     """
-    _check(weight, velocity, last)
+    check_state(weight, last, velocity=velocity)
     arguments = (weight, velocity, last, rows, table, now, mark)
     if _config.reference_asked(weight):
         reference.sgd_rows_catch_up(*arguments)
     else:
         _registry.chosen(_CATCH_UP)(*arguments)
-
-
-def _check(weight: Tensor, velocity: Tensor | None, last: Tensor) -> None:
-    check_rows(weight, last)
-    if not rows_contiguous(weight):
-        raise ValueError(
-            f"weight: expected it contiguous or channels_last, got strides {weight.stride()}"
-        )
-    if velocity is not None and (
-        velocity.dtype != weight.dtype
-        or velocity.shape != weight.shape
-        or velocity.stride() != weight.stride()
-    ):
-        raise ValueError(
-            f"velocity: expected {weight.dtype} of shape {list(weight.shape)} and strides "
-            f"{weight.stride()}, got {velocity.dtype} of shape {list(velocity.shape)} and strides "
-            f"{velocity.stride()}"
-        )

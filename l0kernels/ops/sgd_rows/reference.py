@@ -4,6 +4,8 @@
 import torch
 from torch import Tensor
 
+from l0kernels.ops.open_rows.reference import advance
+
 
 @torch.no_grad()
 def sgd_rows(
@@ -44,12 +46,7 @@ def sgd_rows_catch_up(
     mark: int,
 ) -> None:
     """See ``l0kernels.ops.sgd_rows.op.sgd_rows_catch_up``."""
-    steps = now - last if rows is None else now - last.index_select(0, rows)
-    if rows is None:
-        rows = torch.arange(weight.shape[0], device=weight.device)
-    rows, steps = rows[steps >= 0], steps[steps >= 0]
-    last.index_fill_(0, rows, mark)
-    rows, steps = rows[steps > 0], steps[steps > 0]
+    rows, steps = advance(last, rows, now, mark)
     change = table - torch.tensor([[1.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
     # Steps beyond the table are an error here too.
     change = change.to(weight.device).index_select(0, steps).to(weight.dtype)

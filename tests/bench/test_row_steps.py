@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark of SGD on open rows: both arms make the same steps."""
+"""The benchmarks of optimizers on open rows: both arms make the same steps."""
 
 import pytest
 import torch
 
-from l0kernels.bench.ops import sgd_rows
+from l0kernels.bench import row_steps
+from l0kernels.bench.ops import adam_rows, sgd_rows
 
 
 @pytest.fixture(autouse=True)
@@ -12,9 +13,14 @@ def passive(monkeypatch):
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
 
 
+@pytest.fixture(params=[adam_rows, sgd_rows], ids=["adam_rows", "sgd_rows"])
+def module(request):
+    return request.param
+
+
 @pytest.mark.parametrize("keep", [0.1, 0.5, 1.0])
-def test_arms_compute_the_same(keep):
-    problem = sgd_rows.make_problem((40, 6), keep)
+def test_arms_compute_the_same(module, keep):
+    problem = module.make_problem((40, 6), keep)
     for _ in range(20):
         problem.ours()
         problem.plain()
@@ -23,8 +29,8 @@ def test_arms_compute_the_same(keep):
     assert problem.now == problem.twins == 20
 
 
-def test_arms_are_timed():
-    rows = sgd_rows.measure([(40, 6)], [0.5], rounds=1)
+def test_arms_are_timed(module):
+    rows = row_steps.measure(module.make_problem, [(40, 6)], [0.5], rounds=1)
     assert [(row["shape"], row["open"]) for row in rows] == [([40, 6], 0.5)]
     assert rows[0]["us"] > 0 and rows[0]["times_slower"]["median"] > 0
-    assert "40x6" in sgd_rows.table(rows)
+    assert "40x6" in row_steps.table(rows)

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AdamW on marked rows, and the steps that rows have missed, against torch.optim.AdamW."""
+
+import pytest
+import torch
+from error_table import close, within_budget
+from torch.library import opcheck
+
+from l0kernels.ops.adam_rows import op
+from l0kernels.ops.adam_rows.op import adam_rows, adam_rows_catch_up
+
+SHAPES = [(0, 3), (1, 1), (5, 0), (7, 3), (37, 1031), (300, 5), (6, 5, 3, 3)]
+SETTINGS = {
+    "usual": {},
+    "decay": {"lr": 0.1, "weight_decay": 0.1},
+    "betas": {"beta1": 0.5, "beta2": 0.9, "weight_decay": 0.1},
+    "zero betas": {"beta1": 0.0, "beta2": 0.0, "eps": 1e-2, "weight_decay": 0.1},
+    "steady": {"beta1": 0.999, "beta2": 0.9, "eps": 1e-2},
+    "decays to zero": {"lr": 0.1, "weight_decay": 10.0},
+}
+USUAL = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+DTYPES = [torch.float32, torch.float64]
+BEFORE = 5
+"""Steps that the weight has made before."""
+
+
+def tensors(shape, dtype, device="cpu", layout=torch.contiguous_format):
+    """Weight, exp_avg, exp_avg_sq and gradient; some moments are zero, some squares tiny."""
+    if len(shape) != 4:
+        layout = torch.contiguous_format
+    weight, mean, grad = (torch.randn(shape, dtype=dtype) for _ in range(3))
+    square = torch.randn(shape, dtype=dtype).square() * 10.0 ** torch.randint(-12, 1, shape)
+    mean = mean * square.sqrt()
+    dead = torch.rand(shape) < 0.1
+    mean[dead] = square[dead] = grad[dead] = 0
+    found = (weight, mean, square, grad)
+    return [t.to(device=device, memory_format=layout) for t in found]
+
+
+def torchs(state, grads, settings, before=BEFORE, maximize=False):
+    """What torch.optim.AdamW makes of copies of weight and moments, a step for each setting."""
+    weight, mean, square = (t.clone() for t in state)
+    optimizer = torch.optim.AdamW([weight], maximize=maximize)
+    step = torch.tensor(float(before))
+    optimizer.state[weight] = {"step": step, "exp_avg": mean, "exp_avg_sq": square}
+    for options in settings:
+        options = {**USUAL, **options}
+        betas = options.pop("beta1"), options.pop("beta2")
+        optimizer.param_groups[0].update(betas=betas, **options)
+        weight.grad = grads
+        optimizer.step()
+    return weight, mean, square
+
+
+def as_table(settings):
+    rows = [list({**USUAL, **options}.values()) for options in settings]
+    return torch.tensor(rows, dtype=torch.float64).reshape(-1, 5)
+
+
+def compare(actual, exact, single):
+    if actual.dtype == torch.float64:
+        close("adam_rows", "forward", actual, exact)
+    else:
+        within_budget("adam_rows", "forward", actual, exact, single)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_marked_rows_make_one_step(impl, device, shape, setting, maximize, dtype, layout):
+    options = SETTINGS[setting]
+    *state, grad = tensors(shape, dtype, device, layout)
+    exact = torchs([t.double() for t in state], grad.double(), [options], maximize=maximize)
+    single = torchs(state, grad, [options], maximize=maximize)
+    last = torch.randint(0, 5, shape[:1], device=device)
+    before, counters, strides = [t.clone() for t in state], last.clone(), state[0].stride()
+    options = {**USUAL, **options}
+    adam_rows(*state, grad, last, 3, number=BEFORE + 1, maximize=maximize, **options)
+    marked = last == 4
+    for mine, old, right, plain in zip(state, before, exact, single, strict=True):
+        assert torch.equal(mine[~marked], old[~marked])
+        compare(mine[marked], right[marked], plain[marked])
+    assert torch.equal(last, counters) and state[0].stride() == strides
+
+
+def check_catching_up(state, last, rows, settings, mark):
+    """All rows, or those of a list, against torch's steps with gradients of zero."""
+    now, count = len(settings), state[0].shape[0]
+    chosen = torch.zeros(count, dtype=torch.bool, device=last.device)
+    chosen[slice(None) if rows is None else rows] = True
+    exact, single = [t.double() for t in state], [t.clone() for t in state]
+    for seen in last[chosen].unique().tolist():
+        if seen >= now:
+            continue
+        part = chosen & (last == seen)
+        for results in (exact, single):
+            before = [t[part].contiguous() for t in results]
+            zero = torch.zeros_like(before[0])
+            new = torchs(before, zero, settings[seen:], BEFORE + seen)
+            for mine, value in zip(results, new, strict=True):
+                mine[part] = value
+    expected = torch.where(chosen & (last <= now), mark, last)
+    old = [t.clone() for t in state]
+    untouched = ~chosen | (last >= now)
+    table = as_table(settings)
+    adam_rows_catch_up(*state, last, rows, table, now, number=BEFORE + now, mark=mark)
+    assert torch.equal(last, expected)
+    for mine, before, right, plain in zip(state, old, exact, single, strict=True):
+        assert torch.equal(mine[untouched], before[untouched])
+        compare(mine, right, plain)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("some", [True, False])
+def test_missed_steps_are_made_up_for(impl, device, shape, setting, dtype, layout, some):
+    *state, _ = tensors(shape, dtype, device, layout)
+    last = torch.tensor([40, 0, 39, 41, 20, 3, 40])[torch.arange(shape[0]) % 7].to(device)
+    rows = torch.randperm(shape[0])[: (shape[0] + 1) // 2].to(device) if some else None
+    check_catching_up(state, last, rows, [SETTINGS[setting]] * 40, mark=41)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_each_step_has_its_own_settings(impl, device, dtype):
+    *state, _ = tensors((12, 70), dtype, device)
+    names = [name for name in SETTINGS if name != "zero betas"]  # these would end all the others
+    settings = [
+        {**SETTINGS[names[i % len(names)]], "lr": 0.01 * (1 + i % 5), "eps": 10.0 ** -(3 + i % 4)}
+        for i in range(30)
+    ]
+    last = torch.arange(12, device=device) * 3
+    check_catching_up(state, last, None, settings, mark=30)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("last", [0, 303, 1000, 1001], ids=str)
+@pytest.mark.parametrize("setting", ["usual", "betas", "steady", "now and then"])
+def test_rows_that_have_been_closed_for_long(impl, device, dtype, last, setting):
+    """Steps that leave nothing but rounding are left out, and no others."""
+    *state, _ = tensors((3, 80), dtype, device)
+    # Steps that leave nothing come before such that do.
+    now_and_then = [{"lr": 0.01 * (i % 5 == 0)} for i in range(1000)]
+    settings = now_and_then if setting == "now and then" else [SETTINGS[setting]] * 1000
+    check_catching_up(state, torch.full((3,), last, device=device), None, settings, mark=1000)
+
+
+@pytest.mark.parametrize("change", [lambda g: g[:1].expand(9, 8), lambda g: g.t().contiguous().t()])
+def test_gradients_of_any_strides(impl, device, change):
+    *state, grad = tensors((9, 8), torch.float64, device)
+    grad = change(grad)
+    exact = torchs(state, grad, [USUAL])
+    last = torch.ones(9, dtype=torch.int64, device=device)
+    adam_rows(*state, grad, last, 0, number=BEFORE + 1, **USUAL)
+    for mine, right in zip(state, exact, strict=True):
+        close("adam_rows", "forward", mine, right)
+
+
+def test_rows_that_take_no_part_may_hold_anything(impl, device):
+    *state, grad = tensors((4, 5), torch.float32, device)
+    for t in (*state, grad):
+        t[1] = float("nan")
+    last = torch.tensor([1, 2, 1, 0], device=device)
+    adam_rows_catch_up(*state, last, None, as_table([{}]), 1, number=7, mark=1)
+    assert last.tolist() == [1, 2, 1, 1]
+    last = torch.tensor([2, 0, 2, 2], device=device)
+    adam_rows(*state, grad, last, 1, number=8, **USUAL)
+    for t in state:
+        assert t[1].isnan().all() and t[[0, 2, 3]].isfinite().all()
+
+
+@pytest.fixture(autouse=True)
+def restore_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_threads_do_not_matter(impl):
+    found = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        torch.manual_seed(0)
+        *state, grad = tensors((400, 700), torch.float32)
+        last = torch.randint(0, 4, (400,))
+        table = as_table([{"lr": 0.1}, {"beta1": 0.5}, {}])
+        adam_rows_catch_up(*state, last, None, table, 3, number=9, mark=4)
+        adam_rows(*state, grad, last, 3, number=10, **USUAL)
+        found.append(state)
+    assert all(map(torch.equal, *found))
+
+
+def test_operators_are_registered_as_they_behave(op_impl):
+    if op_impl != "cpp":
+        pytest.skip("opcheck is of the dispatcher's operator, the compiled one on a CPU")
+    *state, grad = tensors((4, 3), torch.float32)
+    last, checks = torch.tensor([0, 1, 2, 1]), ("test_schema", "test_faketensor")
+    step = (*state, grad, last, 1, 6, 0.1, 0.9, 0.999, 1e-8, 0.1, True)
+    opcheck(op._STEP, step, test_utils=checks)
+    opcheck(op._CATCH_UP, (*state, last, None, as_table([{}] * 2), 2, 7, 3), test_utils=checks)
+
+
+def test_bad_arguments(impl):
+    *state, grad = tensors((4, 3), torch.float32)
+    last = torch.zeros(4, dtype=torch.int64)
+    weight, mean, square = state
+
+    def refused(error, match, weight=weight, mean=mean, square=square, grad=grad, last=last):
+        with pytest.raises(error, match=match):
+            adam_rows(weight, mean, square, grad, last, 0, number=1, lr=0.1)
+
+    refused(TypeError, "expected float32 or float64", weight=weight.half())
+    refused(ValueError, r"grad: expected torch.float32 of shape \[4, 3\]", grad=grad.double())
+    refused(ValueError, r"exp_avg: expected .* strides \(3, 1\)", mean=mean[:, :2])
+    refused(ValueError, r"exp_avg_sq: expected", square=square.t().contiguous().t())
+    refused(ValueError, "weight: expected it contiguous", weight=weight.t().contiguous().t())
+    refused(ValueError, "last: expected int64", last=last[:3])
+    before = [t.clone() for t in state]
+    with pytest.raises((RuntimeError, IndexError)):
+        adam_rows_catch_up(*state, last, None, as_table([{}]), 2, number=2, mark=2)
+    last.zero_()
+    with pytest.raises((RuntimeError, IndexError)):
+        adam_rows_catch_up(*state, last, torch.tensor([4]), as_table([{}]), 1, number=1, mark=1)
+    assert all(map(torch.equal, state, before))
