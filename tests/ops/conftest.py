@@ -24,11 +24,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def runs(item: pytest.Item) -> bool:
-    params = (
-        item.callspec.params
-        if isinstance(item, pytest.Function) and hasattr(item, "callspec")
-        else {}
-    )
+    callspec = getattr(item, "callspec", None)
+    params = {} if callspec is None else callspec.params
     return (params.get("device"), params.get("impl")) not in ON_CPU
 
 

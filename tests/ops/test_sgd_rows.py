@@ -80,14 +80,15 @@ def test_missed_steps_are_made_up_for(impl, device, shape, setting, dtype, layou
     options, now = SETTINGS[setting], 40
     weight, velocity, grad = tensors(shape, dtype, device, layout)
     grad.zero_()
-    last = torch.tensor([40, 0, 39, 41, 20, 3, 40])[torch.arange(shape[0]) % 7].to(device)
+    last = torch.tensor([20, 0, 39, 41, 40, 3, 40])[torch.arange(shape[0]) % 7].to(device)
     matrix = step_matrix({**FULL, "lr": 0.1, **options})
     powers = [torch.linalg.matrix_power(matrix, n) for n in range(now + 1)]
     table = torch.stack(powers)
     rows = torch.randperm(shape[0])[: (shape[0] + 1) // 2].to(device) if some else None
     chosen = torch.zeros(shape[0], dtype=torch.bool, device=device)
     chosen[slice(None) if rows is None else rows] = True
-    exact, single = [t.double() for t in (weight, velocity)], [weight.clone(), velocity.clone()]
+    exact = [t.double().clone() for t in (weight, velocity)]
+    single = [weight.clone(), velocity.clone()]
     for row in range(shape[0]):
         missed = int(now - last[row])
         if chosen[row] and missed > 0:
