@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """AdamW on marked rows, and the steps that rows have missed, against torch.optim.AdamW."""
 
+import math
+
 import pytest
 import torch
 from error_table import close, within_budget
@@ -19,6 +21,17 @@ SETTINGS = {
     "decays to zero": {"lr": 0.1, "weight_decay": 10.0},
 }
 USUAL = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
+LONG = {
+    **{name: [SETTINGS[name]] * 1000 for name in ("usual", "betas", "steady", "zero betas")},
+    # Steps that leave nothing come before such that do.
+    "now and then": [{"lr": 0.01 * (i % 5 == 0)} for i in range(1000)],
+    "warm-up": [{"lr": 1e-4 * (i % 500)} for i in range(1000)],
+}
+LATE = {
+    # dtype, settings, bounds of the squares
+    "eps falls": (torch.float32, [{"eps": 1.0}] * 230 + [{"eps": 1e-12}] * 70, 1e-26, 1e-26),
+    "squares fall": (torch.float64, [{"beta2": 0.7, "eps": 1e-90}] * 800, 1e-6, math.inf),
+}
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 DTYPES = [torch.float32, torch.float64]
 BEFORE = 5
@@ -86,6 +99,22 @@ def test_marked_rows_make_one_step(impl, device, shape, setting, maximize, dtype
     assert torch.equal(last, counters) and state[0].stride() == strides
 
 
+@pytest.mark.parametrize("betas", [(0.0, 0.0), (0.0, 0.9)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_much_smaller_than_their_mean(impl, device, betas, dtype):
+    """Nothing is left of the mean, and nothing of its size may be lost with it."""
+    small = torch.finfo(dtype).eps / 10
+    ones = torch.ones(3, 5, dtype=dtype, device=device)
+    state, grad = [0 * ones, ones.clone(), ones.clone()], small * ones
+    options = {"lr": 0.1, "beta1": betas[0], "beta2": betas[1], "eps": small}
+    exact = torchs([t.double() for t in state], grad.double(), [options])
+    single = torchs(state, grad, [options])
+    last = torch.ones(3, dtype=torch.int64, device=device)
+    adam_rows(*state, grad, last, 0, number=BEFORE + 1, **{**USUAL, **options})
+    for mine, right, plain in zip(state, exact, single, strict=True):
+        compare(mine, right, plain)
+
+
 def check_catching_up(state, last, rows, settings, mark):
     """All rows, or those of a list, against torch's steps with gradients of zero."""
     now, count = len(settings), state[0].shape[0]
@@ -139,14 +168,41 @@ def test_each_step_has_its_own_settings(impl, device, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("last", [0, 303, 1000, 1001], ids=str)
-@pytest.mark.parametrize("setting", ["usual", "betas", "steady", "now and then"])
+@pytest.mark.parametrize("setting", LONG)
 def test_rows_that_have_been_closed_for_long(impl, device, dtype, last, setting):
     """Steps that leave nothing but rounding are left out, and no others."""
     *state, _ = tensors((3, 80), dtype, device)
-    # Steps that leave nothing come before such that do.
-    now_and_then = [{"lr": 0.01 * (i % 5 == 0)} for i in range(1000)]
-    settings = now_and_then if setting == "now and then" else [SETTINGS[setting]] * 1000
-    check_catching_up(state, torch.full((3,), last, device=device), None, settings, mark=1000)
+    check_catching_up(state, torch.full((3,), last, device=device), None, LONG[setting], mark=1000)
+
+
+@pytest.mark.parametrize("case", LATE)
+def test_late_steps_with_small_divisors_are_not_left_out(impl, device, case):
+    """What the first step left is small beside them, in spite of its larger numerator."""
+    dtype, settings, least, most = LATE[case]
+    *state, _ = tensors((3, 80), dtype, device)
+    state[2].clamp_(least, most)
+    last = torch.zeros(3, dtype=torch.int64, device=device)
+    check_catching_up(state, last, None, settings, mark=len(settings))
+
+
+def test_steps_that_move_nothing_divide_by_zero_too(impl, device):
+    """Without eps and square torch's quotients are NaN, whatever the rate."""
+    for settings in ([{"eps": 0.0, "lr": 0.0}] * 3, [{"eps": 0.0, "beta1": 0.0}] * 3):
+        *state, _ = tensors((3, 80), torch.float32, device)
+        assert bool((state[2] == 0).any())
+        last = torch.zeros(3, dtype=torch.int64, device=device)
+        check_catching_up(state, last, None, settings, mark=3)
+        assert torch.equal(state[0].isnan(), state[2] == 0)
+
+
+@pytest.mark.parametrize("square", [math.inf, 1e30])
+def test_squares_that_overflowed(impl, device, square):
+    """Infinity stays, though what multiplies it is below the least float32; others vanish."""
+    *state, _ = tensors((3, 80), torch.float32, device)
+    state[2].fill_(square)
+    last = torch.zeros(3, dtype=torch.int64, device=device)
+    check_catching_up(state, last, None, [{"beta2": 0.5}] * 300, mark=300)
+    assert state[0].isfinite().all() and not state[2].isnan().any()
 
 
 @pytest.mark.parametrize("change", [lambda g: g[:1].expand(9, 8), lambda g: g.t().contiguous().t()])
