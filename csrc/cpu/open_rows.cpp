@@ -57,7 +57,8 @@ int64_t open_rows(Tensor grad, Tensor last, int64_t now) {
   if (grad.scalar_type() == ScalarType::Double) {
     return run<double>(grad, counters, rows, now, any_f64);
   }
-  require(grad.scalar_type() == ScalarType::Float, "open_rows: expected float64 or float32");
+  require(grad.scalar_type() == ScalarType::Float, "grad: expected float64 or float32; got ",
+          Shown{grad});
   return run<float>(grad, counters, rows, now, any_f32);
 }
 

@@ -140,7 +140,7 @@ void sgd_rows_catch_up(Tensor weight, std::optional<Tensor> velocity, Tensor las
   const Tensor matrices = dense(table);
   require(matrices.scalar_type() == ScalarType::Double && matrices.dim() == 3 &&
               matrices.size(1) == 2 && matrices.size(2) == 2,
-          "table: expected float64 of shape [steps, 2, 2]");
+          "table: expected float64 of shape [steps, 2, 2]; got ", Shown{matrices});
   const std::vector<Behind> behind =
       advance(list, counters, rows, now, mark, matrices.size(0) - 1);
   const double* m = data<double>(matrices);
