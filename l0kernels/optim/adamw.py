@@ -22,20 +22,26 @@ class AdamW(FollowsDraws, torch.optim.AdamW):
     rounding.
 
     With gradients of zero a weight still moves, by its momentum and its decay. The steps that a row
-    has missed are replayed when it opens or is flushed: in registers, a division for each element
-    and step (``l0kernels.ops.adam_rows.adam_rows_catch_up`` has the formula). Learning rates and
-    all other settings may change at any step: each is replayed with its own. Steps from which
-    nothing is left but rounding cost nothing, so that rows that have been closed for long take as
-    much as those that were for some hundred steps.
+    has missed are replayed when it opens or is flushed
+    (``l0kernels.ops.adam_rows.adam_rows_catch_up`` has the formula). Learning rates and all other
+    settings may change at any step: each is replayed with its own.
 
-    Which weights are treated so, when rows are brought up to date, when to call ``flush()``, what
-    raises and what runs where is as in :class:`l0kernels.optim.SGD`. The first step of a weight is
-    PyTorch's.
+    In C++, on a CPU, a missed step costs a division for each element. Steps from which nothing is
+    left but rounding are left out, so that with the usual settings rows that have been closed for
+    long take as much as those that were for some hundred steps. On a GPU, and where the library is
+    not built, every missed step is replayed by several PyTorch operations, small launches on a GPU,
+    whose host also waits several times per weight and step: ``torch.optim.AdamW`` is the better
+    choice there.
+
+    Which weights are treated so, when rows are brought up to date, when to call ``flush()`` and
+    what raises is as in :class:`l0kernels.optim.SGD`. The first step of a weight is PyTorch's.
+    Sparse gradients and what is not supported raise in ``step`` before anything is changed.
 
     Args:
         params, lr, betas, eps, weight_decay, maximize: as in ``torch.optim.AdamW``.
         amsgrad, capturable, differentiable: not supported.
-        model: a converted model, or a wrapper around one, on its device and in its dtype.
+        model: a converted model, or a wrapper around one, on the device and in the dtype and
+            memory format in which it stays.
         foreach, fused: how PyTorch updates the other parameters.
 
     Raises:
@@ -81,11 +87,18 @@ class AdamW(FollowsDraws, torch.optim.AdamW):
     def _has_state(self, weight: Tensor, group: dict[str, Any]) -> bool:
         return bool(self.state.get(weight))
 
+    def _check_group(self, group: dict[str, Any]) -> None:
+        _check(group)
+        for weight in group["params"]:
+            if weight.grad is not None and weight.grad.is_sparse:
+                raise RuntimeError(
+                    f"expected dense gradients, got a sparse one of shape {list(weight.shape)}"
+                )
+
     def _update(self, rows: Rows, group: dict[str, Any]) -> None:
         weight = rows.weight
         assert weight.grad is not None
         state = self.state[weight]
-        state["step"] += 1
         lr, beta1, beta2, eps, weight_decay = _settings(group)
         adam_rows(
             weight.data,
@@ -94,7 +107,7 @@ class AdamW(FollowsDraws, torch.optim.AdamW):
             weight.grad,
             rows.last,
             self._now,
-            number=int(state["step"]),
+            number=int(state["step"]) + 1,
             lr=lr,
             beta1=beta1,
             beta2=beta2,
@@ -102,6 +115,7 @@ class AdamW(FollowsDraws, torch.optim.AdamW):
             weight_decay=weight_decay,
             maximize=group["maximize"],
         )
+        state["step"] += 1
 
     def _update_whole(self, group: dict[str, Any], weights: list[Tensor]) -> None:
         found: list[list[Any]] = [[] for _ in range(6)]
@@ -154,7 +168,8 @@ class AdamW(FollowsDraws, torch.optim.AdamW):
         return torch.cat((table, torch.tensor([_settings(group)], dtype=torch.float64)))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        _check({**self.defaults, **param_group})
+        if isinstance(param_group, dict):  # PyTorch refuses others
+            _check({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -102,6 +102,9 @@ class FollowsDraws(Optimizer):
 
     # What a class supplies.
 
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Raise if a step cannot be made, as far as PyTorch's would notice too late."""
+
     def _update(self, rows: Rows, group: dict[str, Any]) -> None:
         """One step of the marked rows."""
         raise NotImplementedError
@@ -194,7 +197,8 @@ class FollowsDraws(Optimizer):
 
         Raises:
             RuntimeError: the gradient of a row that was closed is not zero, or a weight was
-                written by somebody else; nothing is changed.
+                written by somebody else; nothing is changed. What PyTorch's optimizer raises;
+                weights of which only open rows are updated have not been changed then.
         """
         loss = None
         if closure is not None:
@@ -207,8 +211,15 @@ class FollowsDraws(Optimizer):
         self._check_unwritten()
         for rows in self._rows.values():
             self._check_gradient(rows)
-        for number, group in enumerate(self.param_groups):
-            self._step_group(number, group)
+        for group in self.param_groups:
+            self._check_group(group)
+        parts = [self._parts(number, group) for number, group in enumerate(self.param_groups)]
+        for group, (whole, _) in zip(self.param_groups, parts, strict=True):
+            self._update_whole(group, whole)
+        for group, (_, partly) in zip(self.param_groups, parts, strict=True):
+            for rows in partly:
+                self._update(rows, group)
+                torch.autograd.graph.increment_version(rows.weight)
         for number, group in enumerate(self.param_groups):
             self._tables[number] = self._with_step(self._tables[number], group)
         self._now += 1
@@ -231,8 +242,9 @@ class FollowsDraws(Optimizer):
                 f"optimizer before each forward, or use PyTorch's optimizer"
             )
 
-    def _step_group(self, number: int, group: dict[str, Any]) -> None:
-        whole = []
+    def _parts(self, number: int, group: dict[str, Any]) -> tuple[list[Tensor], list[Rows]]:
+        """The weights of a group that PyTorch updates, and those of which the marked rows are."""
+        whole, partly = [], []
         for weight in group["params"]:
             rows = self._rows.get(weight)
             if rows is None:
@@ -243,9 +255,8 @@ class FollowsDraws(Optimizer):
                 rows.last.fill_(self._now + 1)
                 whole.append(weight)
             else:
-                self._update(rows, group)
-                torch.autograd.graph.increment_version(weight)
-        self._update_whole(group, [weight for weight in whole if weight.grad is not None])
+                partly.append(rows)
+        return [weight for weight in whole if weight.grad is not None], partly
 
     # State.
 

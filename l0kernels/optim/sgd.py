@@ -32,8 +32,9 @@ class SGD(FollowsDraws, torch.optim.SGD):
     float64, contiguous or channels_last, of at least 16384 elements, read by one layer. All other
     parameters, and every weight in the step that makes its momentum buffer, are updated by
     PyTorch. On a CPU open rows are updated in C++; on a GPU, and where the library is not built, by
-    PyTorch operations, and on a GPU the host waits once per weight and step; ``use_impl`` of
-    "cuda" or "triton", which have no kernels for it, raises.
+    PyTorch operations. On a GPU these are many small launches, and the host waits several times per
+    weight and step, at the draw and in ``step``: ``torch.optim.SGD`` is the better choice there.
+    ``use_impl`` of "cuda" or "triton", which have no kernels for it, raises.
 
     Draws in training mode bring their open rows up to date. These flush: draws in eval mode (thus
     evaluation and ``frozen``), ``state_dict`` and ``load_state_dict`` of the optimizer and of the
@@ -53,7 +54,8 @@ class SGD(FollowsDraws, torch.optim.SGD):
     Args:
         params, lr, momentum, dampening, weight_decay, nesterov, maximize: as in
             ``torch.optim.SGD``.
-        model: a converted model, or a wrapper around one, on its device and in its dtype.
+        model: a converted model, or a wrapper around one, on the device and in the dtype and
+            memory format in which it stays.
         foreach, fused: how PyTorch updates the other parameters.
         differentiable: not supported.
 

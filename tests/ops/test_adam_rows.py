@@ -265,9 +265,11 @@ def test_bad_arguments(impl):
     last = torch.zeros(4, dtype=torch.int64)
     weight, mean, square = state
 
-    def refused(error, match, weight=weight, mean=mean, square=square, grad=grad, last=last):
+    def refused(
+        error, match, weight=weight, mean=mean, square=square, grad=grad, last=last, number=1
+    ):
         with pytest.raises(error, match=match):
-            adam_rows(weight, mean, square, grad, last, 0, number=1, lr=0.1)
+            adam_rows(weight, mean, square, grad, last, 0, number=number, lr=0.1)
 
     refused(TypeError, "expected float32 or float64", weight=weight.half())
     refused(ValueError, r"grad: expected torch.float32 of shape \[4, 3\]", grad=grad.double())
@@ -275,10 +277,46 @@ def test_bad_arguments(impl):
     refused(ValueError, r"exp_avg_sq: expected", square=square.t().contiguous().t())
     refused(ValueError, "weight: expected it contiguous", weight=weight.t().contiguous().t())
     refused(ValueError, "last: expected int64", last=last[:3])
-    before = [t.clone() for t in state]
-    with pytest.raises((RuntimeError, IndexError)):
-        adam_rows_catch_up(*state, last, None, as_table([{}]), 2, number=2, mark=2)
-    last.zero_()
-    with pytest.raises((RuntimeError, IndexError)):
-        adam_rows_catch_up(*state, last, torch.tensor([4]), as_table([{}]), 1, number=1, mark=1)
-    assert all(map(torch.equal, state, before))
+    refused(ValueError, "number: expected at least 1, got 0", number=0)
+
+
+CATCHES_UP = {"rows": None, "table": as_table([{}, {}]), "now": 2, "number": 2}
+BAD_ROWS = [
+    (torch.tensor([0, 1], dtype=torch.int32), r"got torch.int32 of shape \[2\]"),
+    (torch.tensor([True, False, False, True]), r"got torch.bool of shape \[4\]"),
+    (torch.tensor([[0, 1]]), r"got torch.int64 of shape \[1, 2\]"),
+    (torch.tensor(1), r"got torch.int64 of shape \[\]"),
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        *[({"rows": r}, ValueError, f"rows: expected int64 of one .*{m}") for r, m in BAD_ROWS],
+        ({"rows": torch.tensor([1, 4])}, (RuntimeError, IndexError), "of 4 rows; got 4"),
+        ({"rows": torch.tensor([1, -1])}, (RuntimeError, IndexError), "of 4 rows; got -1"),
+        ({"now": 3, "number": 3}, (RuntimeError, IndexError), "at most 2 missed steps; got 3"),
+        ({"number": 1}, (RuntimeError, IndexError), "at most 1 missed steps; got 2"),
+        ({"table": as_table([{}]).float()}, ValueError, r"table: .*steps, 5\], got torch.float32"),
+        ({"table": torch.ones(2, 4).double()}, ValueError, r"table: .*got .* shape \[2, 4\]"),
+        ({"table": torch.ones(5).double()}, ValueError, r"table: .*got .* shape \[5\]"),
+    ],
+)
+def test_bad_arguments_of_catching_up_change_nothing(impl, change, error, match):
+    *state, _ = tensors((4, 3), torch.float32)
+    last = torch.tensor([0, 0, 1, 2])
+    before, arguments = [t.clone() for t in (*state, last)], {**CATCHES_UP, **change}
+    with pytest.raises(error, match=match):
+        adam_rows_catch_up(*state, last, **arguments, mark=arguments["now"])
+    assert all(map(torch.equal, (*state, last), before))
+
+
+@pytest.mark.parametrize("rows", [rows for rows, _ in BAD_ROWS], ids=str)
+def test_the_compiled_operator_reads_no_other_list(op_impl, rows):
+    if op_impl != "cpp":
+        pytest.skip("what is compiled for a CPU")
+    *state, _ = tensors((4, 3), torch.float32)
+    last = torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="rows: expected int64 of one dimension; got"):
+        op._CATCH_UP(*state, last, rows, as_table([{}]), 1, 1, 1)
+    assert not last.any()

@@ -160,7 +160,6 @@ def test_operators_are_registered_as_they_behave(op_impl):
 def test_bad_arguments(impl):
     weight, velocity, grad = tensors((4, 3), torch.float32, "cpu")
     last = torch.zeros(4, dtype=torch.int64)
-    table = torch.eye(2, dtype=torch.float64)[None]
 
     def refused(error, match, weight=weight, velocity=velocity, grad=grad, last=last):
         with pytest.raises(error, match=match):
@@ -172,9 +171,28 @@ def test_bad_arguments(impl):
     refused(ValueError, "velocity", velocity=velocity.t().contiguous().t())
     refused(ValueError, "weight: expected it contiguous", weight=weight.t().contiguous().t())
     refused(ValueError, "last: expected int64", last=last[:3])
-    before = weight.clone()
-    with pytest.raises((RuntimeError, IndexError)):
-        sgd_rows_catch_up(weight, velocity, last, None, table, 5, 5)
-    with pytest.raises((RuntimeError, IndexError)):
-        sgd_rows_catch_up(weight, velocity, last, torch.tensor([4]), table, 0, 0)
-    assert torch.equal(weight, before)
+
+
+TABLE = torch.eye(2, dtype=torch.float64).expand(3, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("rows", "table", "now", "error", "match"),
+    [
+        (torch.tensor([0]).int(), TABLE, 2, ValueError, "rows: expected int64 .*got torch.int32"),
+        (torch.ones(4).bool(), TABLE, 2, ValueError, "rows: expected int64 .*got torch.bool"),
+        (torch.tensor([[0]]), TABLE, 2, ValueError, r"rows: expected int64 .*got .* \[1, 1\]"),
+        (torch.tensor([1, 4]), TABLE, 2, (RuntimeError, IndexError), "of 4 rows; got 4"),
+        (torch.tensor([-1]), TABLE, 2, (RuntimeError, IndexError), "of 4 rows; got -1"),
+        (None, TABLE, 3, (RuntimeError, IndexError), "at most 2 missed steps; got 3"),
+        (None, TABLE.float(), 2, ValueError, r"\[steps, 2, 2\], got torch.float32"),
+        (None, TABLE[0], 2, ValueError, r"\[steps, 2, 2\], got .* shape \[2, 2\]"),
+    ],
+)
+def test_bad_arguments_of_catching_up_change_nothing(impl, rows, table, now, error, match):
+    weight, velocity, _ = tensors((4, 3), torch.float32, "cpu")
+    last = torch.tensor([0, 0, 1, 2])
+    before = [t.clone() for t in (weight, velocity, last)]
+    with pytest.raises(error, match=match):
+        sgd_rows_catch_up(weight, velocity, last, rows, table, now, now)
+    assert all(map(torch.equal, (weight, velocity, last), before))

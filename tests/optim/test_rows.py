@@ -697,6 +697,56 @@ def test_what_adamw_does_not_support(name):
     assert len(mine.param_groups) == 1 and not mine.param_groups[0][name]
 
 
+@pytest.mark.parametrize("bad", ["a sparse gradient", "amsgrad"])
+def test_steps_that_adamw_cannot_make_change_nothing(bad):
+    """Whether an earlier group or a later one asks for them."""
+    for number in (0, 1):
+        net = double()
+        last = {"params": [net.fc1.weight, net.fc2.weight]}
+        groups = [{"params": [net.inner.weight, net.fc2.bias]}, last]
+        mine = l0.optim.AdamW(groups if number else groups[::-1], model=net)
+        train(net, mine, range(3))
+        mine.zero_grad()
+        loss_of(net, 3).backward()
+        grad = net.fc2.weight.grad
+        if bad == "amsgrad":
+            mine.param_groups[number]["amsgrad"] = True
+        else:
+            net.fc2.weight.grad = grad.to_sparse()
+        before = [p.detach().clone() for p in net.parameters()]
+        steps = [float(state["step"]) for state in mine.state.values()]
+        with pytest.raises((ValueError, RuntimeError), match=r"expected .*, got"):
+            mine.step()
+        assert all(map(torch.equal, net.parameters(), before)) and mine._now == 3
+        assert steps == [float(state["step"]) for state in mine.state.values()]
+        # What was wrong can be mended.
+        mine.param_groups[number]["amsgrad"] = False
+        net.fc2.weight.grad = grad
+        mine.step()
+        train(net, mine, range(4, 6))
+
+
+def test_a_step_that_torch_refuses_leaves_followed_weights():
+    ours, mine, *_ = pair(**SETTINGS["nesterov"], fused=True)
+    train(ours, mine, range(3))
+    mine.zero_grad()
+    loss_of(ours, 3).backward()
+    ours.fc2.weight.grad = ours.fc2.weight.grad.to_sparse()
+    before = [rows.weight.detach().clone() for rows in mine._rows.values()]
+    with pytest.raises(RuntimeError, match="sparse"):
+        mine.step()
+    assert all(map(torch.equal, (rows.weight for rows in mine._rows.values()), before))
+
+
+def test_a_group_that_is_no_dict():
+    net = make()
+    mine = l0.optim.AdamW([net.stem.weight], model=net)
+    with pytest.raises(TypeError, match="param_group must be a dict"):
+        mine.add_param_group([net.inner.weight])
+    with pytest.raises(TypeError, match="param_group must be a dict"):
+        l0.optim.AdamW([{"params": [net.stem.weight]}, net.inner.weight], model=net)
+
+
 def test_one_kind_takes_over_from_another():
     ours, mine, theirs, reference = pair(**SETTINGS["AdamW"])
     train(ours, mine, range(8))

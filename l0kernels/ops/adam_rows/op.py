@@ -6,7 +6,7 @@ from torch import Tensor
 
 from l0kernels import _config, _registry
 from l0kernels.ops.adam_rows import reference
-from l0kernels.ops.open_rows.op import check_grad, check_state, laid_out_like
+from l0kernels.ops.open_rows.op import check_grad, check_missed, check_state, laid_out_like
 
 
 def _step_fake(*args):
@@ -68,7 +68,7 @@ def adam_rows(
         lr, beta1, beta2, eps, weight_decay, maximize: as in ``torch.optim.AdamW``.
 
     Raises:
-        TypeError: another dtype. ValueError: shapes or strides that do not fit.
+        TypeError: another dtype. ValueError: shapes or strides that do not fit, number < 1.
 
     A weight is neither copied nor differentiated here: its version counter stays as it is.
 
@@ -76,6 +76,8 @@ def adam_rows(
     """
     check_state(weight, last, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
     check_grad(weight, grad)
+    if number < 1:
+        raise ValueError(f"number: expected at least 1, got {number}")
     options = (lr, beta1, beta2, eps, weight_decay, maximize)
     if _config.reference_asked(weight):
         reference.adam_rows(weight, exp_avg, exp_avg_sq, grad, last, now, number, *options)
@@ -107,9 +109,10 @@ def adam_rows_catch_up(
 
     where M_t and V_t are the products of the betas up to step t, B_t^2 = V_t / (1 - beta2_t^t'),
     t' the number of step t among all of the weight, D_t = 1 - lr_t weight_decay_t, S the product
-    of all D_t, A_t = lr_t M_t / (1 - beta1_t^t') times the product of the D of later steps: a
-    square root for each element, and a division for each step. Terms that together are below
-    rounding are left out.
+    of all D_t, A_t = lr_t M_t / (1 - beta1_t^t') times the product of the D of later steps. In C++:
+    a square root for each element, and a division for each step; terms that together are below
+    rounding are left out. The reference, and thus a GPU, makes one step after the other, some
+    launches each.
 
     Args:
         weight: [O, *], float32 or float64, contiguous or channels_last.
@@ -123,9 +126,11 @@ def adam_rows_catch_up(
 
     Raises:
         TypeError: another dtype. ValueError: shapes or strides that do not fit.
-        RuntimeError or IndexError: a row out of bounds, or more missed steps than the table has.
+        RuntimeError or IndexError: a row out of bounds, or more missed steps than the table or
+            the weight (``number``) has; nothing is changed.
     """
     check_state(weight, last, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+    check_missed(rows, table, 5)
     arguments = (weight, exp_avg, exp_avg_sq, last, rows, table, now, number, mark)
     if _config.reference_asked(weight):
         reference.adam_rows_catch_up(*arguments)

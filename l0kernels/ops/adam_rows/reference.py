@@ -52,11 +52,9 @@ def adam_rows_catch_up(
     One step after the other, of all rows that have missed it: in the order of what they have
     missed these come first.
     """
-    found, steps = advance(last, rows, now, mark)
+    found, steps = advance(last, rows, now, mark, min(table.shape[0], number))
     steps, order = steps.sort(descending=True)
     found, missed = found[order], steps.tolist()
-    if missed and missed[0] > table.shape[0]:
-        raise IndexError(f"table: expected {missed[0]} steps; got {table.shape[0]}")
     w, m, v = (t.index_select(0, found) for t in (weight, exp_avg, exp_avg_sq))
     zero, count = w.new_zeros(()), 0
     for age in range(missed[0] if missed else 0, 0, -1):  # 1: the step before this one

@@ -96,6 +96,19 @@ def _layout(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.dtype, tensor.shape, tensor.stride()
 
 
+def check_missed(rows: Tensor | None, table: Tensor, *of_a_step: int) -> None:
+    """Raise unless a list has indices of rows, and a table numbers of the shape for each step."""
+    if rows is not None and (rows.dtype != torch.int64 or rows.dim() != 1):
+        raise ValueError(
+            f"rows: expected int64 of one dimension, got {rows.dtype} of shape {list(rows.shape)}"
+        )
+    if table.dtype != torch.float64 or table.dim() == 0 or table.shape[1:] != of_a_step:
+        raise ValueError(
+            f"table: expected torch.float64 of shape [steps, {', '.join(map(str, of_a_step))}], "
+            f"got {table.dtype} of shape {list(table.shape)}"
+        )
+
+
 def check_grad(weight: Tensor, grad: Tensor) -> None:
     """Raise unless a gradient has the dtype and shape of the weight."""
     if grad.shape != weight.shape or grad.dtype != weight.dtype:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from l0kernels import _config, _registry
-from l0kernels.ops.open_rows.op import check_grad, check_state, laid_out_like
+from l0kernels.ops.open_rows.op import check_grad, check_missed, check_state, laid_out_like
 from l0kernels.ops.sgd_rows import reference
 
 
@@ -105,9 +105,11 @@ def sgd_rows_catch_up(
 
     Raises:
         TypeError: another dtype. ValueError: shapes or strides that do not fit.
-        RuntimeError or IndexError: a row out of bounds, or more missed steps than the table has.
+        RuntimeError or IndexError: a row out of bounds, or more missed steps than the table has;
+            nothing is changed.
     """
     check_state(weight, last, velocity=velocity)
+    check_missed(rows, table, 2, 2)
     arguments = (weight, velocity, last, rows, table, now, mark)
     if _config.reference_asked(weight):
         reference.sgd_rows_catch_up(*arguments)

@@ -46,9 +46,8 @@ def sgd_rows_catch_up(
     mark: int,
 ) -> None:
     """See ``l0kernels.ops.sgd_rows.op.sgd_rows_catch_up``."""
-    rows, steps = advance(last, rows, now, mark)
+    rows, steps = advance(last, rows, now, mark, table.shape[0] - 1)
     change = table - torch.tensor([[1.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
-    # Steps beyond the table are an error here too.
     change = change.to(weight.device).index_select(0, steps).to(weight.dtype)
     tail = [1] * (weight.dim() - 1)
     a, b, c, d = (change[:, i, j].reshape(-1, *tail) for i in (0, 1) for j in (0, 1))
