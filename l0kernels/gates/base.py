@@ -587,12 +587,14 @@ class Gates(nn.Module):
     ) -> Draw:
         version = self.log_alpha._version
         places = self.port_starts, self.port_selects
-        rounding, widths = self.rounding, None
+        rounding, widths, index = self.rounding, None, None
         # The largest group has the largest multiple.
         if rounding is not None and self.multiple_of(max(self.sizes)) > 1:
-            lists = rounding.lists(z, lists)
-            widths = functools.partial(rounding.widths, multiple_of=self.multiple_of)
-        return Draw(z, lists, *places, self.training, version, expected, drawn_from, widths)
+            multiples = rounding.multiples(self.multiple_of)
+            index = rounding.index(z, lists, multiples)
+            widths = functools.partial(rounding.widths, multiples=multiples)
+        mode = self.training, version
+        return Draw(z, lists, *places, *mode, expected, drawn_from, widths, index)
 
     def _sample(self, cost: Tensor) -> tuple[Tensor, Tensor, OpenLists, Tensor]:
         """Values, expected cost and lists of the present step, and the key they came from."""

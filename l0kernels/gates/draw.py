@@ -34,6 +34,7 @@ class Draw:
         expected: penalty-weighted expected number of open gates (0-d), or None.
         drawn_from: log_alpha and key of a sampled draw, to say what is wrong with them; or None.
         widths: gives the packed widths for the counts; None: they are the same.
+        index: packed features of all ports at these widths; None: those of ``lists``.
 
     Raises:
         ValueError: NaN in log_alpha, seed or step out of range. RuntimeError: a layout that does
@@ -52,6 +53,7 @@ class Draw:
         expected: Tensor | None = None,
         drawn_from: tuple[Tensor, Tensor] | None = None,
         widths: Callable[[list[int]], list[int]] | None = None,
+        index: Tensor | None = None,
     ) -> None:
         self.differentiable = torch.is_grad_enabled()
         if self.differentiable and not z.requires_grad:
@@ -66,8 +68,9 @@ class Draw:
             _raise_for(drawn_from)
         self.widths = self.counts if widths is None else widths(self.counts)
         spans = list(zip(starts, self.widths, selects, strict=False))
-        self.lists = lists
-        self.index = [lists.index.narrow(0, start, count) for start, count, _ in spans]
+        self._starts, self._lists = starts, lists
+        self.whole_index = lists.index if index is None else index
+        self.index = [self.whole_index.narrow(0, start, count) for start, count, _ in spans]
         # Where the packed features stand among those that arrive; None where all are packed.
         self.position = [
             lists.position.narrow(0, start, count) if drops else None
@@ -87,8 +90,7 @@ class Draw:
 
     def features(self, port: int) -> Tensor:
         """The packed features of a port in ascending order, without what rounds its width up."""
-        index, count = self.index[port], self.counts[port]
-        return index if count == self.widths[port] else index[:count].sort().values
+        return self._lists.index.narrow(0, self._starts[port], self.counts[port])
 
 
 def _on_host(counts: Tensor) -> list[int]:

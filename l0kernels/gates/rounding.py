@@ -32,6 +32,9 @@ class Rounding:
     so no result changes. A group is rounded if all its ports carry its units alone and in order;
     where features of several groups meet, only the kernels know their order.
 
+    A group of which all units are packed whatever is drawn keeps their order: at that width
+    packed features may meet those of other layers, one by one.
+
     Args:
         maps: of each port, on the CPU, see `GateLayout`.
         ports: what each port carries, None for one that is not rounded.
@@ -42,11 +45,11 @@ class Rounding:
         sizes = torch.tensor([m.shape[1] for m in maps])
         starts = torch.tensor([0, *sizes.tolist()]).cumsum(0)[:-1]
         number = torch.arange(len(maps)).repeat_interleave(sizes)
-        is_rounded = torch.tensor([units is not None for units in ports])
         self.gates = torch.cat([m[0] for m in maps])
-        self.first, self.is_rounded = starts[number], is_rounded[number]
+        self.first, self.number = starts[number], number
         # Open features of a port come before its closed ones, ports one after the other.
         self.order = (2 * number).int()
+        self._rules: _Rules | None = None
 
     @classmethod
     def of(cls, maps: Sequence[Tensor], selects: Sequence[bool], sizes: dict[int, int]) -> Rounding:
@@ -68,26 +71,58 @@ class Rounding:
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Moves the tensors, as `nn.Module._apply` moves a module's."""
-        for name in ("gates", "first", "is_rounded", "order"):
+        for name in ("gates", "first", "order"):
             setattr(self, name, fn(getattr(self, name)))
+        self._rules = None
 
-    def lists(self, z: Tensor, lists: OpenLists) -> OpenLists:
-        """The lists with the open features of rounded ports first, then the closed ones."""
+    def multiples(self, multiple_of: Callable[[int], int]) -> list[int]:
+        """What the width of every port is rounded up to multiples of; 1: it is not.
+
+        Args:
+            multiple_of: maps the size of a group to that of its ports.
+        """
+        return [1 if units is None else multiple_of(units.size) for units in self.ports]
+
+    def index(self, z: Tensor, lists: OpenLists, multiples: Sequence[int]) -> Tensor:
+        """The features of all ports as ``lists`` has them; of rounded ports the open ones first,
+        then the closed ones, or all in order where all are packed.
+        """
+        rules = self._rules
+        if rules is None or rules.multiples != multiples:
+            rules = self._rules = self._rules_for(multiples)
         closed = z.detach().index_select(0, self.gates) == 0
-        order = torch.sort(self.order + closed, stable=True).indices - self.first
-        return lists._replace(index=torch.where(self.is_rounded, order, lists.index))
+        key = self.order + (closed & rules.open_first)
+        order = torch.sort(key, stable=True).indices - self.first
+        return torch.where(rules.is_rounded, order, lists.index)
 
-    def widths(self, counts: Sequence[int], multiple_of: Callable[[int], int]) -> list[int]:
+    def _rules_for(self, multiples: Sequence[int]) -> _Rules:
+        pairs = list(zip(multiples, self.ports, strict=True))
+        rounded = torch.tensor([m > 1 for m, _ in pairs])
+        varies = torch.tensor([units is not None and 1 < m < units.size for m, units in pairs])
+        flags = [flag[self.number] for flag in (rounded, varies)]
+        if self.gates.is_cuda:  # the host does not wait
+            flags = [flag.pin_memory().to(self.gates.device, non_blocking=True) for flag in flags]
+        return _Rules(list(multiples), *flags)
+
+    def widths(self, counts: Sequence[int], multiples: Sequence[int]) -> list[int]:
         """The packed widths for the numbers of features that kernels counted.
 
         Args:
             counts: of every port.
-            multiple_of: maps the size of a group to what its width is rounded up to multiples of.
+            multiples: see `multiples`.
         """
         return [
-            count if units is None else _rounded(count, units, multiple_of(units.size))
-            for count, units in zip(counts, self.ports, strict=True)
+            count if units is None else _rounded(count, units, multiple)
+            for count, units, multiple in zip(counts, self.ports, multiples, strict=True)
         ]
+
+
+class _Rules(NamedTuple):
+    """For these multiples: whose features are listed here, and of whom the open ones first."""
+
+    multiples: list[int]
+    is_rounded: Tensor
+    open_first: Tensor
 
 
 def _rounded(count: int, units: Units, multiple: int) -> int:

@@ -124,7 +124,7 @@ def pack(
     found: dict[tuple[GatedLayer, str], Tensor] = {}
     for (_, dtype), parts in calls.items():
         full, spans = [part.full for part in parts], [part.span for part in parts]
-        results = pack_weights(full, draw.z, draw.lists.index, gates.layout.maps, spans, dtype)
+        results = pack_weights(full, draw.z, draw.whole_index, gates.layout.maps, spans, dtype)
         for part, packed in zip(parts, results, strict=True):
             found[part.layer, part.name] = packed
     # A bias of which nothing is packed stays the parameter, which layers cast themselves.

@@ -118,8 +118,8 @@ def test_widths():
     maps = [torch.zeros(2, 20, dtype=torch.int64), torch.zeros(2, 40, dtype=torch.int64)]
     rounding = Rounding(maps, [Units(20, 1), Units(20, 2)])
     for count, width in ((2, 16), (16, 16), (17, 20), (20, 20)):
-        assert rounding.widths([count, 2 * count], lambda size: 16) == [width, 2 * width]
-    assert Rounding(maps, [None, Units(20, 2)]).widths([5, 10], lambda size: 16) == [5, 32]
+        assert rounding.widths([count, 2 * count], [16, 16]) == [width, 2 * width]
+    assert Rounding(maps, [None, Units(20, 2)]).widths([5, 10], [1, 16]) == [5, 32]
 
 
 def test_on_a_cpu_wide_groups_of_convolutions_are_rounded():
@@ -141,3 +141,34 @@ def test_on_a_cpu_wide_groups_of_convolutions_are_rounded():
     linear = nn.Sequential(nn.Linear(6, 256), nn.ReLU(), nn.Linear(256, 2))
     l0.convert(linear, "hard_concrete", example_inputs=(torch.randn(2, 6),))
     assert linear.l0.multiple_of(256) == 1
+
+
+class Meets(nn.Module):
+    """Two units that are always packed meet the input, beside a group that is wide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.narrow = nn.Conv2d(2, 2, 1)
+        self.wide = nn.Conv2d(2, 96, 1)
+        self.head = nn.Conv2d(96, 3, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(F.relu(self.wide(F.relu(x + self.narrow(x)))))
+
+
+@pytest.mark.parametrize("multiple", [None, 16])
+def test_units_that_are_all_packed_keep_their_order(multiple: int | None, monkeypatch):
+    monkeypatch.setattr(l0.gates.Gates, "_multiple", multiple)
+    net = l0.convert(Meets(), "hard_concrete", example_inputs=(torch.randn(2, 2, 3, 3),)).double()
+    assert net.l0.sizes == [2, 96] and net.l0.multiple_of(96) > 1
+    x = torch.randn(2, 2, 3, 3, dtype=torch.float64)
+    for values in ([0.0, 0.7], [0.7, 0.0], [0.0, 0.0], [0.4, 0.7]):
+        z = torch.cat((torch.tensor(values), torch.ones(96))).double()
+        z[2:40:2] = 0
+        with net.l0.using(z):
+            draw = net.l0.current_draw()
+            assert draw.index[net.l0.port_of(net.l0["narrow"])].tolist() == [0, 1]
+            assert net.l0["narrow"].index.tolist() == [0, 1]  # never fewer than two
+            packed = net(x)
+            with l0.use_impl("reference"):
+                torch.testing.assert_close(packed, net(x), rtol=1e-10, atol=1e-10)
