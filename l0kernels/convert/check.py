@@ -359,12 +359,22 @@ def _training(model: nn.Module, mode: bool) -> Iterator[None]:
             module.training = flag
 
 
+@contextmanager
+def _keeping_multiple(gates: Gates) -> Iterator[None]:
+    before = gates._multiple
+    try:
+        yield
+    finally:
+        gates._multiple = before
+
+
 def check(
     model: nn.Module, inputs: Inputs, tick: Callable[[], Any] = lambda: None
 ) -> tuple[float, str]:
     """Compare packed with masked for forced draws.
 
-    In training mode with gradients; in eval mode with gradients for one draw, and without for more.
+    In training mode with gradients; in eval mode with gradients for one draw, and without for more,
+    the latter at exact widths: a group may be right only because its device packs all its units.
 
     Args:
         model: a converted fp64 model, perturbed.
@@ -377,13 +387,18 @@ def check(
     gates: Gates = model.l0  # pyright: ignore[reportAssignmentType]
     draws = forced_draws(gates)
     worst, where = 0.0, ""
-    cases = [(True, True, draws), (False, True, draws[:1]), (False, False, more_draws(gates))]
-    with _without_large_ungated(model):
+    cases = [
+        (True, True, draws, gates._multiple),
+        (False, True, draws[:1], gates._multiple),
+        (False, False, more_draws(gates), 1),
+    ]
+    with _without_large_ungated(model), _keeping_multiple(gates):
         # The size of gradients that matter: with few units open all may be mere rounding.
         with _training(model, True):
             everything = _run_masked(model, inputs, torch.ones_like(draws[0]))
         largest = largest_gradient(everything)
-        for training, gradients, some in cases:
+        for training, gradients, some, multiple in cases:
+            gates._multiple = multiple
             for values in some:
                 with _training(model, training):
                     error, place = _compare(model, inputs, values, gradients, largest)

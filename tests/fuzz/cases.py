@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from hypothesis import strategies as st
@@ -53,6 +54,8 @@ OPTIONS = (
     "select=l0.select.heads",
     "select=lambda name, module: True",
     'select=lambda name, module: True, granularity="input"',
+    'select="inner", multiple=3',
+    'select=lambda name, module: True, granularity="input", multiple=4',
 )
 
 
@@ -154,18 +157,26 @@ class Tally:
         return "\n".join(rows)
 
 
-def check(plain: nn.Module, inputs: tuple[Tensor, ...], **options: Any) -> Outcome:
+def check(
+    plain: nn.Module, inputs: tuple[Tensor, ...], multiple: int | None = None, **options: Any
+) -> Outcome:
     """Convert a copy of a network and compare it with the oracle.
 
     Args:
         plain: the network; it ends in fp64, without dropout.
         inputs: for ``convert``; the comparison takes others.
+        multiple: what widths are rounded up to multiples of; None: as on this device.
         options: of ``convert``.
 
     Raises:
         Wrong: the copy differs.
         Exception: whatever else ``convert`` raises but a refusal of the whole network.
     """
+    with mock.patch.object(l0.gates.Gates, "_multiple", multiple):
+        return _check(plain, inputs, options)
+
+
+def _check(plain: nn.Module, inputs: tuple[Tensor, ...], options: dict[str, Any]) -> Outcome:
     packed = copy.deepcopy(plain)
     before = {n: t.clone() for n, t in packed.state_dict().items()}
     try:

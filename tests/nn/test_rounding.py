@@ -144,12 +144,12 @@ def test_on_a_cpu_wide_groups_of_convolutions_are_rounded():
 
 
 class Meets(nn.Module):
-    """Two units that are always packed meet the input, beside a group that is wide."""
+    """A few units meet the input one by one, beside a group that is wide."""
 
-    def __init__(self) -> None:
+    def __init__(self, units: int = 2) -> None:
         super().__init__()
-        self.narrow = nn.Conv2d(2, 2, 1)
-        self.wide = nn.Conv2d(2, 96, 1)
+        self.narrow = nn.Conv2d(units, units, 1)
+        self.wide = nn.Conv2d(units, 96, 1)
         self.head = nn.Conv2d(96, 3, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -172,3 +172,10 @@ def test_units_that_are_all_packed_keep_their_order(multiple: int | None, monkey
             packed = net(x)
             with l0.use_impl("reference"):
                 torch.testing.assert_close(packed, net(x), rtol=1e-10, atol=1e-10)
+
+
+def test_convert_refuses_what_only_full_widths_make_right(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(l0.gates.Gates, "_multiple", 16)
+    net = Meets(units=6)
+    l0.convert(net, "hard_concrete", example_inputs=(torch.randn(2, 6, 3, 3),))
+    assert net.l0.names == ["wide"] and "narrow" in l0.report(net).ungated
