@@ -31,7 +31,7 @@ def test_outcomes(tmp_path):
 def test_a_stage_that_hangs_is_interrupted_and_heard(tmp_path, monkeypatch):
     monkeypatch.setattr("gpu.stages.GRACE", 3.0)
     # A shell: on a busy machine Python may take longer than the limit to start.
-    hangs = 'trap "echo so far; kill $!; exit 1" INT; sleep 60 & wait'
+    hangs = "trap 'echo so far; kill $!; exit 1' INT; sleep 60 & wait"
     stage = Stage("some stage", ["sh", "-c", hangs], 3.0)
     found = run_stage(stage, tmp_path, tmp_path, Deadline(60))
     assert found.outcome == "interrupted after 3 s" and found.last == "so far" and found.failed
