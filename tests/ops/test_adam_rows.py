@@ -229,13 +229,6 @@ def test_rows_that_take_no_part_may_hold_anything(impl, device):
         assert t[1].isnan().all() and t[[0, 2, 3]].isfinite().all()
 
 
-@pytest.fixture(autouse=True)
-def restore_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 def test_threads_do_not_matter(impl):
     found = []
     for threads in (1, 3):
@@ -250,9 +243,8 @@ def test_threads_do_not_matter(impl):
     assert all(map(torch.equal, *found))
 
 
-def test_operators_are_registered_as_they_behave(op_impl):
-    if op_impl != "cpp":
-        pytest.skip("opcheck is of the dispatcher's operator, the compiled one on a CPU")
+@pytest.mark.usefixtures("need_cpp")
+def test_operators_are_registered_as_they_behave():
     *state, grad = tensors((4, 3), torch.float32)
     last, checks = torch.tensor([0, 1, 2, 1]), ("test_schema", "test_faketensor")
     step = (*state, grad, last, 1, 6, 0.1, 0.9, 0.999, 1e-8, 0.1, True)
@@ -312,9 +304,8 @@ def test_bad_arguments_of_catching_up_change_nothing(impl, change, error, match)
 
 
 @pytest.mark.parametrize("rows", [rows for rows, _ in BAD_ROWS], ids=str)
-def test_the_compiled_operator_reads_no_other_list(op_impl, rows):
-    if op_impl != "cpp":
-        pytest.skip("what is compiled for a CPU")
+@pytest.mark.usefixtures("need_cpp")
+def test_the_compiled_operator_reads_no_other_list(rows):
     *state, _ = tensors((4, 3), torch.float32)
     last = torch.zeros(4, dtype=torch.int64)
     with pytest.raises(RuntimeError, match="rows: expected int64 of one dimension; got"):

@@ -74,13 +74,6 @@ def test_threads_do_not_matter(impl):
     assert found[0] == found[1] and found[0][0] > 0
 
 
-@pytest.fixture(autouse=True)
-def restore_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 def test_operator_is_registered_as_it_behaves(op_impl):
     if op_impl != "cpp":
         pytest.skip("opcheck is of the dispatcher's operator, the compiled one on a CPU")

@@ -125,13 +125,6 @@ def test_rows_that_take_no_part_may_hold_anything(impl, device):
     assert weight[1].isnan().all() and weight[[0, 2, 3]].isfinite().all()
 
 
-@pytest.fixture(autouse=True)
-def restore_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 def test_threads_do_not_matter(impl):
     found = []
     for threads in (1, 3):
@@ -146,9 +139,8 @@ def test_threads_do_not_matter(impl):
     assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
 
 
-def test_operators_are_registered_as_they_behave(op_impl):
-    if op_impl != "cpp":
-        pytest.skip("opcheck is of the dispatcher's operator, the compiled one on a CPU")
+@pytest.mark.usefixtures("need_cpp")
+def test_operators_are_registered_as_they_behave():
     weight, velocity, grad = tensors((4, 3), torch.float32, "cpu")
     last, checks = torch.tensor([0, 1, 2, 1]), ("test_schema", "test_faketensor")
     step = (weight, velocity, grad, last, 1, 0.1, 0.9, 0.0, 0.1, True, False)
