@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from l0kernels import _triton, testing
-from l0kernels.bench.figures import put_between
 
 ROOT = Path(__file__).resolve().parents[1]
 OPS = sorted(path.parent.name for path in ROOT.glob("l0kernels/ops/*/op.py"))
@@ -264,6 +263,9 @@ def put_into(text: str, table: str) -> str:
     Raises:
         ValueError: the text does not have both markers once.
     """
+    # Here, not above: `python -m gpu` imports this module before it has built the package.
+    from l0kernels.bench.figures import put_between
+
     return put_between(text, table, BEGIN, END)
 
 
