@@ -104,6 +104,16 @@ def _constants(mean, rstd, weight, bias, COMPUTE: tl.constexpr):
 
 
 @triton.jit
+def _shift(mean, magnitude, INPUT: tl.constexpr):
+    """A number near the mean, of so few digits that less it numbers of few digits stay exact.
+
+    Otherwise all would be rounded to the same side. Means near zero need no shift.
+    """
+    few_digits = mean.to(INPUT).to(mean.dtype)
+    return _finite(tl.where(tl.abs(mean) * 64 < magnitude, 0.0, few_digits))
+
+
+@triton.jit
 def _passes_relu(value):
     return ~(value <= 0)  # NaN passes
 
@@ -134,12 +144,17 @@ def _moments(
 
     # Differences from any number near the mean are summed.
     near = tl.zeros([VALUES, CHANNELS], COMPUTE)
+    magnitudes = tl.zeros([VALUES, CHANNELS], COMPUTE)
     for u in tl.static_range(UNROLL):
         value = u * VALUES + tl.arange(0, VALUES)
         inside = (value < size)[:, None] & exists[None, :]
         place = _places(first, value, channel, channels, inner, ROWS, VECTOR)
-        near += tl.load(x + place, mask=inside, other=0.0).to(COMPUTE)
-    shift = _finite(tl.sum(near, 0) / tl.minimum(size, VALUES * UNROLL).to(COMPUTE))
+        number = tl.load(x + place, mask=inside, other=0.0).to(COMPUTE)
+        near += number
+        magnitudes += tl.abs(number)
+    count = tl.minimum(size, VALUES * UNROLL).to(COMPUTE)
+    mean = tl.sum(near, 0) / count
+    shift = _shift(mean, tl.sum(magnitudes, 0) / count, x.dtype.element_ty)
 
     total = tl.zeros([VALUES, CHANNELS], tl.float64)
     squares = tl.zeros([VALUES, CHANNELS], tl.float64)
@@ -158,9 +173,9 @@ def _moments(
         squares += some_squares.to(tl.float64)
 
     part = moments + tl.program_id(1).to(tl.int64) * 2 * channels + channel
-    mean = tl.sum(total, 0) / size
-    deviations = tl.sum(squares, 0) - tl.sum(total, 0) * mean
-    tl.store(part, shift.to(tl.float64) + mean, mask=exists)
+    rest = tl.sum(total, 0) / size
+    deviations = tl.sum(squares, 0) - tl.sum(total, 0) * rest
+    tl.store(part, shift.to(tl.float64) + rest, mask=exists)
     tl.store(part + channels, tl.where(deviations < 0, 0.0, deviations), mask=exists)
 
 
