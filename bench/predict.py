@@ -101,8 +101,10 @@ def measure(setting: Setting) -> Report:
     require_passive_wait()
     if not 0 < setting.keep <= 1:
         raise ValueError(f"expected an open fraction in (0, 1], got {setting.keep}")
-    networks = {name: models.network(name) for name in setting.models or models.NAMES}
-    names = tqdm(networks, desc="networks", disable=None)
+    unknown = [name for name in setting.models if name not in BATCHES]
+    if unknown:
+        raise ValueError(f"expected models of {', '.join(BATCHES)}, got {', '.join(unknown)}")
+    names = tqdm(setting.models or tuple(BATCHES), desc="networks", disable=None)
     return Report(setting, environment(), [_row(name, setting) for name in names])
 
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from l0kernels._config import current_impl
+from l0kernels.compact.inputs import check_inputs
 from l0kernels.gates.base import Gates
 from l0kernels.nn import GatedLayer, gated_class
-from l0kernels.speed import GroupSpeed, Speed, measure
+from l0kernels.speed import Speed, measure
 from l0kernels.training import gates_of, root_of
 
 if TYPE_CHECKING:
@@ -43,7 +44,6 @@ class GroupRow:
         path: how its layers run now: "packed" (only open units are made and read), "gathered at
             the input" (units that no gated layer makes: the reader drops the closed ones), or
             "masked reference" (asked for with ``use_impl`` or ``L0K_IMPL``).
-        speed: what its gates do for these layers; None where the report has no inputs to time.
     """
 
     name: str
@@ -53,7 +53,6 @@ class GroupRow:
     expected_open: float
     test_open: int
     path: str
-    speed: GroupSpeed | None = None
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,7 @@ def _speed_lines(speed: Speed) -> list[str]:
         f"forward and backward: {speed.packed:.1f} ms, masked {speed.masked:.1f} ms: "
         f"{speed.measured_speedup:.2f} times as fast; predicted {speed.predicted_speedup:.2f}",
         "",
-        "| group | share of the masked step | speed-up of its layers, predicted | if not, why |",
+        "| group | share of masked step | its layers' speed-up, predicted | if little gain, why |",
         "|---|---:|---:|---|",
     ]
     return lines + [
@@ -167,17 +166,22 @@ def report(model: nn.Module, example_inputs: Inputs | None = None) -> Report:
 
     Args:
         model: a converted model, or a wrapper around one.
-        example_inputs: arguments of the model's forward as `convert` takes them, a tuple or a
-            mapping, of the size and on the device of a training batch. None: nothing is timed.
+        example_inputs: arguments as `convert` takes them, a tuple or a mapping, of the size and on
+            the device of a training batch, for the converted module itself, without wrappers around
+            it. None: nothing is timed.
 
     Raises:
-        ValueError: the model has no gates, or no output depends on its parameters.
+        ValueError: the model has no gates; with inputs: it cannot be copied, or no output depends
+            on its parameters. TypeError: the inputs are no tuple or mapping.
     """
     gates = gates_of(model)
     root = root_of(model, gates)
     named = {n: m for n, m in root.named_modules() if isinstance(m, GatedLayer)}
     expected, test = gates.expected_open(), gates.open_now()
-    speed = None if example_inputs is None else measure(root, example_inputs)
+    speed = None
+    if example_inputs is not None:
+        check_inputs("report", model, example_inputs)
+        speed = measure(root, example_inputs)
     rows = tuple(
         GroupRow(
             name=name,
@@ -187,7 +191,6 @@ def report(model: nn.Module, example_inputs: Inputs | None = None) -> Report:
             expected_open=expected[name],
             test_open=test[name],
             path=_path(named, gates, where),
-            speed=None if speed is None else speed.groups[name],
         )
         for name, where in gates.slices()
     )
