@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import memory, models, networks, operators, step, where
+from . import memory, models, networks, operators, predict, step, where
 from . import run as whole_runs
 from .arms import ALL_VARIANTS, VARIANTS
 from .base import measure_base
@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_step(kinds)
     add_memory(kinds)
     add_where(kinds)
+    add_predict(kinds)
     runs = kinds.add_parser("run", help="whole training runs, ours beside masked: eta_run")
     whole_runs.add_arguments(runs)
     runs.set_defaults(measure=whole_runs.run)
@@ -107,6 +108,23 @@ def add_where(kinds: Any) -> None:
     )
     add_one_network(parser, default, "where.md, .json and .png")
     parser.set_defaults(measure=run_where)
+
+
+def add_predict(kinds: Any) -> None:
+    default = predict.Setting()
+    parser = kinds.add_parser("predict", help="predicted speed-up of networks beside the measured")
+    parser.add_argument(
+        "--models", type=words, default=(), help=f"of {','.join(models.NAMES)} (default: all)"
+    )
+    parser.add_argument(
+        "--keep", type=float, default=default.keep, help="open fraction (default: %(default)s)"
+    )
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--seed", type=int, default=default.seed, help="default: %(default)s")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    parser.add_argument("--out", type=Path, help="folder for predict.md and .json")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    parser.set_defaults(measure=run_predict)
 
 
 def add_one_network(parser: argparse.ArgumentParser, default: Any, files: str) -> None:
@@ -267,6 +285,14 @@ def run_where(args: argparse.Namespace) -> int:
     print(json.dumps(report.to_dict(), indent=1) if args.json else where.table(report))
     if args.out is not None:
         tell(where.write(report, args.out))
+    return 0
+
+
+def run_predict(args: argparse.Namespace) -> int:
+    report = predict.measure(setting_of(predict.Setting, args))
+    print(json.dumps(report.to_dict(), indent=1) if args.json else predict.table(report))
+    if args.out is not None:
+        tell(predict.write(report, args.out))
     return 0
 
 

@@ -33,6 +33,8 @@ class GatedLayer(nn.Module):
     in_port: int = -1
     out_port: int = -1
     depthwise: bool = False
+    # Which dimension of the input has the features; of convolutions it depends on the kernel.
+    feature_dim: int = -1
     # Whether its parameters are not packed with those of other layers.
     packs_alone: ClassVar[bool] = False
     # Whether the weight is stored [in, out, ...] instead of [out, in, ...].
@@ -63,6 +65,19 @@ class GatedLayer(nn.Module):
         if in_gate is not None and out_gate is not None and in_gate.gates is not out_gate.gates:
             raise ValueError(f"{type(self).__name__}: in_gate and out_gate need the same gates")
         self.in_gate, self.out_gate = in_gate, out_gate
+
+    def compute(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """What the plain layer computes, with packed inputs and parameters.
+
+        Args:
+            x: input.
+            weight: laid out as the layer's own.
+            bias: or None.
+            args, kwargs: what else a forward takes.
+        """
+        raise NotImplementedError
 
     def _in_width(self) -> int:
         raise NotImplementedError

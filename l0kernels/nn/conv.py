@@ -75,31 +75,32 @@ class _GatedConv(GatedLayer, nn.modules.conv._ConvNd):
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.gates is None:
             return super().forward(input, *args, **kwargs)
-        draw = self.current_draw()
-        dim = -len(self.kernel_size) - 1
+        draw, dim = self.current_draw(), self.feature_dim
         if current_impl() == "reference":
             return super().forward(self.mask_inputs(input, dim, draw), *args, **kwargs)
         weight, bias = self.packed_parameters(draw)
         x = self.select_inputs(input, dim, draw, weight)
-        # A depthwise convolution has a group for every packed channel.
-        groups = weight.shape[0] if self.depthwise else 1
-        return self._convolve(x, weight, bias, groups, *args, **kwargs)
+        return self.compute(x, weight, bias, *args, **kwargs)
 
-    def _convolve(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, *args: Any, **kwargs: Any
-    ) -> Tensor:
-        raise NotImplementedError
+    @property
+    def feature_dim(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return -len(self.kernel_size) - 1
+
+    def packed_groups(self, weight: Tensor) -> int:
+        """A depthwise convolution has a group for every packed channel."""
+        return weight.shape[0] if self.depthwise else 1
 
 
 class _GatedForwardConv(_GatedConv):
     __doc__ = _GatedConv.__doc__
     _function: ClassVar[Callable[..., Tensor]]
 
-    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         padding = self.padding
         if self.padding_mode != "zeros":
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
+        groups = self.packed_groups(weight)
         return self._function(x, weight, bias, self.stride, padding, self.dilation, groups)
 
 
@@ -128,12 +129,11 @@ class GatedConvTranspose2d(_GatedConv, nn.ConvTranspose2d):
         # A weight is used at every input position; these are stride times fewer.
         return positions / math.prod(self.stride)
 
-    def _convolve(
+    def compute(
         self,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        groups: int,
         output_size: list[int] | None = None,
     ) -> Tensor:
         padding = self._output_padding(
@@ -145,5 +145,6 @@ class GatedConvTranspose2d(_GatedConv, nn.ConvTranspose2d):
             2,
             self.dilation,  # pyright: ignore[reportArgumentType]
         )
+        groups = self.packed_groups(weight)
         options = (self.stride, self.padding, padding, groups, self.dilation)
         return F.conv_transpose2d(x, weight, bias, *options)  # pyright: ignore[reportArgumentType]

@@ -64,7 +64,10 @@ class _GatedConv1D(GatedLayer):
         if current_impl() == "reference":
             return super().forward(self.mask_inputs(x, -1, draw))
         weight, bias = self.packed_parameters(draw)
-        return linear(self.select_inputs(x, -1, draw, weight), weight.t(), bias)
+        return self.compute(self.select_inputs(x, -1, draw, weight), weight, bias)
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return linear(x, weight.t(), bias)
 
 
 @functools.cache

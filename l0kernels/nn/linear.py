@@ -60,4 +60,7 @@ class GatedLinear(GatedLayer, nn.Linear):
         if current_impl() == "reference":
             return super().forward(self.mask_inputs(input, -1, draw))
         weight, bias = self.packed_parameters(draw)
-        return linear(self.select_inputs(input, -1, draw, weight), weight, bias)
+        return self.compute(self.select_inputs(input, -1, draw, weight), weight, bias)
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return linear(x, weight, bias)
