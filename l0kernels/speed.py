@@ -18,7 +18,8 @@ from l0kernels._config import current_impl, use_impl
 from l0kernels.convert.randomness import same_randomness
 from l0kernels.convert.tensors import Inputs, call, named_tensors, own_copy
 from l0kernels.gates.base import Gates
-from l0kernels.nn.base import LEAST, GatedLayer
+from l0kernels.gates.draw import LEAST
+from l0kernels.nn.base import GatedLayer
 from l0kernels.ops.pack_weight.reference import is_channels_last
 
 WARMUP, ROUNDS = 3, 9

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from l0kernels._config import current_impl, use_impl
 from l0kernels.functional import GateLayout, OpenLists, open_lists, sample_gates
-from l0kernels.gates.draw import Draw, Graph
+from l0kernels.gates.draw import LEAST, Draw, Graph
 from l0kernels.gates.ref import GateRef
 from l0kernels.gates.rounding import Rounding
 
@@ -114,6 +114,8 @@ class Gates(nn.Module):
         self.port_maps: list[Tensor] = []
         self.port_starts: list[int] = []
         self.port_selects: list[bool] = []
+        # Of each port, whether as many packed features as it has say that all are open.
+        self.tells_open: list[bool] = []
         self.port_arrivals: list[list[tuple[int, int]] | None] = []
         self.rounding: Rounding | None = None
         self._ports: dict[tuple[str, ...], int] = {}
@@ -296,6 +298,12 @@ class Gates(nn.Module):
             torch.cat(self.port_maps, 1).to(device),
             ends.to(device),
         )
+        small = torch.tensor([*(size <= LEAST for size in self.sizes), False])
+        fills = small.repeat_interleave(torch.tensor([*self.sizes, 1]))
+        self.tells_open = [
+            not selects and not bool(fills[m[0]].any())
+            for m, selects in zip(self.port_maps, self.port_selects, strict=True)
+        ]
         self.port_maps = [m.to(device) for m in self.port_maps]
 
     def _add_port(self, ref: GateRef, produced: Tensor) -> None:
@@ -447,6 +455,15 @@ class Gates(nn.Module):
     def span(self, port: int, draw: Draw) -> tuple[int, int]:
         """Where the packed features of a port lie in the lists of a draw; (-1, 0) for no port."""
         return (-1, 0) if port < 0 else (self.port_starts[port], draw.widths[port])
+
+    def is_whole(self, port: int, draw: Draw) -> bool:
+        """Whether all features of a port are open, so that none is dropped; no port: yes.
+
+        Of groups so small that closed units may fill them up it is not known: no.
+        """
+        if port < 0:
+            return True
+        return self.tells_open[port] and draw.counts[port] == self.port_maps[port].shape[1]
 
     def begin_forward(self, root: nn.Module) -> None:
         """Have the layers of the model pack anew, also under a draw that is held: parameters may

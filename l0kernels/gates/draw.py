@@ -14,6 +14,10 @@ from l0kernels.functional import OpenLists
 from l0kernels.ops.sample_gates.reference import check_draw
 
 
+LEAST = 2
+"""Closed features fill up to this width. Only where a layer has one feature is it 1."""
+
+
 class Graph:
     """Lives as long as an autograd graph that a draw is part of, through a hook on its z."""
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from l0kernels.functional import pack_weight
 from l0kernels.gates.base import Gates
-from l0kernels.gates.draw import Draw
+from l0kernels.gates.draw import LEAST, Draw
 from l0kernels.gates.ref import GateRef
 from l0kernels.nn import packing
 
@@ -181,7 +181,9 @@ class GatedLayer(nn.Module):
         gates = self.gates
         assert gates is not None
         rows = row_map = cols = col_map = None
-        if self.out_port >= 0:
+        # A graph that depends on a width would serve one draw only.
+        compiling = torch.compiler.is_compiling()
+        if self.out_port >= 0 and (compiling or not gates.is_whole(self.out_port, draw)):
             rows, row_map = draw.index[self.out_port], gates.port_maps[self.out_port]
         if columns and self.in_port >= 0:
             cols, col_map = draw.index[self.in_port], gates.port_maps[self.in_port]
@@ -220,10 +222,6 @@ class GatedLayer(nn.Module):
             raise ValueError(
                 f"{type(self).__name__}: expected {expected} input features, got {width}"
             )
-
-
-LEAST = 2
-"""Closed features fill up to this width. Only where a layer has one feature is it 1."""
 
 
 def _scale(gates: Gates | None, port: int, draw: Draw) -> Tensor:

@@ -127,9 +127,12 @@ def pack(
         results = pack_weights(full, draw.z, draw.whole_index, gates.layout.maps, spans, dtype)
         for part, packed in zip(parts, results, strict=True):
             found[part.layer, part.name] = packed
-    # A bias of which nothing is packed stays the parameter, which layers cast themselves.
+    # Parameters of which nothing is packed stay as they are, which layers cast themselves.
     return {
-        layer: (layer._out_in(found[layer, "weight"]), found.get((layer, "bias"), layer.bias))
+        layer: (
+            layer._out_in(found[layer, "weight"]) if (layer, "weight") in found else layer.weight,
+            found.get((layer, "bias"), layer.bias),
+        )
         for layer in wanted
     }
 
@@ -142,9 +145,11 @@ class _Part(NamedTuple):
 
 
 def _parts_of(layer: GatedLayer, gates: Gates, draw: Draw) -> Iterator[_Part]:
-    rows, cols = gates.span(layer.out_port, draw), gates.span(layer.in_port, draw)
-    yield _Part(layer, "weight", layer._out_in(layer.weight), (*rows, *cols))
-    if layer.bias is not None and layer.out_port >= 0:
+    out_port = -1 if gates.is_whole(layer.out_port, draw) else layer.out_port
+    rows, cols = gates.span(out_port, draw), gates.span(layer.in_port, draw)
+    if max(out_port, layer.in_port) >= 0:
+        yield _Part(layer, "weight", layer._out_in(layer.weight), (*rows, *cols))
+    if layer.bias is not None and out_port >= 0:
         yield _Part(layer, "bias", layer.bias, (*rows, -1, 0))
 
 

@@ -42,6 +42,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return made
 
 
+def with_closed_units(net: nn.Module) -> nn.Module:
+    """Closes the first unit of every group, so that layers have something to pack."""
+    with torch.no_grad():
+        for _, where in net.l0.slices():
+            net.l0.log_alpha[where.start] = -9.0
+    return net
+
+
 @contextmanager
 def layer_by_layer(net: nn.Module) -> Iterator[None]:
     net.l0._together = False
@@ -154,7 +162,7 @@ def test_a_norm_says_what_width_it_expects():
 @pytest.mark.parametrize(("kind", "parts"), IN_ONE_CALL)
 @pytest.mark.parametrize("mode", ["train", "eval", "no grad", "autocast", "half", "pickled"])
 def test_one_call_per_forward(kind: str, parts: int, mode: str, calls: list[int]):
-    net = make(kind).train(mode != "eval")
+    net = with_closed_units(make(kind)).train(mode != "eval")
     x, y = batch()
     if mode == "half":
         net, x = net.bfloat16(), x.bfloat16()
@@ -172,6 +180,35 @@ def test_one_call_per_forward(kind: str, parts: int, mode: str, calls: list[int]
             loss.backward()
         expected.append(parts)
         assert calls == expected
+
+
+def test_what_is_whole_is_not_packed(calls: list[int]):
+    net = make("lenet").eval()
+    x, y = batch()
+    calls.clear()
+    F.cross_entropy(net(x), y).backward()
+    assert calls == [3]  # weights whose columns have gates
+    assert net.l0.open_now() == dict(zip(net.l0.names, net.l0.sizes, strict=True))
+    got = gradients(net)
+    net.zero_grad()
+    with l0.use_impl("reference"):
+        F.cross_entropy(net(x), y).backward()
+    torch.testing.assert_close(got, gradients(net))
+
+
+def test_two_units_say_nothing_of_their_gates(calls: list[int]):
+    gates = l0.gates.HardConcrete({"a": 2, "b": 3})
+    layers = [
+        l0.nn.GatedLinear(4, 2, out_gate=gates["a"]),
+        l0.nn.GatedLinear(2, 3, in_gate=gates["a"], out_gate=gates["b"]),
+        l0.nn.GatedLinear(3, 2, in_gate=gates["b"]),
+    ]
+    net = gates.attach(nn.Sequential(*layers))
+    with torch.no_grad():
+        layers[0].weight[0] = torch.inf
+    with gates.using(torch.tensor([0.0, 1.0, 1.0, 0.5, 1.0])):
+        assert bool(net(torch.ones(1, 4)).isfinite().all())
+    assert calls == [4]  # the first weight and bias, columns of the others
 
 
 def test_every_forward_under_one_draw_packs_anew(calls: list[int]):
@@ -210,6 +247,7 @@ class Recurrent(nn.Module):
         self.last = l0.nn.GatedLinear(12, 3, in_gate=a)
         self.times, self.use_other = 3, True
         self.l0.attach(self)
+        with_closed_units(self)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
@@ -356,7 +394,7 @@ class Mixed(nn.Module):
 
 
 def test_a_head_outside_autocast(calls: list[int]):
-    net = Mixed()
+    net = with_closed_units(Mixed())
 
     def run(net: nn.Module) -> None:
         for _ in range(2):
@@ -377,7 +415,7 @@ def test_a_head_outside_autocast(calls: list[int]):
 
 
 def test_weights_of_several_dtypes(calls: list[int]):
-    net = Mixed()
+    net = with_closed_units(Mixed())
     net.second.half()
     net.head.bfloat16()
 
