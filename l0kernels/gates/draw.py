@@ -13,7 +13,6 @@ from torch import Tensor
 from l0kernels.functional import OpenLists
 from l0kernels.ops.sample_gates.reference import check_draw
 
-
 LEAST = 2
 """Closed features fill up to this width. Only where a layer has one feature is it 1."""
 
