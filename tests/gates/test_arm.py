@@ -318,7 +318,7 @@ SEEN: list[Tensor] = []
 
 
 class Noisy(nn.Module):
-    """A norm, dropout, and a buffer that it replaces."""
+    """A norm, dropout, a buffer that it replaces, and one that backward needs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -327,6 +327,7 @@ class Noisy(nn.Module):
         self.second = nn.Conv2d(9, 8, 3, padding=1)
         self.head = nn.Linear(8, 3)
         self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("scale", torch.tensor([1.0, 2.0, 3.0]))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
@@ -334,7 +335,7 @@ class Noisy(nn.Module):
         y = self.second(F.relu(self.norm(self.first(x))))
         y = F.dropout(y, 0.5, self.training)
         SEEN.append(torch.rand(2))
-        return self.head(y.mean((2, 3)))
+        return self.head(y.mean((2, 3))) * self.scale
 
 
 def noisy(**options) -> nn.Module:
