@@ -5,11 +5,18 @@ from l0kernels.ops.gated_conv2d import gated_conv2d
 from l0kernels.ops.gated_linear import gated_linear
 from l0kernels.ops.pack_weight import pack_weight, pack_weights
 from l0kernels.ops.packed_norm import packed_norm
-from l0kernels.ops.sample_gates import GateLayout, OpenLists, open_lists, sample_gates
+from l0kernels.ops.sample_gates import (
+    GateLayout,
+    OpenLists,
+    arm_gradient,
+    open_lists,
+    sample_gates,
+)
 
 __all__ = [
     "GateLayout",
     "OpenLists",
+    "arm_gradient",
     "gated_conv2d",
     "gated_linear",
     "open_lists",

@@ -41,6 +41,7 @@ def expected_loss(model: nn.Module, closure: Callable[[], Tensor]) -> Tensor:
     """The method's estimator of the expected loss over the gates.
 
     One draw of all gates; ``closure`` runs under it and every root forward in it shares the draw.
+    ``"arm"`` runs it twice, see ``gates.ARM``.
     In eval mode the deterministic gates are used.
 
     Args:
@@ -54,12 +55,16 @@ def expected_loss(model: nn.Module, closure: Callable[[], Tensor]) -> Tensor:
         ValueError: the model has no gates, or the closure does not return a scalar tensor.
     """
     gates = gates_of(model)
+
+    def checked() -> Tensor:
+        loss = closure()
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"expected_loss: expected a scalar tensor from the closure, got {got}")
+        return loss
+
     with gates.holding():
-        loss = gates.estimate(closure)
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"expected_loss: expected a scalar tensor from the closure, got {got}")
-    return loss
+        return gates.estimate(checked, model)
 
 
 def penalty(

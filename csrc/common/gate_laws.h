@@ -118,4 +118,18 @@ L0K_HD double gate_value(const Bernoulli&, int32_t k, double, const Thresholds& 
 
 L0K_HD double gate_slope(const Bernoulli&, int32_t, double, const Thresholds&) { return 0.0; }
 
+// Bernoulli's other draw from the same noise, with 1 - u for u.
+struct Antithetic : Bernoulli {};
+
+L0K_HD double gate_value(const Antithetic&, int32_t k, double, const Thresholds& t, double) {
+  return select(kLastNoise - k < t.open_from, 1.0, 0.0);
+}
+
+// One gate's share of an estimate from binary draws, difference factor (u - 1/2). Selected, not
+// multiplied: a gate without a factor gets 0 even where the difference is infinite.
+L0K_HD double arm_gradient(double difference, double factor, int32_t k) {
+  const double u_less_half = (static_cast<double>(k) - (0.5 * kNoiseScale - 0.5)) / kNoiseScale;
+  return select(factor == 0.0, 0.0, difference * factor * u_less_half);
+}
+
 }  // namespace l0k

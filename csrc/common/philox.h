@@ -46,6 +46,7 @@ struct NoiseStream {
 
 constexpr int kNoiseBits = 23;
 constexpr double kNoiseScale = 8388608.0;  // 2^23
+constexpr int32_t kLastNoise = (1 << kNoiseBits) - 1;
 
 // Words of gates 4 * block .. 4 * block + 3.
 template <typename Word>

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// sample_gates, its backward pass, and open_lists on the CPU.
+// sample_gates, its backward pass, arm_gradient and open_lists on the CPU.
 #include "common/gate_laws.h"
 #include "cpu/common.h"
 
@@ -19,7 +19,7 @@ constexpr int64_t kTile = 256;    // gates whose intermediate values stay in the
 constexpr int64_t kChunk = 8192;  // gates per task; fixed, so that sums have one order
 constexpr int64_t kMinWidth = 2;  // a packed width is never below this
 
-enum Law : int64_t { kHardConcrete = 0, kBernoulli = 1 };
+enum Law : int64_t { kHardConcrete = 0, kBernoulli = 1, kAntithetic = 2 };
 
 struct Draw {
   NoiseStream stream;
@@ -155,6 +155,8 @@ L0K_HD void forward_chunk(const Forward<T>& f, int64_t chunk) {
     nans += load_tile(f.draw, f.log_alpha, first, count, tile);
     if (f.draw.law == kHardConcrete) {
       values_of(f.draw.concrete, tiny, tile);
+    } else if (f.draw.law == kAntithetic) {
+      values_of(Antithetic{}, tiny, tile);
     } else {
       values_of(Bernoulli{}, tiny, tile);
     }
@@ -187,7 +189,7 @@ L0K_HD void backward_chunk(const Backward<T>& b, int64_t chunk) {
     if (b.draw.law == kHardConcrete) {
       slopes_of(b.draw.concrete, tile);
     } else {
-      slopes_of(Bernoulli{}, tile);
+      slopes_of(Bernoulli{}, tile);  // Antithetic's are the same
     }
     for (int64_t i = 0; i < count; ++i) {
       tile.weight[i] *= b.grad_expected * static_cast<double>(b.cost[first + i]);
@@ -203,17 +205,44 @@ L0K_HD void backward_chunk(const Backward<T>& b, int64_t chunk) {
   }
 }
 
+template <typename T>
+struct Arm {
+  NoiseStream stream;
+  double difference;
+  const T* factor;
+  T* grad;
+  int64_t gates;
+};
+
+template <typename T>
+L0K_HD void arm_chunk(const Arm<T>& a, int64_t chunk) {
+  const int64_t end = std::min(a.gates, (chunk + 1) * kChunk);
+  Tile tile;
+  for (int64_t first = chunk * kChunk; first < end; first += kTile) {
+    const int64_t count = std::min(kTile, end - first);
+    fill_noise(a.stream, first, tile);
+    for (int64_t i = 0; i < count; ++i) {
+      const double factor = static_cast<double>(a.factor[first + i]);
+      a.grad[first + i] = static_cast<T>(arm_gradient(a.difference, factor, tile.k[i]));
+    }
+  }
+}
+
 L0K_FOR_EACH_ISA(forward_f32, forward_chunk, (const Forward<float>& f, int64_t chunk), (f, chunk))
 L0K_FOR_EACH_ISA(forward_f64, forward_chunk, (const Forward<double>& f, int64_t chunk), (f, chunk))
 L0K_FOR_EACH_ISA(backward_f32, backward_chunk, (const Backward<float>& b, int64_t chunk),
                  (b, chunk))
 L0K_FOR_EACH_ISA(backward_f64, backward_chunk, (const Backward<double>& b, int64_t chunk),
                  (b, chunk))
+L0K_FOR_EACH_ISA(arm_f32, arm_chunk, (const Arm<float>& a, int64_t chunk), (a, chunk))
+L0K_FOR_EACH_ISA(arm_f64, arm_chunk, (const Arm<double>& a, int64_t chunk), (a, chunk))
 
 void run_chunk(const Forward<float>& f, int64_t chunk) { forward_f32(f, chunk); }
 void run_chunk(const Forward<double>& f, int64_t chunk) { forward_f64(f, chunk); }
 void run_chunk(const Backward<float>& b, int64_t chunk) { backward_f32(b, chunk); }
 void run_chunk(const Backward<double>& b, int64_t chunk) { backward_f64(b, chunk); }
+void run_chunk(const Arm<float>& a, int64_t chunk) { arm_f32(a, chunk); }
+void run_chunk(const Arm<double>& a, int64_t chunk) { arm_f64(a, chunk); }
 
 int64_t chunks_of(int64_t gates) { return (gates + kChunk - 1) / kChunk; }
 
@@ -231,15 +260,19 @@ template <typename T>
   fail("log_alpha: expected no NaN; got ", nans, " of ", gates, ", first at ", first);
 }
 
-Draw make_draw(const Tensor& key, int64_t law, double beta, double gamma, double zeta) {
+NoiseStream make_stream(const Tensor& key) {
   const int64_t seed = data<int64_t>(key)[0];
   const int64_t step = data<int64_t>(key)[key.stride(0)];
   if (seed < 0) fail("seed: expected 0 <= seed < 2^63; got ", seed);
   if (step < 0 || step > std::numeric_limits<uint32_t>::max()) {
     fail("step: expected 0 <= step < 2^32; got ", step);
   }
+  return {static_cast<uint64_t>(seed), static_cast<uint32_t>(step), 0, 0, 0};
+}
+
+Draw make_draw(const Tensor& key, int64_t law, double beta, double gamma, double zeta) {
   Draw draw{};
-  draw.stream = {static_cast<uint64_t>(seed), static_cast<uint32_t>(step), 0, 0, 0};
+  draw.stream = make_stream(key);
   draw.law = static_cast<Law>(law);
   draw.concrete = make_hard_concrete(beta, gamma, zeta);
   return draw;
@@ -452,6 +485,17 @@ Tensor sample_backward(const Tensor& log_alpha, const Tensor& key, const Tensor&
   return grad;
 }
 
+template <typename T>
+Tensor arm(const Tensor& difference, const Tensor& factor, const Tensor& key) {
+  const NoiseStream stream = make_stream(key);
+  const Tensor factors = dense(factor);
+  const int64_t gates = factors.size(0);
+  Tensor grad = uninitialized(factors, {gates});
+  const double scale = static_cast<double>(*data<T>(difference));
+  run_chunks(Arm<T>{stream, scale, data<T>(factors), out<T>(grad), gates});
+  return grad;
+}
+
 bool is_double(const Tensor& tensor) {
   const ScalarType type = tensor.scalar_type();
   require(type == ScalarType::Double || type == ScalarType::Float,
@@ -475,6 +519,11 @@ Tensor sample_gates_backward(Tensor log_alpha, Tensor key, Tensor cost,
   return run(log_alpha, key, cost, grad_z, grad_expected, law, beta, gamma, zeta);
 }
 
+Tensor arm_gradient_cpu(Tensor difference, Tensor factor, Tensor key) {
+  return is_double(factor) ? arm<double>(difference, factor, key)
+                           : arm<float>(difference, factor, key);
+}
+
 ListTensors open_lists(Tensor z, Tensor group_offsets, Tensor maps, Tensor port_offsets) {
   const Tensor gates = dense(z);
   const int64_t count = gates.size(0) - 1;
@@ -487,6 +536,7 @@ ListTensors open_lists(Tensor z, Tensor group_offsets, Tensor maps, Tensor port_
 STABLE_TORCH_LIBRARY_IMPL(l0kernels, CPU, m) {
   m.impl("sample_gates", TORCH_BOX(&sample_gates));
   m.impl("sample_gates_backward", TORCH_BOX(&sample_gates_backward));
+  m.impl("arm_gradient", TORCH_BOX(&arm_gradient_cpu));
   m.impl("open_lists", TORCH_BOX(&open_lists));
 }
 

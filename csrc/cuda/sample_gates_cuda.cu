@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// sample_gates, its backward pass, and open_lists on NVIDIA GPUs.
+// sample_gates, its backward pass, arm_gradient and open_lists on NVIDIA GPUs.
 //
 // Noise is a function of the gate's number, so any block can draw any gate without waiting for the
 // block that stores its value. Models of up to kOneLaunch gates and features therefore need one
@@ -35,7 +35,7 @@ constexpr double kTiny = std::numeric_limits<T>::min();
 template <typename T>
 constexpr T kNoValue = std::numeric_limits<T>::quiet_NaN();
 
-enum LawNumber : int64_t { kHardConcrete = 0, kBernoulli = 1 };
+enum LawNumber : int64_t { kHardConcrete = 0, kBernoulli = 1, kAntithetic = 2 };
 
 // What a count below zero says; nothing else can, as nobody waits for the kernels.
 enum Error : int64_t { kNone = 0, kNan = -1, kSeed = -2, kStep = -3, kLayout = -4 };
@@ -456,6 +456,30 @@ __global__ void L0K_BOUNDS(kSlice, 1) gate_slopes(const Slopes<T, Law> p) {
   p.grad[gate] = static_cast<T>(grad);
 }
 
+template <typename T>
+struct Arm {
+  Strided<int64_t> key;
+  const T* difference;
+  Strided<T> factor;
+  T* grad;
+  int64_t gates;
+};
+
+template <typename T>
+__global__ void L0K_BOUNDS(kSlice, 1) arm_gradients(const Arm<T> p) {
+  const int64_t gate = static_cast<int64_t>(blockIdx.x) * kSlice + threadIdx.x;
+  if (gate >= p.gates) return;
+  if (key_error(p.key) != kNone) {
+    p.grad[gate] = kNoValue<T>;
+    return;
+  }
+  const NoiseStream stream{static_cast<uint64_t>(p.key[0]), static_cast<uint32_t>(p.key[1]), 0, 0,
+                           0};
+  p.grad[gate] = static_cast<T>(arm_gradient(static_cast<double>(*p.difference),
+                                             static_cast<double>(p.factor[gate]),
+                                             noise_of_gate(stream, gate)));
+}
+
 // ---- operators ----
 
 int threads_for(int64_t elements) {
@@ -549,6 +573,18 @@ Tensor slopes(const Law& law, const Tensor& log_alpha, const Tensor& key, const 
 }
 
 template <typename T>
+Tensor arm(const Tensor& difference, const Tensor& factor, const Tensor& key) {
+  const int64_t gates = factor.size(0);
+  Tensor grad = uninitialized(factor, {gates});
+  if (gates == 0) return grad;
+  const Arm<T> params{strided<int64_t>(key), data<T>(difference), strided<T>(factor), out<T>(grad),
+                      gates};
+  L0K_LAUNCH(arm_gradients<T>, (gates + kSlice - 1) / kSlice, kSlice, 0, current_stream(factor),
+             params);
+  return grad;
+}
+
+template <typename T>
 ListTensors list(const Tensor& z, const Tensor& group_offsets, const Tensor& maps,
                  const Tensor& port_offsets) {
   const NewLists made(z.size(0) - 1, group_offsets, maps, port_offsets);
@@ -573,6 +609,7 @@ auto with_types(const Tensor& gates, int64_t law, double beta, double gamma, dou
                 const Run& run) {
   const auto with_law = [&](auto zero) {
     if (law == kBernoulli) return run(Bernoulli{}, zero);
+    if (law == kAntithetic) return run(Antithetic{}, zero);
     return run(make_hard_concrete(beta, gamma, zeta), zero);
   };
   return is_double(gates) ? with_law(0.0) : with_law(0.0f);
@@ -598,6 +635,12 @@ Tensor sample_gates_backward(Tensor log_alpha, Tensor key, Tensor cost,
   });
 }
 
+Tensor arm_gradient_cuda(Tensor difference, Tensor factor, Tensor key) {
+  const DeviceGuard guard(factor.get_device_index());
+  return is_double(factor) ? arm<double>(difference, factor, key)
+                           : arm<float>(difference, factor, key);
+}
+
 ListTensors open_lists(Tensor z, Tensor group_offsets, Tensor maps, Tensor port_offsets) {
   const DeviceGuard guard(z.get_device_index());
   return is_double(z) ? list<double>(z, group_offsets, maps, port_offsets)
@@ -609,6 +652,7 @@ ListTensors open_lists(Tensor z, Tensor group_offsets, Tensor maps, Tensor port_
 L0K_CUDA_IMPL(m) {
   m.impl("sample_gates", TORCH_BOX(&sample_gates));
   m.impl("sample_gates_backward", TORCH_BOX(&sample_gates_backward));
+  m.impl("arm_gradient", TORCH_BOX(&arm_gradient_cuda));
   m.impl("open_lists", TORCH_BOX(&open_lists));
 }
 

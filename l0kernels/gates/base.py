@@ -9,7 +9,7 @@ import math
 import operator
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -150,8 +150,19 @@ class Gates(nn.Module):
     def project(self) -> None:
         """Bring the parameters into the range the method asks for (runs before each sample)."""
 
-    def estimate(self, closure: Callable[[], Tensor]) -> Tensor:
-        """Estimator of the expected loss under the current draw."""
+    def sample(self, cost: Tensor, key: Tensor) -> tuple[Tensor, Tensor, OpenLists]:
+        """Values of all gates and a final 1, their expected cost (0-d), both differentiable, and
+        open lists, of the draw with this key (seed and step).
+        """
+        return sample_gates(self.log_alpha, key, cost, self.layout, self.law)
+
+    def estimate(self, closure: Callable[[], Tensor], model: nn.Module) -> Tensor:
+        """Estimator of the expected loss (0-d) under the current draw.
+
+        Args:
+            closure: computes the loss with the model.
+            model: what the user called ``expected_loss`` with.
+        """
         return closure()
 
     # Frozen gates.
@@ -568,7 +579,7 @@ class Gates(nn.Module):
             self.draw_given(self._checked_deterministic())
         elif self.frozen:
             self._settle()
-            self.draw_given(_Constant.apply(self.log_alpha, self._checked_deterministic()))
+            self.draw_given(Constant.apply(self.log_alpha, self._checked_deterministic()))
         else:
             self.step.add_(1)
             z, expected, lists, key = self._sample(self._cost)
@@ -618,9 +629,8 @@ class Gates(nn.Module):
         if self.training:
             self._settle()
         key = torch.stack((self.seed, self.step))
-        # The masked reference shares the engine's draws; only its layers are plain PyTorch.
-        with use_impl("auto" if current_impl() == "reference" else current_impl()):
-            return *sample_gates(self.log_alpha, key, cost, self.layout, self.law), key
+        with engine():
+            return *self.sample(cost, key), key
 
     @torch.no_grad()
     def _settle(self) -> None:
@@ -657,6 +667,17 @@ class Gates(nn.Module):
             yield
         finally:
             self._held -= 1
+
+    @contextmanager
+    def instead(self, draw: Draw) -> Iterator[None]:
+        """Use another draw in the scope; afterwards the present one is as it was."""
+        present, awaiting = self._draw, self._awaiting
+        self._set_draw(draw)
+        try:
+            yield
+        finally:
+            self._drop_shares()
+            self._draw, self._awaiting = present, awaiting
 
     @contextmanager
     def caching_eval(self) -> Iterator[None]:
@@ -718,7 +739,7 @@ class Gates(nn.Module):
     def _expected(self, cost: Tensor) -> Tensor:
         if self.frozen:
             value = (cost.double() * self.open_probability()).sum()
-            return _Constant.apply(self.log_alpha, value.to(cost.dtype))
+            return Constant.apply(self.log_alpha, value.to(cost.dtype))
         # No draw is made of it, whose counts the host would wait for.
         return self._sample(cost)[1]
 
@@ -737,7 +758,7 @@ class Gates(nn.Module):
         return ", ".join(f"{n}={s}" for n, s in zip(self.names, self.sizes, strict=True))
 
 
-class _Constant(torch.autograd.Function):
+class Constant(torch.autograd.Function):
     """A value that hands a parameter gradients of zero, whatever comes in (Inf and NaN too)."""
 
     @staticmethod
@@ -748,6 +769,11 @@ class _Constant(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0].new_zeros(ctx.shape), None
+
+
+def engine() -> AbstractContextManager[Any]:
+    """What draws: the masked reference shares the engine's draws, only its layers are PyTorch."""
+    return use_impl("auto" if current_impl() == "reference" else current_impl())
 
 
 def in_backward() -> bool:

@@ -66,7 +66,9 @@ class Draw:
         self.expected = expected
         self.training = training
         self.version = version
-        self.counts = _on_host(lists.counts)
+        # Seed and step of a sampled draw.
+        self.key = None if drawn_from is None else drawn_from[1]
+        self.counts = on_host(lists.counts)
         if min(self.counts, default=0) < 0:
             _raise_for(drawn_from)
         self.widths = self.counts if widths is None else widths(self.counts)
@@ -96,7 +98,7 @@ class Draw:
         return self._lists.index.narrow(0, self._starts[port], self.counts[port])
 
 
-def _on_host(counts: Tensor) -> list[int]:
+def on_host(counts: Tensor) -> list[int]:
     """The counts as integers: the only thing in a training step that the host waits for."""
     if counts.device.type != "cuda":
         return counts.tolist()

@@ -54,13 +54,14 @@ def gated_network(recipe: Recipe, settings: Settings, n_train: int, seed: int) -
     example = torch.rand(4, 1, 28, 28, generator=torch.Generator().manual_seed(0))
     return convert(
         net,
-        "hard_concrete",
+        recipe.method,
         example_inputs=(example,),
         granularity="input",
         lam=dict(zip(recipe.groups, settings.lam, strict=True)),
         droprate=dict(zip(recipe.groups, settings.droprate, strict=True)),
         n_train=settings.penalty_n or n_train,
         seed=seed,
+        **recipe.options,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from torch import nn
@@ -90,6 +90,8 @@ class Recipe:
         published: settings for MNIST as published.
         own: further named settings; ``digits`` is used for the embedded digits.
         notes: what is unconfirmed or done differently.
+        method: of the gates.
+        options: further arguments of their class.
     """
 
     name: str
@@ -100,6 +102,8 @@ class Recipe:
     published: Named
     own: dict[str, Named]
     notes: tuple[str, ...]
+    method: str = "hard_concrete"
+    options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def named(self) -> dict[str, Named]:
@@ -132,6 +136,57 @@ COMMON_NOTES = (
 
 _LENET = Settings(200, 100, 1e-3, 1e-3, (10.0, 0.5, 0.1, 10.0), (0.5, 0.5, 0.5, 0.5))
 _MLP = Settings(200, 100, 1e-3, 1e-3, (0.1, 0.1, 0.1), (0.2, 0.5, 0.5))
+
+ARM_PAPER = "Li, Ji, 2019, arXiv:1904.04432"
+ARM_CODE = "the authors' code, github.com/leo-yangli/l0-arm"
+ARM_DIGITS = (
+    "ours, not published: the published lam / N with N = 60,000 kept although digits has 1,347 "
+    "training images, and gates that learn 5 times faster than the weights, to fit the 1,100 steps"
+)
+ARM_NOTES = (
+    "k 7, sigmoid gates; test gate pi where pi >= 1/2, as in the authors' code",
+    *COMMON_NOTES,
+)
+_LENET_ARM, _MLP_ARM = replace(_LENET, batch=128), replace(_MLP, batch=128)
+
+
+def _of_arm(estimator: str) -> tuple[Recipe, Recipe]:
+    """LeNet-5 and the MLP by ARM, or by AR."""
+    passes = {"arm": "two passes", "ar": "one pass"}[estimator]
+    lenet = Recipe(
+        name=f"lenet5-{estimator}",
+        summary=f"LeNet-5-Caffe, L0-{estimator.upper()} gates 20-50-800-500 ({passes} per step)",
+        make=LeNet5,
+        groups=("conv1", "conv2", "fc1.in", "fc1"),
+        widths=(20, 50, 800, 500),
+        published=Named(_LENET_ARM, f"{ARM_PAPER}; {ARM_CODE}"),
+        own={
+            "digits": Named(
+                replace(_LENET_ARM, epochs=100, gate_lr=5e-3, penalty_n=MNIST_TRAIN), ARM_DIGITS
+            ),
+        },
+        notes=("no weight decay (the authors' code divides 5e-4 by N: 8e-9)", *ARM_NOTES),
+        method="arm",
+        options={"estimator": estimator},
+    )
+    mlp = Recipe(
+        name=f"mlp-{estimator}",
+        summary=f"MLP 784-300-100-10, L0-{estimator.upper()} gates 784-300-100 ({passes} per step)",
+        make=MLP,
+        groups=("fc1.in", "fc1", "fc2"),
+        widths=(784, 300, 100),
+        published=Named(_MLP_ARM, f"{ARM_PAPER}; {ARM_CODE}"),
+        own={
+            "digits": Named(
+                replace(_MLP_ARM, epochs=100, gate_lr=5e-3, penalty_n=MNIST_TRAIN), ARM_DIGITS
+            ),
+        },
+        notes=("no weight decay (the authors' code has 5e-4, times pi)", *ARM_NOTES),
+        method="arm",
+        options={"estimator": estimator},
+    )
+    return lenet, mlp
+
 
 RECIPES = {
     recipe.name: recipe
@@ -179,6 +234,8 @@ RECIPES = {
                 *COMMON_NOTES,
             ),
         ),
+        *_of_arm("arm"),
+        *_of_arm("ar"),
     )
 }
 
@@ -203,8 +260,8 @@ def _describe(recipe: Recipe) -> str:
     lines = [f"{recipe.name}: {recipe.summary}"]
     for name, named in recipe.named.items():
         lines.append(f"  settings {name}: {named.source}")
-        for field in fields(Settings):
-            lines.append(f"    {field.name:<10} {_value(named.settings, field.name)}")
+        for setting in fields(Settings):
+            lines.append(f"    {setting.name:<10} {_value(named.settings, setting.name)}")
     return "\n".join([*lines, "  notes", *(f"    - {note}" for note in recipe.notes)])
 
 

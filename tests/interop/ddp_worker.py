@@ -43,6 +43,7 @@ class Case:
         kind: network.
         as_on_a_gpu: each layer packs weight and bias in one call, norms run as one operator.
         open_rows: with l0.optim.SGD.
+        method: of the gates.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
@@ -58,6 +59,7 @@ class Case:
     kind: str = "norm"
     as_on_a_gpu: bool = False
     open_rows: bool = False
+    method: str = "hard_concrete"
 
 
 UNUSED, STATIC = {"find_unused_parameters": True}, {"static_graph": True}
@@ -93,6 +95,13 @@ CASES: dict[str, Case] = {
     "open rows": Case(steps=20, open_rows=True),
     "open rows, bucket views": Case(VIEWS, steps=20, open_rows=True),
     "open rows, accumulated": Case(steps=20, parts=2, open_rows=True),
+    "ARM": Case(steps=20, method="arm"),
+    "ARM, find unused": Case(UNUSED, method="arm"),
+    "ARM, static graph": Case(STATIC, method="arm"),
+    "ARM, no penalty": Case(penalty=False, method="arm"),
+    "ARM, checkpointed": Case(checkpointed=True, method="arm"),
+    "ARM, open rows": Case(steps=20, open_rows=True, method="arm"),
+    "ARM, norms in training mode": Case(steps=20, norms_train=True, method="arm"),
     "as on a GPU": Case(as_on_a_gpu=True),
     "as on a GPU, residual": Case(as_on_a_gpu=True, kind="residual"),
     "as on a GPU, norms in training mode": Case(as_on_a_gpu=True, norms_train=True),
@@ -106,7 +115,7 @@ CASES: dict[str, Case] = {
 
 
 def prepare(case: Case, seed: int) -> nn.Module:
-    net = make(case.kind, seed)
+    net = make(case.kind, seed, method=case.method)
     net.l0._together = case.as_on_a_gpu
     if not case.norms_train:
         norms_in_eval(net)
@@ -140,7 +149,9 @@ def train(case: Case, net: nn.Module, model: nn.Module, rank: int, ranks: int) -
 
 
 def make_optimizer(case: Case, net: nn.Module, model: nn.Module) -> torch.optim.SGD:
-    groups = l0.param_groups(net, lr=0.1, gate_lr=2.0)
+    # The slope of ARM gates is 7, and losses are not divided among gates.
+    gate_lr = 0.01 if case.method == "arm" else 2.0
+    groups = l0.param_groups(net, lr=0.1, gate_lr=gate_lr)
     # One process is PyTorch's optimizer, for the two that follow draws.
     if not case.open_rows or model is net:
         return torch.optim.SGD(groups, momentum=0.9)

@@ -47,10 +47,14 @@ def sample_gates_cases() -> Iterator[Case]:
     key, offsets = torch.tensor([1, 2]), torch.tensor([0, 8])
     for dtype in (torch.float32, torch.float64):
         gates = torch.zeros(8, dtype=dtype)
+        yield (
+            f"{_name(dtype)} ARM",
+            _call(kernels.arm_gradient, torch.zeros((), dtype=dtype), gates, key),
+        )
         grad_z, grad_expected = torch.zeros(9, dtype=dtype), torch.zeros((), dtype=dtype)
         for features in (8, kernels.LIST_BLOCKS[0][0] + 1):
             ports = (offsets, torch.zeros(2, features, dtype=torch.int64), offsets)
-            for law in (0, 1):
+            for law in (0, 1, 2):
                 arguments = (gates, key, gates, *ports, law, 0.5, -0.1, 1.1)
                 yield f"{_name(dtype)} law {law}", _call(kernels.sample_gates, *arguments)
             yield f"{_name(dtype)} alone", _call(kernels.open_lists, grad_z, *ports)

@@ -26,7 +26,7 @@ gates = 3001
 offsets = torch.tensor([0, gates])
 maps = torch.stack([torch.arange(gates), torch.full((gates,), gates)])
 layout = GateLayout(offsets, maps, offsets)
-for law in ("hard_concrete", "bernoulli"):
+for law in ("hard_concrete", "bernoulli", "antithetic"):
     for dtype in (torch.float32, torch.float64):
         log_alpha = numbers(gates).to(dtype).requires_grad_()
         cost = numbers(gates).abs().to(dtype)

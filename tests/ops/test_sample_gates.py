@@ -12,12 +12,18 @@ from harness import ops as harness_ops
 from torch.library import opcheck
 
 import l0kernels as l0
-from l0kernels.functional import GateLayout, OpenLists, open_lists, sample_gates
+from l0kernels.functional import (
+    GateLayout,
+    OpenLists,
+    arm_gradient,
+    open_lists,
+    sample_gates,
+)
 from l0kernels.gates.draw import Draw
 from l0kernels.ops.sample_gates import op, reference
 from l0kernels.testing import max_error, z_score
 
-LAWS = ("hard_concrete", "bernoulli")
+LAWS = ("hard_concrete", "bernoulli", "antithetic")
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 K = BETA * math.log(-GAMMA / ZETA)
 
@@ -106,11 +112,17 @@ def test_hard_concrete_follows_the_textbook(impl, dtype, options):
     assert float(drawn.expected) == pytest.approx(float(p.sum()), rel=8 * rounding)
 
 
+def uniform(key, gates):
+    return (reference.noise_k(key, gates).double() + 0.5) / (1 << 23)
+
+
+@pytest.mark.parametrize("law", ["bernoulli", "antithetic"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_bernoulli_follows_the_textbook(impl, dtype):
+def test_binary_gates_follow_the_textbook(impl, dtype, law):
     log_alpha = (3 * torch.randn(20011)).to(dtype)
-    drawn = draw(log_alpha, "bernoulli")
-    u = (reference.noise_k(make_key(), 20011).double() + 0.5) / (1 << 23)
+    drawn = draw(log_alpha, law)
+    u = uniform(make_key(), 20011)
+    u = u if law == "bernoulli" else 1 - u
     p = torch.sigmoid(log_alpha.double())
     assert torch.equal(drawn.z[:-1], (u < p).to(dtype))
     assert max_error(drawn.grad, 1.5 * p * (1 - p)) <= 2 * torch.finfo(dtype).eps
@@ -224,7 +236,9 @@ def test_decisions_next_to_the_threshold(impl, steps):
     bernoulli = draw(torch.logit(edge), "bernoulli", key=key).z[:-1] == 1
     assert bool((closed == (steps > 0)).all())
     assert bool((full == (steps < 0)).all())
+    antithetic = draw(torch.logit(1 - edge), "antithetic", key=key).z[:-1] == 1
     assert bool((bernoulli == (steps > 0)).all())
+    assert bool((antithetic == (steps < 0)).all())
 
 
 @pytest.mark.parametrize("value", [-3.0, -1.0, 0.0, 2.2])
@@ -269,6 +283,88 @@ def test_a_draw_does_not_depend_on_the_gates_behind_it(impl):
     whole = draw(log_alpha).z[:-1]
     for gates in (1, 3, 17, 255, 256, 257):
         assert torch.equal(draw(log_alpha[:gates]).z[:-1], whole[:gates])
+
+
+# ---- what ARM makes of the noise ----
+
+
+@pytest.mark.parametrize("gates", [0, 1, 3, 255, 257, 20011])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_arm_gradient_is_the_published_one(impl, dtype, gates):
+    factor = torch.randn(gates).to(dtype)
+    factor[::5] = 0
+    difference = torch.tensor(-1.7, dtype=dtype)
+    for key in (make_key(), make_key((1 << 63) - 1, (1 << 32) - 1)):
+        grad = arm_gradient(difference, factor, key)
+        exact = difference.double() * factor.double() * (uniform(key, gates) - 0.5)
+        plain = difference * factor * (uniform(key, gates).to(dtype) - 0.5)
+        assert grad.dtype == dtype and grad.shape == (gates,)
+        within_budget("sample_gates", "gates", grad, exact, plain)
+        assert bool((grad[::5] == 0).all())
+
+
+def test_arm_gradient_takes_any_strides_and_no_graph(impl):
+    factor = torch.randn(200, requires_grad=True)
+    difference = torch.tensor(2.0, requires_grad=True)
+    grad = arm_gradient(difference, factor[::2], make_key())
+    assert not grad.requires_grad
+    assert torch.equal(grad, arm_gradient(difference, factor[::2].contiguous(), make_key()))
+    constant = arm_gradient(difference, torch.ones(()).expand(100), make_key())
+    torch.testing.assert_close(constant, (2 * (uniform(make_key(), 100) - 0.5)).float())
+
+
+@pytest.mark.parametrize("difference", [math.inf, -math.inf, math.nan])
+def test_arm_gradient_is_zero_without_a_factor_whatever_the_losses(impl, difference):
+    factor = torch.tensor([0.0, 1.0, -0.0, 2.0])
+    grad = arm_gradient(torch.tensor(difference), factor, make_key())
+    assert grad[0] == 0 and grad[2] == 0
+    assert not grad[[1, 3]].isfinite().any()
+
+
+def test_estimates_average_to_the_exact_gradient(impl):
+    gates, pi = 1 << 16, 0.3
+    log_alpha = torch.full((gates,), math.log(pi / (1 - pi)))
+    z1, z2 = (draw(log_alpha, law).z[:-1].double() for law in ("bernoulli", "antithetic"))
+    noise = arm_gradient(torch.tensor(1.0), torch.ones(gates), make_key()).double()
+    # Of f(z) = 5 z + 2: pi (1 - pi) (f(1) - f(0)), from two draws and from one.
+    for estimate in (5 * (z2 - z1) * noise, -2 * (5 * z1 + 2) * noise):
+        error = float(estimate.mean()) - 5 * pi * (1 - pi)
+        assert abs(error) < 4 * float(estimate.std()) / math.sqrt(gates)
+
+
+BAD_ARM = {
+    "half": (TypeError, "factor: expected float32 or float64", {"factor": torch.ones(4).half()}),
+    "matrix": (ValueError, "factor: expected 1 dimension", {"factor": torch.ones(2, 2)}),
+    "dtype": (TypeError, "difference: expected", {"difference": torch.ones(()).double()}),
+    "vector": (ValueError, "difference: expected a scalar", {"difference": torch.ones(1)}),
+    "key dtype": (TypeError, "key: expected int64", {"key": torch.tensor([1, 2]).int()}),
+    "key shape": (ValueError, r"key: expected shape \[2\]", {"key": torch.tensor([1])}),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ARM)
+def test_arm_gradient_refuses_bad_input(impl, name):
+    error, message, changes = BAD_ARM[name]
+    given = {"difference": torch.ones(()), "factor": torch.ones(4), "key": make_key()} | changes
+    with pytest.raises(error, match=message):
+        arm_gradient(**given)
+
+
+@pytest.mark.parametrize("key", [(-1, 0), (0, -1), (0, 1 << 32)])
+def test_arm_gradient_of_a_key_that_no_draw_has(impl, key):
+    given = torch.tensor(1.0), torch.ones(4), make_key(*key)
+    if impl in ("harness", "triton") or impl.endswith("GPU"):
+        assert arm_gradient(*given).isnan().all()
+    else:
+        with pytest.raises(ValueError, match="expected 0 <="):
+            arm_gradient(*given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("impl", ["harness"], indirect=True)
+def test_cuda_and_cpu_arm_gradients_are_the_same_bits(impl, need_cpp, dtype):
+    given = torch.tensor(0.7, dtype=dtype), torch.randn(40_009).to(dtype), make_key(8, 9)
+    assert torch.equal(op._ARM(*given), torch.ops.l0kernels.arm_gradient(*given))
 
 
 # ---- gradients ----
@@ -628,7 +724,7 @@ BAD = {
     "cost grad": (ValueError, "no gradient", {"cost": torch.ones(4, requires_grad=True)}),
     "key dtype": (TypeError, "key: expected int64", {"key": torch.tensor([1, 2]).int()}),
     "key shape": (ValueError, r"key: expected shape \[2\]", {"key": torch.tensor([1])}),
-    "law": (ValueError, "hard_concrete, bernoulli; got 'soft'", {"law": "soft"}),
+    "law": (ValueError, "hard_concrete, bernoulli, antithetic; got 'soft'", {"law": "soft"}),
     "beta": (ValueError, "beta > 0", {"beta": 0.0}),
     "gamma": (ValueError, "gamma < 0", {"gamma": 0.0}),
     "zeta": (ValueError, "zeta > 1", {"zeta": 1.0}),
@@ -701,7 +797,7 @@ def raw_arguments(requires_grad):
 # The gradient lives outside the raw operators; PyTorch says so when asked to differentiate them.
 @pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
 @pytest.mark.parametrize("requires_grad", [False, True])
-@pytest.mark.parametrize("law", [0, 1])
+@pytest.mark.parametrize("law", [0, 1, 2])
 def test_opcheck(requires_grad, law):
     log_alpha, key, cost, layout = raw_arguments(requires_grad)
     opcheck(op._FORWARD, (log_alpha, key, cost, *layout, law, BETA, GAMMA, ZETA))
@@ -709,6 +805,8 @@ def test_opcheck(requires_grad, law):
     opcheck(op._BACKWARD, (log_alpha, key, cost, *grads, law, BETA, GAMMA, ZETA))
     opcheck(op._BACKWARD, (log_alpha, key, cost, None, None, law, BETA, GAMMA, ZETA))
     opcheck(op._LISTS, (torch.rand(19, requires_grad=requires_grad), *layout))
+    factor = torch.rand(18, requires_grad=requires_grad)
+    opcheck(op._ARM, (torch.tensor(0.5, requires_grad=requires_grad), factor, key))
 
 
 @pytest.mark.parametrize("name", ["auto", "reference"])

@@ -68,7 +68,11 @@ def test_list_names_settings_sources_and_doubts(capsys: pytest.CaptureFixture[st
 
 
 BAD = {
-    "no recipe": ([], "expected a recipe, one of lenet5-hc, mlp-hc, or --list"),
+    "no recipe": (
+        [],
+        "expected a recipe, one of lenet5-hc, mlp-hc, lenet5-arm, mlp-arm, "
+        "lenet5-ar, mlp-ar, or --list",
+    ),
     "recipe": (["vgg"], "unknown recipe 'vgg': expected one of lenet5-hc, mlp-hc"),
     "folder": (["mlp-hc", "--data", "nowhere"], "nowhere: expected a folder with IDX files"),
     "epochs": (["mlp-hc", "--epochs", "-1"], "--epochs: expected a positive integer, got -1"),

@@ -37,7 +37,7 @@ def triton_handles(monkeypatch):
 @pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
 @pytest.mark.parametrize("requires_grad", [False, True])
 class TestOpcheck:
-    @pytest.mark.parametrize("law", [0, 1])
+    @pytest.mark.parametrize("law", [0, 1, 2])
     def test_sample_gates(self, requires_grad, law):
         test_sample_gates.test_opcheck(requires_grad, law)
 

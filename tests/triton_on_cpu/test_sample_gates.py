@@ -15,6 +15,11 @@ from ops.test_sample_gates import (  # noqa: F401 - collected here, where `impl`
     test_a_draw_does_not_depend_on_the_gates_behind_it,
     test_a_draw_lists_its_own_gates,
     test_a_product_that_underflows_is_closed,
+    test_arm_gradient_is_the_published_one,
+    test_arm_gradient_is_zero_without_a_factor_whatever_the_losses,
+    test_arm_gradient_of_a_key_that_no_draw_has,
+    test_arm_gradient_refuses_bad_input,
+    test_arm_gradient_takes_any_strides_and_no_graph,
     test_changes_between_draw_and_backward_are_noticed,
     test_cuda_refuses_layouts_out_of_bounds,
     test_decisions_next_to_the_threshold,
@@ -67,3 +72,6 @@ def test_values_have_the_bits_of_the_cpu_kernels(impl, need_cpp, law, dtype, gat
                 given = (*arguments, *grads, *law_options)
                 grad = _registry.chosen(op._BACKWARD)(*given)
                 assert torch.equal(grad, torch.ops.l0kernels.sample_gates_backward(*given))
+            arm = torch.tensor(-0.3, dtype=dtype), log_alpha.nan_to_num(0, 1, -1), key
+            grad = _registry.chosen(op._ARM)(*arm)
+            assert torch.equal(grad, torch.ops.l0kernels.arm_gradient(*arm))

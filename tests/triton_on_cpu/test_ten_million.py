@@ -13,7 +13,7 @@ from error_table import same
 from ops.test_sample_gates import BETA, GAMMA, LAWS, ZETA, decisions, make_key, make_layout
 
 from l0kernels.ops.sample_gates import reference
-from l0kernels.ops.sample_gates.triton import _law_numbers, _noise, _odds, _thresholds
+from l0kernels.ops.sample_gates.triton import _law_numbers, _mirrored, _noise, _odds, _thresholds
 
 ONES = 0xFFFFFFFF
 KEYS = [((5 << 32) + 3, 7), ((1 << 63) - 1, ONES)]
@@ -75,7 +75,7 @@ def _decisions(
     p_open, p_closed, p_not_full = _odds(la, shift, full_ratio)
     closed_below, open_from = _thresholds(p_open, p_closed, p_not_full, LAW)
     gate = value[:, None] * DRAWS + tl.arange(0, DRAWS)[None, :]
-    k = _noise(tl.load(key), tl.load(key + 1), gate)
+    k = _mirrored(_noise(tl.load(key), tl.load(key + 1), gate), LAW)
     is_closed, is_full = k < closed_below[:, None], k >= open_from[:, None]
     if LAW != 0:
         is_closed, is_full = k >= open_from[:, None], k < open_from[:, None]

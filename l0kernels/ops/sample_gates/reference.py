@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-LAWS = ("hard_concrete", "bernoulli")
+LAWS = ("hard_concrete", "bernoulli", "antithetic")
 MIN_WIDTH = 2
 """A packed width is never below this: missing units are dummies with z = 0."""
 
@@ -96,13 +96,18 @@ def noise_k(key: Tensor, gates: int, row: int = 0, kind: int = 0, sample: int = 
     return torch.stack(words, 1).reshape(-1)[:gates] >> (32 - _NOISE_BITS)
 
 
-def check_draw(log_alpha: Tensor, key: Tensor) -> None:
-    """Raises ValueError for values no draw can use: NaN, a negative seed, a step past 32 bits."""
+def check_key(key: Tensor) -> None:
+    """Raises ValueError for a negative seed and a step outside 32 bits."""
     seed, step = (int(word) for word in key.tolist())
     if seed < 0:
         raise ValueError(f"seed: expected 0 <= seed < 2^63; got {seed}")
     if not 0 <= step <= _MASK32:
         raise ValueError(f"step: expected 0 <= step < 2^32; got {step}")
+
+
+def check_draw(log_alpha: Tensor, key: Tensor) -> None:
+    """Raises ValueError for values no draw can use: NaN, a negative seed, a step past 32 bits."""
+    check_key(key)
     nan = torch.isnan(log_alpha)
     if bool(nan.any()):
         first = int(nan.nonzero()[0])
@@ -178,11 +183,20 @@ def sample_gates(
         z = _hard_concrete(la, k, dtype, beta, gamma, zeta)
         probability = torch.sigmoid(la - closed_shift(beta, gamma, zeta))
     else:
-        z = _bernoulli(la, k)
+        z = _bernoulli(la, k if law == "bernoulli" else (1 << _NOISE_BITS) - 1 - k)
         probability = torch.sigmoid(la)
     expected = (cost.double() * probability).sum().to(dtype)
     z = torch.cat([z.to(dtype), log_alpha.new_ones(1)])
     return z, expected, open_lists(z.detach(), layout)
+
+
+def arm_gradient(difference: Tensor, factor: Tensor, key: Tensor) -> Tensor:
+    """Weighs noise; the arguments are those of `l0kernels.functional.arm_gradient`."""
+    if not torch.compiler.is_compiling():
+        check_key(key)
+    u = (noise_k(key, factor.shape[0]).double() + 0.5) / (1 << _NOISE_BITS)
+    grad = difference.double() * factor.double() * (u - 0.5)
+    return torch.where(factor == 0, 0.0, grad).to(factor.dtype)
 
 
 def open_lists(z: Tensor, layout: GateLayout) -> OpenLists:

@@ -2,7 +2,7 @@
 # What Triton compiles is not Python: arguments are wrapped, launches have a grid.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 # pyright: reportGeneralTypeIssues=false, reportInvalidTypeForm=false
-"""The Triton kernels of `sample_gates`, its backward pass, and `open_lists`.
+"""The Triton kernels of `sample_gates`, its backward pass, `arm_gradient` and `open_lists`.
 
 The twin of csrc/common and csrc/cuda/sample_gates_cuda.cu: the same operations on float64 in the
 same order, fused where those say fma and nowhere else (`enable_fp_fusion=False` at every launch),
@@ -28,7 +28,9 @@ _LN2_LOW = tl.constexpr(1.90821492927058770002e-10)
 _LOG2_E = tl.constexpr(1.44269504088896338700e00)
 _ROUND = tl.constexpr(6755399441055744.0)  # 1.5 * 2^52: adding it rounds to an integer
 _NOISE_SCALE = tl.constexpr(8388608.0)  # 2^23
+_LAST_NOISE = tl.constexpr(8388607)
 _HARD_CONCRETE = tl.constexpr(0)
+_ANTITHETIC = tl.constexpr(2)
 _MIN_WIDTH = tl.constexpr(2)  # a packed width is never below this
 
 _NAN = tl.constexpr(-1)
@@ -161,6 +163,14 @@ def _thresholds(p_open, p_closed, p_not_full, LAW: tl.constexpr):
 
 
 @triton.jit
+def _mirrored(k, LAW: tl.constexpr):
+    """The noise that a binary gate compares: of u, or of 1 - u."""
+    if LAW == _ANTITHETIC:
+        k = _LAST_NOISE - k
+    return k
+
+
+@triton.jit
 def _concrete(k, log_alpha, inverse_beta):
     """s = sigma((logit(u) + log_alpha) / beta)."""
     twice = _line(2.0, k.to(tl.float64), 1.0)
@@ -209,7 +219,7 @@ def _draw(
         value = tl.where(k >= open_from, 1.0, value)
         value = tl.where(k < closed_below, 0.0, value)
     else:
-        value = tl.where(k < open_from, _f64(1.0), 0.0)
+        value = tl.where(_mirrored(k, LAW) < open_from, _f64(1.0), 0.0)
     value = tl.where(is_nan | ~_is_usable(seed, step), float("nan"), value)
     value = tl.where(gate == gates, 1.0, value)  # the gate that is always open
     tl.store(z + gate, value.to(z.dtype.element_ty), mask=gate <= gates)
@@ -257,6 +267,20 @@ def _slopes(
         total += tl.where(slope == 0.0, 0.0, slope * upstream)
     total = tl.where(is_nan | ~_is_usable(seed, step), float("nan"), total)
     tl.store(grad + gate, total.to(grad.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["gates"])
+def _arm(difference, factor, key, grad, gates, BLOCK: tl.constexpr):
+    gate = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = gate < gates
+    seed = tl.load(key)
+    step = tl.load(key + 1)
+    u_less_half = (_noise(seed, step, gate).to(tl.float64) - 4194303.5) / _NOISE_SCALE
+    its = tl.load(factor + gate, mask=inside, other=0.0).to(tl.float64)
+    value = (tl.load(difference).to(tl.float64) * its) * u_less_half
+    value = tl.where(its == 0.0, 0.0, value)
+    value = tl.where(_is_usable(seed, step), value, float("nan"))
+    tl.store(grad + gate, value.to(grad.dtype.element_ty), mask=inside)
 
 
 # ---- lists ----
@@ -588,6 +612,26 @@ def sample_gates_backward(
             gates,
             **_law_numbers(law, beta, gamma, zeta),
             LAW=law,
+            BLOCK=BLOCK,
+            num_warps=4,
+            enable_fp_fusion=False,
+        )
+    return grad
+
+
+def arm_gradient(difference: Tensor, factor: Tensor, key: Tensor) -> Tensor:
+    """The raw operator `arm_gradient`."""
+    gates = factor.shape[0]
+    grad = factor.new_empty(gates)
+    if gates == 0:
+        return grad
+    with _triton.on_device_of(grad):
+        _arm[(_triton.cdiv(gates, BLOCK),)](
+            difference,
+            factor.contiguous(),
+            key.contiguous(),
+            grad,
+            gates,
             BLOCK=BLOCK,
             num_warps=4,
             enable_fp_fusion=False,

@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L0-ARM: binary gates whose gradients come from losses alone, of two forward passes or of one."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from l0kernels.functional import OpenLists, arm_gradient, sample_gates
+from l0kernels.gates.base import Constant, Gates, engine, per_group
+from l0kernels.gates.draw import Draw, on_host
+
+Elementwise = Callable[[Tensor], Tensor]
+
+ESTIMATORS = ("arm", "ar")
+TEST_GATES = ("soft", "binary")
+# Up to this probability, and from 1 less than it on, noise of 23 bits decides nothing.
+LEAST_PROBABILITY = 2.0**-24
+FURTHEST = 100.0  # where the search for initial parameters ends
+
+
+class GateFunction(NamedTuple):
+    """pi = g(phi), nondecreasing and within [0, 1], with its derivative; elementwise on float64."""
+
+    value: Elementwise
+    slope: Elementwise
+
+
+def _sigmoid(phi: Tensor, k: float) -> Tensor:
+    return torch.sigmoid(k * phi)
+
+
+def _sigmoid_slope(phi: Tensor, k: float) -> Tensor:
+    return k * torch.sigmoid(k * phi) * torch.sigmoid(-k * phi)
+
+
+def _hard_sigmoid(phi: Tensor, k: float) -> Tensor:
+    return (k / 7 * phi + 0.5).clamp(0, 1)
+
+
+def _hard_sigmoid_slope(phi: Tensor, k: float) -> Tensor:
+    pi = _hard_sigmoid(phi, k)
+    return torch.where((pi > 0) & (pi < 1), k / 7, 0.0)
+
+
+NAMED = {
+    "sigmoid": (_sigmoid, _sigmoid_slope),
+    "hard_sigmoid": (_hard_sigmoid, _hard_sigmoid_slope),
+}
+
+
+class ARM(Gates):
+    """Binary gates of L0-ARM (Li, Ji, 2019, arXiv:1904.04432), and of its one-pass form, AR.
+
+    Training gate: z ~ Bernoulli(pi) with pi = g(phi); the parameter ``log_alpha`` holds phi. No
+    gradient passes through z. With one uniform number u per gate, z1 = 1[u < pi] and
+    z2 = 1[u > 1 - pi], and f the loss:
+
+    - ARM: d E f / d phi is estimated by c (f(z2) - f(z1)) (u - 1/2), from two forward passes
+      (Yin, Zhou, 2019, theorem 1).
+    - AR: by c f(z1) (1 - 2 u), from one. It has no bias either, but noise that grows with the
+      level of the loss.
+
+    Both are unbiased for any g with c = g'(phi) / (pi (1 - pi)), because the expectation of
+    either without c is pi (1 - pi) (E f|z=1 - E f|z=0). For the sigmoid c = k, as published; the
+    authors' code has k for the hard sigmoid too, which is not its factor. Where pi is so close to
+    0 or 1 that no noise changes the gate, the gradient is 0 instead of the noise of other gates.
+
+    Weights get their gradients from the first pass. The second one runs without gradients, in
+    the same mode, from the same states of the random generators (dropout draws the same numbers,
+    for other features where widths differ); buffers and generators are left as the first pass left
+    them. It is not run if no gate differs. The value of ``expected_loss`` is the loss of the first
+    pass, the mean of these over samples. The closure runs once per pass.
+
+    Test gate: pi where pi >= 1/2, else 0 (``"soft"``, the authors'), or 1[pi >= 1/2].
+    P(z != 0) = pi, so the penalty's gradient has the factor g'(phi).
+
+    Args:
+        groups: name -> number of units.
+        lam: weight of the penalty, one number or one per group.
+        n_train: size of the training set; the penalty is divided by it.
+        seed: key of the noise, 0 <= seed < 2**63; equal seeds and steps give equal gates.
+        droprate: initial P(z = 0), one number or one per group, in (0, 1);
+            phi ~ N(g^-1(1 - droprate), (0.01 / k)^2).
+        estimator: ``"arm"`` or ``"ar"``.
+        gate: g: ``"sigmoid"``, sigma(k phi); ``"hard_sigmoid"``, clip(k phi / 7 + 1/2, 0, 1); or a
+            pair (g, g') of elementwise functions of float64 tensors, g nondecreasing within [0, 1].
+        k: slope of the named functions, positive.
+        samples: noise samples per ``expected_loss``, each a draw of its own with its own passes,
+            whose estimates are averaged.
+        test_gate: ``"soft"`` or ``"binary"``.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+
+    law: ClassVar[str] = "bernoulli"
+
+    def __init__(
+        self,
+        groups: Mapping[str, int],
+        *,
+        lam: float | Mapping[str, float] = 1.0,
+        n_train: int = 1,
+        seed: int = 0,
+        droprate: float | Mapping[str, float] = 0.5,
+        estimator: str = "arm",
+        gate: str | tuple[Elementwise, Elementwise] = "sigmoid",
+        k: float = 7.0,
+        samples: int = 1,
+        test_gate: str = "soft",
+    ) -> None:
+        super().__init__(groups, lam=lam, n_train=n_train, seed=seed)
+        rates = per_group("droprate", droprate, self.names)
+        bad = {name: rate for name, rate in rates.items() if not 0 < rate < 1}
+        if bad:
+            raise ValueError(f"droprate: expected values in (0, 1), got {bad}")
+        self.estimator = _one_of("estimator", estimator, ESTIMATORS)
+        self.test_gate = _one_of("test_gate", test_gate, TEST_GATES)
+        if not isinstance(samples, int) or samples < 1:
+            raise ValueError(f"samples: expected a positive integer, got {samples!r}")
+        self.samples = samples
+        if not 0 < k < math.inf:
+            raise ValueError(f"k: expected a positive number, got {k!r}")
+        self.gate = _gate_function(gate, float(k))
+        kept = torch.tensor([1 - rates[name] for name in self.names], dtype=torch.float64)
+        mean = _inverse(self.gate.value, kept).repeat_interleave(torch.tensor(self.sizes))
+        generator = torch.Generator().manual_seed(int(self.seed))
+        noise = torch.randn(self.count, generator=generator) * (0.01 / k)
+        self.log_alpha = nn.Parameter(mean.float() + noise)
+
+    def deterministic(self) -> Tensor:
+        pi = self.open_probability()
+        kept = pi if self.test_gate == "soft" else pi.clamp(min=1)  # NaN stays NaN
+        return torch.where(pi < 0.5, 0.0, kept).to(self.log_alpha.dtype)
+
+    def open_probability(self) -> Tensor:
+        return self.gate.value(self.alpha.detach().double())
+
+    def sample(self, cost: Tensor, key: Tensor) -> tuple[Tensor, Tensor, OpenLists]:
+        pi = self.open_probability()
+        slope = self.gate.slope(self.alpha.detach().double())
+        z, _, lists = self._binary(pi, cost, key, self.law)
+        # The graph of a draw reaches the parameter: DDP looks for it there.
+        expected = _Expected.apply(self.log_alpha, cost, pi, slope)
+        return Constant.apply(self.log_alpha, z), expected, lists
+
+    def _binary(
+        self, pi: Tensor, cost: Tensor, key: Tensor, law: str
+    ) -> tuple[Tensor, Tensor, OpenLists]:
+        logits = torch.logit(pi).to(self.log_alpha.dtype)
+        return sample_gates(logits, key, cost, self.layout, law)
+
+    def estimate(self, closure: Callable[[], Tensor], model: nn.Module) -> Tensor:
+        draw = self._draw
+        assert draw is not None
+        learns = torch.is_grad_enabled() and self.log_alpha.requires_grad
+        if draw.key is None or not learns:  # eval mode, frozen or given gates: no noise
+            return closure()
+        if self.samples > 1 and self._held > 1:
+            raise RuntimeError(f"hold keeps one draw: expected samples=1, got {self.samples}")
+        losses, gradient = [], torch.zeros_like(self.log_alpha)
+        for sample in range(self.samples):
+            if sample > 0:
+                self.draw()
+            loss, its_gradient = self._one_sample(closure, model)
+            losses.append(loss)
+            gradient += its_gradient / self.samples
+        return _Estimate.apply(sum(losses) / self.samples, self.log_alpha, gradient)
+
+    def _one_sample(
+        self, closure: Callable[[], Tensor], model: nn.Module
+    ) -> tuple[Tensor, Tensor | float]:
+        """Loss of the first pass and the estimate of the gradient, without a graph."""
+        draw = self._draw
+        assert draw is not None and draw.key is not None
+        if draw.version != self.log_alpha._version:
+            raise RuntimeError(
+                "expected_loss: expected log_alpha as the gates were drawn from it, but it was "
+                "modified in place since; step the optimizer after the hold scope"
+            )
+        key, pi = draw.key, self.open_probability()
+        if self.estimator == "ar":
+            loss = closure()
+            return loss, self._weighed(-2 * loss.detach().double(), pi, key)
+        other = self._antithetic(draw, pi, key)
+        if other is None:
+            return closure(), 0.0
+        loss, again = self._two_passes(closure, model, other)
+        return loss, self._weighed(again.double() - loss.detach().double(), pi, key)
+
+    def _weighed(self, difference: Tensor, pi: Tensor, key: Tensor) -> Tensor:
+        """c difference (u - 1/2) of every gate."""
+        slope = self.gate.slope(self.alpha.detach().double())
+        decided = (pi <= LEAST_PROBABILITY) | (pi > 1 - LEAST_PROBABILITY)
+        factor = torch.where(decided, 0.0, slope / (pi * (1 - pi)))
+        dtype = self.log_alpha.dtype
+        with engine():
+            return arm_gradient(difference.reshape(()).to(dtype), factor.to(dtype), key)
+
+    @torch.no_grad()
+    def _antithetic(self, draw: Draw, pi: Tensor, key: Tensor) -> Draw | None:
+        """The draw from 1 - u, None where it is the one from u.
+
+        Before the first pass, when the host has waited for the device anyway.
+        """
+        with engine():
+            z, _, lists = self._binary(pi, self._cost, key, "antithetic")
+        if on_host((z != draw.z).sum().reshape(1)) == [0]:
+            return None
+        return self._make_draw(z, lists)
+
+    def _two_passes(
+        self, closure: Callable[[], Tensor], model: nn.Module, other: Draw
+    ) -> tuple[Tensor, Tensor]:
+        from l0kernels.convert.randomness import Generators
+        from l0kernels.convert.tensors import KeptBuffers
+
+        devices = {self.log_alpha.device}
+        start = Generators(devices)
+        loss = closure()
+        end, buffers = Generators(devices), KeptBuffers(model)
+        start.restore()
+        try:
+            with torch.no_grad(), self.instead(other):
+                return loss, closure()
+        finally:
+            buffers.restore()
+            end.restore()
+
+
+class _Expected(torch.autograd.Function):
+    """sum_j cost_j pi_j, whose derivative with respect to the parameters is cost g'(phi)."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, cost: Tensor, pi: Tensor, slope: Tensor) -> Tensor:
+        ctx.slope = (cost.double() * slope).to(cost.dtype)
+        return (cost.double() * pi).sum().to(cost.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return grads[0] * ctx.slope, None, None, None
+
+
+class _Estimate(torch.autograd.Function):
+    """A loss that hands a parameter a gradient computed beforehand."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, parameter: Tensor, gradient: Tensor) -> Tensor:
+        ctx.gradient = gradient
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        return grads[0], grads[0].reshape(()).to(ctx.gradient.dtype) * ctx.gradient, None
+
+
+def _one_of(what: str, value: Any, names: tuple[str, ...]) -> str:
+    if value not in names:
+        raise ValueError(f"{what}: expected one of {names}, got {value!r}")
+    return value
+
+
+def _gate_function(gate: Any, k: float) -> GateFunction:
+    if isinstance(gate, str) and gate in NAMED:
+        return GateFunction(*(functools.partial(function, k=k) for function in NAMED[gate]))
+    if not isinstance(gate, tuple) or len(gate) != 2 or not all(map(callable, gate)):
+        raise ValueError(
+            f"gate: expected one of {tuple(NAMED)} or a pair (g, g') of functions, got {gate!r}"
+        )
+    phi = torch.linspace(-4, 4, 33, dtype=torch.float64)
+    pi, slope = (function(phi) for function in gate)
+    if pi.shape != phi.shape or slope.shape != phi.shape:
+        raise ValueError(
+            f"gate: expected elementwise functions, got {list(pi.shape)} and {list(slope.shape)} "
+            f"from {list(phi.shape)}"
+        )
+    if not bool(((pi >= 0) & (pi <= 1)).all()) or bool((pi.diff() < 0).any()):
+        raise ValueError(f"gate: expected g nondecreasing within [0, 1], got {pi.tolist()}")
+    if not bool((slope >= 0).all()) or not bool(slope.isfinite().all()):
+        raise ValueError(f"gate: expected g' finite and not negative, got {slope.tolist()}")
+    return GateFunction(*gate)
+
+
+def _inverse(function: Elementwise, values: Tensor) -> Tensor:
+    """Where a nondecreasing function takes these values, by bisection."""
+    low, high = torch.full_like(values, -FURTHEST), torch.full_like(values, FURTHEST)
+    for _ in range(64):
+        middle = (low + high) / 2
+        below = function(middle) < values
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    reached = function(high)
+    if not torch.allclose(reached, values, rtol=1e-6, atol=0):
+        raise ValueError(
+            f"gate: expected g to take the values 1 - droprate = {values.tolist()} within "
+            f"+-{FURTHEST}, got {reached.tolist()}"
+        )
+    return high
