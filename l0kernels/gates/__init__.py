@@ -2,9 +2,21 @@
 """Gate methods: one class per method, holding the gates of a whole model."""
 
 from l0kernels.gates.base import Gates
+from l0kernels.gates.cs import ContinuousSparsification
 from l0kernels.gates.hard_concrete import HardConcrete
-from l0kernels.gates.ref import GateRef, cat
+from l0kernels.gates.ref import GateRef, WeightRef, cat
 
-METHODS: dict[str, type[Gates]] = {"hard_concrete": HardConcrete}
+METHODS: dict[str, type[Gates]] = {
+    "cs": ContinuousSparsification,
+    "hard_concrete": HardConcrete,
+}
 
-__all__ = ["METHODS", "GateRef", "Gates", "HardConcrete", "cat"]
+__all__ = [
+    "METHODS",
+    "ContinuousSparsification",
+    "GateRef",
+    "Gates",
+    "HardConcrete",
+    "WeightRef",
+    "cat",
+]
