@@ -175,7 +175,8 @@ class ContinuousSparsification(Gates):
     def _soft(self) -> Tensor:
         """Training gates, shape [gates]."""
         s = self.log_alpha
-        return (torch.sigmoid(s * self.beta) * self.scale).masked_fill(self._closed(s.detach()), 0)
+        beta = self.beta.clone()  # may be set before backward, by DDP too
+        return (torch.sigmoid(s * beta) * self.scale).masked_fill(self._closed(s.detach()), 0)
 
     # Gates of single weights.
 
@@ -209,7 +210,7 @@ class ContinuousSparsification(Gates):
         }
 
     def _draw_weights(self, soft: bool) -> None:
-        beta = self.beta if soft else torch.full_like(self.beta, math.inf)
+        beta = self.beta.clone() if soft else torch.full_like(self.beta, math.inf)
         if soft:
             scores = self.log_alpha
         else:

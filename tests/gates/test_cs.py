@@ -201,6 +201,19 @@ def test_beta_grows_exponentially():
 
 
 @both
+def test_beta_may_change_before_backward(make):
+    net, gates = make()
+    x, results, right = batch(), [], []
+    for t in (0.2, 0.7):
+        gates.set_progress(t)
+        results.append(net(x).square().sum() + l0.penalty(net))
+        right.append(torch.autograd.grad(results[-1], gates.log_alpha, retain_graph=True)[0])
+    gates.beta.copy_(gates.beta)  # as DDP does with all buffers
+    sum(results).backward()
+    torch.testing.assert_close(gates.log_alpha.grad, sum(right), **CLOSE)
+
+
+@both
 def test_rounds(make):
     net, gates = make(initial=0.05)
     gates.set_progress(1.0)
@@ -247,6 +260,19 @@ def test_training_of_a_ticket(make):
     torch.testing.assert_close(net(x), by_hand(net, x, ticket), **CLOSE)
     gates.unfreeze()
     assert torch.equal(gates.log_alpha, scores)
+
+
+@both
+def test_frozen_scores_get_gradients_of_zero_from_each_loss(make):
+    net, gates = make(lam=0.5, n_train=4)
+    gates.freeze()
+    cost = gates.unit_weights * 0.5 / 4
+    value = l0.penalty(net)
+    torch.testing.assert_close(value, (cost * 2 * (gates.log_alpha > 0)).sum(), **CLOSE)
+    for loss in (value, net(batch()).square().sum()):
+        gates.log_alpha.grad = None
+        loss.backward()
+        assert torch.equal(gates.log_alpha.grad, torch.zeros_like(gates.log_alpha))
 
 
 def test_a_ticket_finds_what_matters():
