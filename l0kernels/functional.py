@@ -3,6 +3,7 @@
 
 from l0kernels.ops.gated_conv2d import gated_conv2d
 from l0kernels.ops.gated_linear import gated_linear
+from l0kernels.ops.masked_weight import masked_weight
 from l0kernels.ops.pack_weight import pack_weight, pack_weights
 from l0kernels.ops.packed_norm import packed_norm
 from l0kernels.ops.sample_gates import (
@@ -19,6 +20,7 @@ __all__ = [
     "arm_gradient",
     "gated_conv2d",
     "gated_linear",
+    "masked_weight",
     "open_lists",
     "pack_weight",
     "pack_weights",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from l0kernels._config import current_impl
 from l0kernels.compact.inputs import check_inputs
 from l0kernels.gates.base import Gates
-from l0kernels.nn import GatedLayer, gated_class
+from l0kernels.nn import GatedLayer, MaskedLayer, gated_class
 from l0kernels.speed import Speed, measure
 from l0kernels.training import gates_of, root_of
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 PACKED = "packed"
 GATHERED = "gathered at the input"
 MASKED = "masked reference"
+BY_WEIGHT = "masked weight by weight"
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,9 @@ class GroupRow:
         expected_open: expected number of open units under the training law.
         test_open: open units of the deterministic gate.
         path: how its layers run now: "packed" (only open units are made and read), "gathered at
-            the input" (units that no gated layer makes: the reader drops the closed ones), or
-            "masked reference" (asked for with ``use_impl`` or ``L0K_IMPL``).
+            the input" (units that no gated layer makes: the reader drops the closed ones),
+            "masked reference" (asked for with ``use_impl`` or ``L0K_IMPL``), or "masked weight by
+            weight" (all is computed; the units are the weights of one layer, its producer).
     """
 
     name: str
@@ -177,6 +179,7 @@ def report(model: nn.Module, example_inputs: Inputs | None = None) -> Report:
     gates = gates_of(model)
     root = root_of(model, gates)
     named = {n: m for n, m in root.named_modules() if isinstance(m, GatedLayer)}
+    masked = {m.gate.name: (n,) for n, m in named.items() if isinstance(m, MaskedLayer) and m.gate}
     expected, test = gates.expected_open(), gates.open_now()
     speed = None
     if example_inputs is not None:
@@ -185,12 +188,12 @@ def report(model: nn.Module, example_inputs: Inputs | None = None) -> Report:
     rows = tuple(
         GroupRow(
             name=name,
-            producers=_users(named, "out_gate", where),
+            producers=masked.get(name) or _users(named, "out_gate", where),
             consumers=_users(named, "in_gate", where),
             units=where.stop - where.start,
             expected_open=expected[name],
             test_open=test[name],
-            path=_path(named, gates, where),
+            path=BY_WEIGHT if name in masked else _path(named, gates, where),
         )
         for name, where in gates.slices()
     )
@@ -259,6 +262,9 @@ def _weights(module: nn.Module) -> int:
 
 
 def _open_weights(module: GatedLayer, openness: Tensor) -> float:
+    if isinstance(module, MaskedLayer) and module.gate is not None:
+        start = module.gate.gates.starts[module.gate.name]
+        return float(openness[start : start + module.weight.numel()].sum())
     rows, columns, elements = module.shape_out_in()
     if module.out_gate is not None:
         rows = _open_features(module.out_gate.maps, openness)

@@ -73,6 +73,13 @@ inline Shape shape_of(const Tensor& weight, bool channels_last) {
   return shape;
 }
 
+// Uninitialised, of a weight's shape and in its layout.
+inline Tensor empty_as(const Tensor& weight, bool channels_last, ScalarType dtype) {
+  const std::vector<int64_t> sizes(weight.sizes().begin(), weight.sizes().end());
+  return torch::stable::empty(sizes, dtype, std::nullopt, weight.device(), std::nullopt,
+                              format_of(channels_last));
+}
+
 // ---- lists ----
 
 // What a caller says about one axis of a weight.

@@ -227,4 +227,23 @@ L0K_HD T from_float(float value) {
   }
 }
 
+// To and from what is computed in.
+template <typename S, typename T>
+L0K_DEVICE S widen(T value) {
+  if constexpr (std::is_same_v<T, double>) {
+    return value;
+  } else {
+    return to_float(value);
+  }
+}
+
+template <typename T, typename S>
+L0K_DEVICE T rounded(S value) {
+  if constexpr (std::is_same_v<T, double>) {
+    return value;
+  } else {
+    return from_float<T>(value);
+  }
+}
+
 }  // namespace l0k

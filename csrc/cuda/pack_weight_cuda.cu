@@ -37,24 +37,6 @@ constexpr int kFew = 8;            // items of small launches, whose parameters 
 template <typename Weight>
 using Compute = std::conditional_t<std::is_same_v<Weight, double>, double, float>;
 
-template <typename S, typename T>
-L0K_DEVICE S widen(T value) {
-  if constexpr (std::is_same_v<T, double>) {
-    return value;
-  } else {
-    return to_float(value);
-  }
-}
-
-template <typename T, typename S>
-L0K_DEVICE T rounded(S value) {
-  if constexpr (std::is_same_v<T, double>) {
-    return value;
-  } else {
-    return from_float<T>(value);
-  }
-}
-
 // ---- what a launch is told ----
 
 struct Strides {

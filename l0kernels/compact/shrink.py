@@ -15,12 +15,12 @@ from l0kernels.compact.inputs import check_inputs, outputs_of
 from l0kernels.convert.check import worst_difference
 from l0kernels.convert.probe import NoDropout
 from l0kernels.convert.randomness import same_randomness
-from l0kernels.convert.swap import uninstall
+from l0kernels.convert.swap import REFERENCES, can_be_plain, uninstall
 from l0kernels.convert.tensors import InDouble, Inputs, to_double
 from l0kernels.functional import GateLayout, open_lists
 from l0kernels.gates.base import Gates
 from l0kernels.gates.draw import Draw
-from l0kernels.nn import GatedLayer, gated_class
+from l0kernels.nn import GatedLayer
 from l0kernels.ops.pack_weight.reference import is_channels_last
 from l0kernels.training import gates_of, root_of
 
@@ -119,9 +119,7 @@ def shrink(whole: nn.Module, values: Tensor) -> None:
 
 def _gated_layers(whole: nn.Module, gates: Gates) -> list[GatedLayer]:
     layers = [m for m in whole.modules() if isinstance(m, GatedLayer)]
-    strange = sorted(
-        {type(m).__name__ for m in layers if gated_class(m.plain_class) is not type(m)}
-    )
+    strange = sorted({type(m).__name__ for m in layers if not can_be_plain(m)})
     if strange:
         raise ValueError(f"compact: expected gated layers of l0kernels.nn, got {strange}")
     connected = [layer for layer in layers if layer.gates is not None]
@@ -141,7 +139,9 @@ def _draw_of_kept(gates: Gates, layers: list[GatedLayer], values: Tensor) -> Dra
     born = torch.stack((maps[0], torch.full_like(maps[1], gates.count)))
     layout = GateLayout(group_offsets, born, port_offsets)
     places = gates.port_starts, [False] * len(gates.port_maps)
-    return Draw(z, open_lists(z, layout), *places, False, gates.log_alpha._version)
+    draw = Draw(z, open_lists(z, layout), *places, False, gates.log_alpha._version)
+    draw.masks = gates.masks_of(values)
+    return draw
 
 
 def _is_unused(gates: Gates, layers: list[GatedLayer], z: Tensor) -> Tensor:
@@ -193,7 +193,7 @@ def _forget(whole: nn.Module, gates: Gates) -> None:
     for module in whole.modules():
         if isinstance(module, GatedLayer):
             module.__class__ = module.plain_class  # pyright: ignore[reportAttributeAccessIssue]
-            for name in ("in_gate", "out_gate"):
+            for name in REFERENCES:
                 module.__dict__.pop(name, None)
         for name, child in module._modules.items():
             if child is gates:

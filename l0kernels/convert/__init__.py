@@ -6,7 +6,8 @@ from __future__ import annotations
 import copy
 import functools
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,14 +28,15 @@ from l0kernels.convert.groups import (
     why_unusable,
 )
 from l0kernels.convert.probe import ForwardFails, Probe
-from l0kernels.convert.swap import install, uninstall
+from l0kernels.convert.swap import install, install_weights, uninstall
 from l0kernels.convert.tensors import Inputs, KeptBuffers, own_copy, to_double, to_dtype
 from l0kernels.convert.units import Survey, survey
+from l0kernels.convert.weights import find_weights
 from l0kernels.gates import METHODS, Gates
 from l0kernels.nn import GatedLayer, gated_class
 from l0kernels.training import gates_of, root_of
 
-GRANULARITIES = ("unit", "input")
+GRANULARITIES = ("unit", "input", "weight")
 
 # Input channels from which oneDNN's convolutions gain from channels_last.
 CHANNELS_LAST_FROM = 32
@@ -64,7 +66,7 @@ def convert(
 
     Args:
         model: any module; converted in place.
-        method: a name in ``gates.METHODS``: ``"hard_concrete"`` or ``"arm"``.
+        method: a name in ``gates.METHODS``: ``"hard_concrete"``, ``"arm"`` or ``"cs"``.
         example_inputs: arguments of the forward, positional (a tuple) or by keyword (a mapping);
             a batch of 2 to 4 is enough.
         select: ``"inner"`` (units made by one layer, or by the layers of a product, and read only
@@ -75,7 +77,10 @@ def convert(
             heads that of their reader and ``".heads"``.
         granularity: ``"unit"``, or ``"input"`` to add one gate per input feature of every linear
             layer whose features have no gate of their own (network inputs, flattened channels);
-            it multiplies the producer's gate. Its group is named ``"<layer>.in"``.
+            it multiplies the producer's gate. Its group is named ``"<layer>.in"``. ``"weight"``
+            (``"cs"`` only): one gate for every number of the weights of ``Linear`` and ``Conv2d``
+            layers instead, all or those that ``select`` names; a group has the layer's name.
+            Nothing is packed and nothing needs to be found or checked.
         lam: weight of the penalty, one number or one per group.
         n_train: size of the training set; the penalty is divided by it.
         seed: key of the gate noise.
@@ -91,23 +96,46 @@ def convert(
     """
     _check_arguments(model, method, example_inputs, select, granularity)
     options.update(lam=lam, n_train=n_train, seed=seed)
-    device, dtype = _place_of(model)
+    device, _ = _place_of(model)
     buffers = KeptBuffers(model)
     autocast = torch.autocast(device.type, enabled=False)
     try:
         with torch.inference_mode(False), torch.enable_grad(), autocast:
             inputs = own_copy(example_inputs)
+            if granularity == "weight":
+                _gate_weights(model, METHODS[method], inputs, select, options)
+                return model
             plan, found = _find(model, METHODS[method], inputs, select, granularity, options)
             kept = {name: _for_groups(value, plan) for name, value in options.items()}
-            gates = METHODS[method](plan.groups, **kept)
-            gates.to(device, torch.promote_types(dtype, torch.float32))
-            gates.train(model.training)
+            gates = _like(model, METHODS[method](plan.groups, **kept))
             _prefer_channels_last(model, plan, found)
             install(model, gates, plan, found)
     finally:
         # Closures of a copied model can reach the model itself.
         buffers.restore()
     return model
+
+
+def _like(model: nn.Module, gates: Gates) -> Gates:
+    """The gates in the model's place, precision (float32 at least) and mode."""
+    device, dtype = _place_of(model)
+    gates.to(device, torch.promote_types(dtype, torch.float32))
+    return gates.train(model.training)
+
+
+def _gate_weights(
+    model: nn.Module,
+    method: Callable[..., Gates],
+    example_inputs: Inputs,
+    select: Select,
+    options: dict[str, Any],
+) -> None:
+    work = _copy(model)
+    with _probing(work, example_inputs) as probe:
+        found = find_weights(model, probe, select)
+    if not found.shapes:
+        raise ValueError(f"convert: nothing can be gated: {found.refused}")
+    install_weights(model, _like(model, method(found.shapes, **options)), found)
 
 
 def _find(
@@ -157,6 +185,11 @@ def _check_arguments(
         raise ValueError(f"method: expected one of {sorted(METHODS)}, got {method!r}")
     if granularity not in GRANULARITIES:
         raise ValueError(f"granularity: expected one of {GRANULARITIES}, got {granularity!r}")
+    if granularity not in METHODS[method].granularities:
+        allowed = METHODS[method].granularities
+        raise ValueError(
+            f"granularity: expected one of {allowed} for {method}, got {granularity!r}"
+        )
     if not isinstance(example_inputs, (tuple, Mapping)):
         raise TypeError(
             f"example_inputs: expected a tuple of the forward's positional arguments or a mapping "
@@ -218,15 +251,21 @@ def _copy(model: nn.Module) -> nn.Module:
 
 def _survey(model: nn.Module, work: nn.Module, example_inputs: Inputs, heads: bool) -> Survey:
     modules = dict(model.named_modules())
+    with _probing(work, example_inputs) as probe:
+
+        @functools.cache
+        def usable(name: str) -> bool:
+            return why_unusable(name, modules, probe.calls, probe.used_outside) is None
+
+        return survey(probe, usable, heads, _bar("finding groups"))
+
+
+@contextmanager
+def _probing(work: nn.Module, example_inputs: Inputs) -> Iterator[Probe]:
     dtype = next(p.dtype for p in work.parameters() if p.is_floating_point())
     try:
         with Probe(work, to_dtype(example_inputs, dtype)) as probe:
-
-            @functools.cache
-            def usable(name: str) -> bool:
-                return why_unusable(name, modules, probe.calls, probe.used_outside) is None
-
-            return survey(probe, usable, heads, _bar("finding groups"))
+            yield probe
     except ForwardFails as error:
         raise ValueError(f"example_inputs: {error}") from error.__cause__
 

@@ -111,13 +111,13 @@ def make_plan(model: nn.Module, survey: Survey, select: Select, granularity: str
 def _uncalled(modules: dict[str, nn.Module], survey: Survey) -> dict[str, str]:
     """Convolutions and linear layers that never run as modules."""
     return {
-        name: _USED_OUTSIDE if name in survey.used_outside else "it is not called in the forward"
+        name: USED_OUTSIDE if name in survey.used_outside else "it is not called in the forward"
         for name, module in modules.items()
         if is_layer(module) and name not in survey.calls
     }
 
 
-_USED_OUTSIDE = "its parameters are used outside its own forward (functionally)"
+USED_OUTSIDE = "its parameters are used outside its own forward (functionally)"
 
 
 def _selector(
@@ -196,16 +196,17 @@ def _why_unsupported(
     if calls[name] != 1:
         return f"it is called {calls[name]} times in one forward"
     if name in used_outside:
-        return _USED_OUTSIDE
+        return USED_OUTSIDE
     if is_layer(module) and getattr(module, "groups", 1) != 1:
         return "it is a grouped convolution"
-    owners = _owners(modules, module._parameters["weight"])
-    if module._parameters["weight"] is not None and len(owners) > 1:
-        return f"its weight is shared by {owners}"
+    sharing = owners(modules, module._parameters["weight"])
+    if module._parameters["weight"] is not None and len(sharing) > 1:
+        return f"its weight is shared by {sharing}"
     return None
 
 
-def _owners(modules: dict[str, nn.Module], weight: Any) -> list[str]:
+def owners(modules: dict[str, nn.Module], weight: Any) -> list[str]:
+    """The modules that have a parameter."""
     return [n for n, m in modules.items() if any(p is weight for p in m._parameters.values())]
 
 

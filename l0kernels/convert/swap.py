@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from l0kernels.convert.groups import Plan, gate_map, input_group, is_passage_of
 from l0kernels.convert.units import Survey
+from l0kernels.convert.weights import Weights
 from l0kernels.gates.base import Gates, draw_before_forward
 from l0kernels.gates.ref import GateRef
-from l0kernels.nn import GatedLayer, gated_class
+from l0kernels.nn import GatedLayer, MaskedLayer, gated_class, masked_class
 
 
 def install(model: nn.Module, gates: Gates, plan: Plan, survey: Survey) -> None:
@@ -26,6 +29,29 @@ def install(model: nn.Module, gates: Gates, plan: Plan, survey: Survey) -> None:
             in_gate, out_gate = None, in_gate
         if in_gate is not None or out_gate is not None:
             _connect(modules[name], in_gate, out_gate)
+    _call_layers(model)
+    gates.refused = plan.refused
+    gates.attach(model, survey.positions)
+
+
+def install_weights(model: nn.Module, gates: Gates, found: Weights) -> None:
+    """Swap the classes of all layers whose weights have gates and attach the gates."""
+    modules = dict(model.named_modules())
+    for name in found.shapes:
+        module = modules[name]
+        swapped = masked_class(type(module))
+        assert swapped is not None
+        module.__class__ = swapped
+        assert isinstance(module, MaskedLayer)
+        ref: Any = gates[name]
+        module.connect_weight(ref)
+    _call_layers(model)
+    gates.refused = found.refused
+    gates.attach(model, found.positions)
+
+
+def _call_layers(model: nn.Module) -> None:
+    """Have modules that would use the weights of gated layers themselves call the layers."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and _has_gated(module):
             module.register_forward_pre_hook(keep_to_submodules)
@@ -33,8 +59,6 @@ def install(model: nn.Module, gates: Gates, plan: Plan, survey: Survey) -> None:
             # Nested tensors are for the fused function only.
             module.__dict__[_USED_NESTED] = module.use_nested_tensor
             module.use_nested_tensor = False
-    gates.refused = plan.refused
-    gates.attach(model, survey.positions)
 
 
 def keep_to_submodules(module: nn.Module, args: object) -> None:
@@ -67,6 +91,15 @@ def _reading_ref(name: str, gates: Gates, plan: Plan, survey: Survey) -> GateRef
     return made or own
 
 
+REFERENCES = ("in_gate", "out_gate", "in_port", "out_port", "gate")
+"""What a layer has for its gates and a plain one has not."""
+
+
+def can_be_plain(layer: GatedLayer) -> bool:
+    """Whether a layer is of the very class that a plain one is swapped to."""
+    return type(layer) in (gated_class(layer.plain_class), masked_class(layer.plain_class))
+
+
 def uninstall(root: nn.Module, gates: Gates) -> None:
     """Give every layer of these gates its plain class back and remove the gates.
 
@@ -74,16 +107,14 @@ def uninstall(root: nn.Module, gates: Gates) -> None:
         ValueError: a layer is of a class that ``convert`` does not make; nothing is changed.
     """
     layers = [m for m in root.modules() if isinstance(m, GatedLayer) and m.gates is gates]
-    strange = sorted(
-        {type(m).__name__ for m in layers if gated_class(m.plain_class) is not type(m)}
-    )
+    strange = sorted({type(m).__name__ for m in layers if not can_be_plain(m)})
     if strange:
         raise ValueError(f"revert: expected layers of l0kernels.nn, got {strange}")
     for follower in list(gates.followers):
         follower.release()
     for module in layers:
         module.__class__ = module.plain_class  # pyright: ignore
-        for name in ("in_gate", "out_gate", "in_port", "out_port"):
+        for name in REFERENCES:
             module.__dict__.pop(name, None)
     for module in root.modules():
         if _USED_NESTED in module.__dict__:

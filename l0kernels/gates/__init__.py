@@ -3,12 +3,23 @@
 
 from l0kernels.gates.arm import ARM
 from l0kernels.gates.base import Gates
+from l0kernels.gates.cs import ContinuousSparsification
 from l0kernels.gates.hard_concrete import HardConcrete
-from l0kernels.gates.ref import GateRef, cat
+from l0kernels.gates.ref import GateRef, WeightRef, cat
 
 METHODS: dict[str, type[Gates]] = {
     "arm": ARM,
+    "cs": ContinuousSparsification,
     "hard_concrete": HardConcrete,
 }
 
-__all__ = ["ARM", "METHODS", "GateRef", "Gates", "HardConcrete", "cat"]
+__all__ = [
+    "ARM",
+    "METHODS",
+    "ContinuousSparsification",
+    "GateRef",
+    "Gates",
+    "HardConcrete",
+    "WeightRef",
+    "cat",
+]

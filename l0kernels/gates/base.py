@@ -78,6 +78,8 @@ class Gates(nn.Module):
     """
 
     law: ClassVar[str]
+    granularities: ClassVar[tuple[str, ...]] = ("unit", "input")
+    """What ``convert`` may give gates of this method to."""
     # Of tests that run on a CPU what a GPU does; None: what the device asks for.
     _together: bool | None = None
     _multiple: int | None = None
@@ -155,6 +157,14 @@ class Gates(nn.Module):
         open lists, of the draw with this key (seed and step).
         """
         return sample_gates(self.log_alpha, key, cost, self.layout, self.law)
+
+    def masks_of(self, values: Tensor) -> dict[str, Any]:
+        """What masks the weight of each group of weight gates, with these gate values.
+
+        Args:
+            values: shape [gates].
+        """
+        return {}
 
     def estimate(self, closure: Callable[[], Tensor], model: nn.Module) -> Tensor:
         """Estimator of the expected loss (0-d) under the current draw.
@@ -263,16 +273,9 @@ class Gates(nn.Module):
         layers = [m for m in root.modules() if isinstance(m, GatedLayer) and m.gates is self]
         if not layers:
             raise ValueError("attach: expected a model with layers that use these gates, got none")
-        self._plan_ports(layers)
-        self._has_convolutions = any(isinstance(m, nn.modules.conv._ConvNd) for m in layers)
         self.layers = self._draw = None
         names = {module: name for name, module in root.named_modules()}
-        norms = [m for m in layers if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        self._norms = [tuple(names[norm].split(".")) for norm in norms]
-        self.unit_weights = _size_per_unit(self, [(layer, 1) for layer in layers])
-        if positions is not None:
-            work = [(layer, layer.uses(positions.get(names[layer], 1))) for layer in layers]
-            self.unit_flops = _size_per_unit(self, work)
+        self._take(layers, names, positions)
         self._cost = self._cost_of(self._lam, self.unit_weights).to(self.log_alpha)
         _keep_draws_out_of_graphs()
         if other is None:
@@ -280,6 +283,19 @@ class Gates(nn.Module):
         if draw_before_forward not in root._forward_pre_hooks.values():
             root.register_forward_pre_hook(draw_before_forward)
         return root
+
+    def _take(
+        self, layers: list[Any], names: Mapping[nn.Module, str], positions: Mapping[str, int] | None
+    ) -> None:
+        """Learn which layers use which gates, and what each gate's unit costs."""
+        self._plan_ports(layers)
+        self._has_convolutions = any(isinstance(m, nn.modules.conv._ConvNd) for m in layers)
+        norms = [m for m in layers if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self._norms = [tuple(names[norm].split(".")) for norm in norms]
+        self.unit_weights = _size_per_unit(self, [(layer, 1) for layer in layers])
+        if positions is not None:
+            work = [(layer, layer.uses(positions.get(names[layer], 1))) for layer in layers]
+            self.unit_flops = _size_per_unit(self, work)
 
     def _plan_ports(self, layers: list[Any]) -> None:
         produced = torch.zeros(self.count + 1, dtype=torch.bool)
@@ -604,7 +620,9 @@ class Gates(nn.Module):
         """
         z = torch.cat((values, values.new_ones(1)))
         lists = open_lists(z.detach(), self.layout)
-        self._set_draw(self._make_draw(z, lists))
+        draw = self._make_draw(z, lists)
+        draw.masks = self.masks_of(values)
+        self._set_draw(draw)
 
     def _make_draw(
         self,
@@ -809,7 +827,11 @@ def _check_norms(root: nn.Module, places: list[tuple[str, ...]]) -> None:
             )
 
 
-_draw: Callable[[Gates], Any] = Gates.draw
+def _draw_by_method(gates: Gates) -> None:
+    gates.draw()
+
+
+_draw: Callable[[Gates], Any] = _draw_by_method
 
 
 def _keep_draws_out_of_graphs() -> None:
@@ -819,8 +841,8 @@ def _keep_draws_out_of_graphs() -> None:
     and ``hold`` the draw is made before the model runs, and the model is one graph.
     """
     global _draw
-    if _draw is Gates.draw:
-        _draw = torch.compiler.disable(Gates.draw, reason="gates are drawn between graphs")
+    if _draw is _draw_by_method:
+        _draw = torch.compiler.disable(_draw_by_method, reason="gates are drawn between graphs")
 
 
 def _port_key(ref: GateRef) -> tuple[str, ...]:

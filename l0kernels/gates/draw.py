@@ -85,6 +85,8 @@ class Draw:
         self.packed: dict[Any, tuple[Tensor, Tensor | None]] | None = None
         # What one call packed for all layers and they have not taken yet, with gradients or not.
         self.shares: dict[bool, dict[Any, Any]] = {}
+        # For each group of weight gates what masks its weight, with this draw's values.
+        self.masks: dict[str, Any] = {}
         # Ran without gradients, as reentrant checkpointing does, and not yet again in backward.
         self.awaits_backward = False
         self.graph = Graph()

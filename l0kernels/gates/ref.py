@@ -91,6 +91,41 @@ class GateRef:
         return f"GateRef(features={self.features}, gates_per_feature={len(self.maps)})"
 
 
+class WeightRef:
+    """The gates of one weight, one for each of its numbers.
+
+    Made by ``gates["group"]`` where the group has the shape of a weight.
+
+    Args:
+        gates: the gates of the model.
+        name: of the group.
+        shape: of the weight.
+    """
+
+    def __init__(self, gates: Gates, name: str, shape: tuple[int, ...]) -> None:
+        self.gates = gates
+        self.name = name
+        self.shape = shape
+
+    @property
+    def z(self) -> Tensor:
+        """Gate values of the current draw, of the weight's shape."""
+        dtype = self.gates.log_alpha.dtype
+        return self.mask(self.gates.log_alpha.new_ones(self.shape), dtype)
+
+    def mask(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weight times its gates in the current draw.
+
+        Args:
+            weight: of ``shape``.
+            dtype: of the result.
+        """
+        return self.gates.current_draw().masks[self.name](weight, dtype)
+
+    def __repr__(self) -> str:
+        return f"WeightRef(name={self.name!r}, shape={list(self.shape)})"
+
+
 def cat(*parts: GateRef | int) -> GateRef:
     """Gates of concatenated features.
 

@@ -7,6 +7,7 @@ from l0kernels.nn.base import GatedLayer
 from l0kernels.nn.conv import GatedConv1d, GatedConv2d, GatedConvTranspose2d
 from l0kernels.nn.linear import GatedLinear
 from l0kernels.nn.lookup import gated_class
+from l0kernels.nn.masked import MaskedConv2d, MaskedLayer, MaskedLinear, masked_class
 from l0kernels.nn.norm import GatedBatchNorm1d, GatedBatchNorm2d
 
 __all__ = [
@@ -18,6 +19,10 @@ __all__ = [
     "GatedLayer",
     "GatedLinear",
     "GatedPReLU",
+    "MaskedConv2d",
+    "MaskedLayer",
+    "MaskedLinear",
     "gated_class",
     "hf",
+    "masked_class",
 ]

@@ -30,6 +30,7 @@ RACES = f"cuda and {CHECKED}"
 OPS = (
     ("sample_gates", []),
     ("pack_weight", []),
+    ("masked_weight", []),
     ("packed_norm", ["--batch", "128"]),
     ("gated_linear", ["--batch", "8192", "--dtypes", "bf16"]),
     ("gated_conv2d", ["--batch", "128", "--dtypes", "bf16"]),

@@ -1,11 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensors of more than 2^31 elements: the last ones are computed like the first."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from l0kernels.functional import gated_conv2d, gated_linear, pack_weight, packed_norm
+from l0kernels.functional import (
+    gated_conv2d,
+    gated_linear,
+    masked_weight,
+    pack_weight,
+    packed_norm,
+)
 from l0kernels.testing import assert_within_budget
 
 pytestmark = pytest.mark.gpu
@@ -115,6 +123,16 @@ def test_pack_weight(gpu_impl):
     (grad,) = torch.autograd.grad(packed, weight, torch.ones_like(packed))
     assert torch.equal(grad[places][:, places], torch.full_like(expected, 0.5))
     assert int(torch.count_nonzero(grad)) == 16
+
+
+def test_masked_weight(gpu_impl):
+    size = 46500
+    weight = numbers(size, size, dtype=torch.bfloat16)
+    scores = torch.zeros(size, size, device="cuda")
+    scores[-1, -2:] = 1.0
+    masked = masked_weight(weight, scores, torch.tensor(math.inf, device="cuda"), 2.0)
+    assert torch.equal(masked[-1, -2:], 2 * weight[-1, -2:])
+    assert int(torch.count_nonzero(masked)) == 2
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)

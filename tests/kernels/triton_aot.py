@@ -97,6 +97,22 @@ def _pack_cases(
         yield config, call
 
 
+def masked_weight_cases() -> Iterator[Case]:
+    from l0kernels.ops.masked_weight import triton as kernels
+    from l0kernels.ops.pack_weight import op
+
+    for dtype, to in op._OUTPUT_DTYPES.items():
+        compute = torch.float64 if dtype == torch.float64 else torch.float32
+        weight, scores = torch.zeros(8, 8, dtype=dtype), torch.zeros(8, 8, dtype=compute)
+        arguments = (weight, scores, torch.ones((), dtype=compute), 2.0, -87.0)
+        for masked in to:
+            config = f"{_name(dtype)} to {_name(masked)}"
+            yield config, _call(kernels.masked_weight, *arguments, masked)
+            for needs in ((True, True), (True, False), (False, True)):
+                grad = torch.zeros(8, 8, dtype=masked)
+                yield config, _call(kernels.masked_weight_backward, grad, *arguments, *needs)
+
+
 def packed_norm_cases() -> Iterator[Case]:
     """Tiles, vectors, dtypes; of bfloat16 activations, modes, and what may be missing."""
     from l0kernels.ops.packed_norm import op
@@ -143,6 +159,7 @@ def _norm_cases(
 CASES = {
     "sample_gates": sample_gates_cases,
     "pack_weight": pack_weight_cases,
+    "masked_weight": masked_weight_cases,
     "packed_norm": packed_norm_cases,
     "gated_linear": gated_cases.gated_linear_cases,
     "gated_conv2d": gated_cases.gated_conv2d_cases,

@@ -8,7 +8,8 @@ import sys
 SCRIPT = """
 import hashlib
 import torch
-from l0kernels.functional import GateLayout, pack_weight, packed_norm, sample_gates
+from l0kernels.functional import GateLayout, masked_weight, pack_weight, packed_norm
+from l0kernels.functional import sample_gates
 from l0kernels.ops.adam_rows import adam_rows, adam_rows_catch_up
 from l0kernels.ops.sgd_rows import sgd_rows, sgd_rows_catch_up
 
@@ -46,6 +47,10 @@ for source, target in (
         packed = pack_weight(weight, z, *maps, target)
         upstream = numbers(*packed.shape).to(target)
         add(packed, *torch.autograd.grad(packed, (weight, z), upstream))
+        scores = numbers(37, 29, 3, 3).flip(0).to(z.dtype).requires_grad_()
+        masked = masked_weight(weight, scores, z.new_tensor(40), 1.9, dtype=target)
+        upstream = numbers(37, 29, 3, 3).flip(1).to(target)
+        add(masked, *torch.autograd.grad(masked, (weight, scores), upstream))
 
 index, gates = torch.arange(67)[1::3].contiguous(), torch.ones(68)
 gates[index[4]] = 0

@@ -6,6 +6,7 @@ from harness import ops as raw
 from ops import (
     test_gated_conv2d,
     test_gated_linear,
+    test_masked_weight,
     test_pack_weight,
     test_packed_norm,
     test_sample_gates,
@@ -45,6 +46,9 @@ class TestOpcheck:
     def test_pack_weight(self, requires_grad, shape):
         test_pack_weight.test_opcheck(shape, requires_grad)
 
+    def test_masked_weight(self, requires_grad):
+        test_masked_weight.test_opcheck(requires_grad)
+
     def test_pack_weights(self, requires_grad):
         test_pack_weight.test_opcheck_of_lists(requires_grad)
 
@@ -70,6 +74,9 @@ class TestCompile:
     @pytest.mark.parametrize("channels_last", [False, True])
     def test_pack_weight(self, channels_last):
         test_pack_weight.test_one_graph_for_all_widths("triton", channels_last)
+
+    def test_masked_weight(self):
+        test_masked_weight.test_one_graph_for_all_betas_and_sizes("triton")
 
     @pytest.mark.parametrize("training", [True, False])
     def test_packed_norm(self, training):

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CS: Continuous Sparsification."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from l0kernels.functional import OpenLists, masked_weight
+from l0kernels.gates.base import Gates, _Constant
+from l0kernels.gates.ref import WeightRef
+from l0kernels.ops.masked_weight.reference import closed_below
+
+
+class _Mask(NamedTuple):
+    """The gates of one weight in one draw."""
+
+    scores: Tensor
+    beta: Tensor
+    scale: float
+    skip_below: float
+
+    def __call__(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        return masked_weight(weight, self.scores, self.beta, self.scale, self.skip_below, dtype)
+
+
+def _times(gates: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return (weight * gates).masked_fill(gates == 0, 0).to(dtype)
+
+
+class ContinuousSparsification(Gates):
+    """Gates that harden as training goes on (Savarese, Silva, Maire, 2020, arXiv:1912.04427).
+
+    Training gate: z = c sigmoid(beta s). Test gate: c 1[s > 0], the ticket. ``log_alpha`` holds the
+    scores s. Nothing is random. c = 1 / sigmoid(initial), as in the authors' code, makes training
+    start at the network itself; ``rescale=False`` is the paper's c = 1.
+
+    ``set_progress(t)`` sets beta = final_beta^t, t from 0 at the start of a round to 1 at its end;
+    the authors do so once per epoch. ``next_round()`` then sets s to min(final_beta s, initial)
+    and beta to 1: what has lost stays closed, as sigmoid(1 final_beta s) is the gate that it had,
+    and what has won starts anew. ``freeze()`` makes the test gates those of training, too: the
+    ticket, to be trained from an early checkpoint of all but ``l0.*``.
+
+    The penalty is the sum of all training gates, sum_j lam |G_j| z_j / n_train, with |G_j| = 1 for
+    weight gates; the authors' is lam = 1e-8 with n_train = 1. Its gradient in s is
+    c lam beta sigmoid(beta s) sigmoid(-beta s) per weight.
+
+    No gate is exactly 0 before sigmoid underflows (see ``functional.masked_weight``), so training
+    computes everything until then; ``skip_below`` closes gates earlier and is an approximation.
+
+    Args:
+        groups: name -> number of units, or for gates of single weights (``nn.MaskedLinear``,
+            ``nn.MaskedConv2d``) the shape of the weight; all of one kind.
+        lam: weight of the penalty, one number or one per group.
+        n_train: size of the training set; the penalty is divided by it.
+        seed: kept for checkpoints, as all methods have one; nothing is drawn.
+        initial: score that all gates start with: with more, more stay open.
+        final_beta: beta at the end of a round, above 1.
+        rescale: whether c is 1 / sigmoid(initial), else 1.
+        skip_below: gates with sigmoid(beta s) below it are closed in training, and get no
+            gradient; from 0, for none, up to, and without, 1.
+
+    Raises:
+        ValueError: groups of both kinds, or a number out of range.
+    """
+
+    granularities: ClassVar[tuple[str, ...]] = (*Gates.granularities, "weight")
+    beta: Tensor
+
+    def __init__(
+        self,
+        groups: Mapping[str, int | Sequence[int]],
+        *,
+        lam: float | Mapping[str, float] = 1.0,
+        n_train: int = 1,
+        seed: int = 0,
+        initial: float = 0.0,
+        final_beta: float = 200.0,
+        rescale: bool = True,
+        skip_below: float = 0.0,
+    ) -> None:
+        shapes = {name: tuple(size) for name, size in groups.items() if isinstance(size, Sequence)}
+        if shapes and len(shapes) < len(groups):
+            raise ValueError(
+                f"groups: expected numbers of units or shapes of weights, got both: {dict(groups)}"
+            )
+        sizes: Any = {name: math.prod(shape) for name, shape in shapes.items()} or groups
+        super().__init__(sizes, lam=lam, n_train=n_train, seed=seed)
+        if not math.isfinite(initial):
+            raise ValueError(f"initial: expected a finite number, got {initial}")
+        if not 1 < final_beta < math.inf:
+            raise ValueError(f"final_beta: expected a number above 1, got {final_beta}")
+        if not 0 <= skip_below < 1:
+            raise ValueError(f"skip_below: expected a number from 0 up to 1, got {skip_below}")
+        self.shapes = shapes
+        self.initial, self.final_beta, self.skip_below = initial, final_beta, skip_below
+        self.scale = 1 + math.exp(-initial) if rescale else 1.0
+        self.log_alpha = nn.Parameter(torch.full((self.count,), float(initial)))
+        self.register_buffer("beta", torch.ones(()))
+
+    # What all methods have.
+
+    def deterministic(self) -> Tensor:
+        return torch.where(self.alpha.isnan(), self.alpha, self.alpha > 0) * self.scale
+
+    def open_probability(self) -> Tensor:
+        s = self.alpha.detach()
+        return (s > 0 if self.frozen else ~self._closed(s)).double()
+
+    def draw(self) -> None:
+        soft = self.training and not self.frozen
+        if soft:
+            self._settle()
+            self.step.add_(1)
+        if self.shapes:
+            self._draw_weights(soft)
+        elif soft:
+            self.draw_given(self._soft())
+        else:
+            super().draw()
+
+    def _expected(self, cost: Tensor) -> Tensor:
+        if self.frozen:
+            value = (cost * self.deterministic().detach()).sum()
+            return _Constant.apply(self.log_alpha, value)
+        return (cost * self._soft()).sum()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gates:
+        beta = self.beta
+        super()._apply(fn, recurse)
+        # As log_alpha: a detour over a narrow dtype would lose digits.
+        self.beta = beta.to(self.log_alpha)
+        return self
+
+    # Its schedule.
+
+    def set_progress(self, t: float) -> None:
+        """Set beta to final_beta^t.
+
+        Args:
+            t: how much of the round is over, from 0 to 1; e / (epochs - 1) in epoch e.
+
+        Raises:
+            ValueError: t is out of range.
+            RuntimeError: inside ``hold`` or ``expected_loss``.
+        """
+        self._check_free("set_progress")
+        if not 0 <= t <= 1:
+            raise ValueError(f"set_progress: expected a number from 0 to 1, got {t}")
+        self.beta.fill_(self.final_beta**t)
+        self._draw = None
+
+    @torch.no_grad()
+    def next_round(self) -> None:
+        """Set s to min(final_beta s, initial), and beta to 1; call it at the end of a round.
+
+        Raises:
+            RuntimeError: inside ``hold`` or ``expected_loss``, or the gates are frozen.
+        """
+        self._check_free("next_round")
+        if self.frozen:
+            raise RuntimeError("next_round: expected gates that change, got frozen ones")
+        self.log_alpha.mul_(self.final_beta).clamp_(max=self.initial)
+        self.set_progress(0)
+
+    def _closed(self, scores: Tensor) -> Tensor:
+        """Which gates are exactly 0 in training."""
+        return scores * self.beta < closed_below(self.skip_below, scores.dtype)
+
+    def _soft(self) -> Tensor:
+        """Training gates, shape [gates]."""
+        s = self.log_alpha
+        beta = self.beta.clone()  # may be set before backward, by DDP too
+        return (torch.sigmoid(s * beta) * self.scale).masked_fill(self._closed(s.detach()), 0)
+
+    # Gates of single weights.
+
+    def __getitem__(self, name: str) -> Any:
+        """A ``GateRef`` into a group of units, a ``WeightRef`` to that of a weight."""
+        shape = self.shapes.get(name)
+        return super().__getitem__(name) if shape is None else WeightRef(self, name, shape)
+
+    def _take(
+        self, layers: list[Any], names: Mapping[nn.Module, str], positions: Mapping[str, int] | None
+    ) -> None:
+        if not self.shapes:
+            super()._take(layers, names, positions)
+            return
+        users = [layer.gate.name for layer in layers]
+        if sorted(users) != sorted(self.shapes):
+            raise ValueError(
+                f"attach: expected one layer for each of {list(self.shapes)}, got {users}"
+            )
+        if positions is not None:
+            found = dict(zip(users, layers, strict=True))
+            uses = [found[n].uses(positions.get(names[found[n]], 1)) for n in self.names]
+            work = torch.tensor(uses, dtype=torch.float64)
+            self.unit_flops = work.repeat_interleave(torch.tensor(self.sizes))
+
+    def masks_of(self, values: Tensor) -> dict[str, Any]:
+        parts = values.split(self.sizes) if self.shapes else ()
+        return {
+            name: partial(_times, part.view(self.shapes[name]))
+            for name, part in zip(self.shapes, parts, strict=True)
+        }
+
+    def _draw_weights(self, soft: bool) -> None:
+        beta = self.beta.clone() if soft else torch.full_like(self.beta, math.inf)
+        if soft:
+            scores = self.log_alpha
+        else:
+            self._checked_deterministic()
+            scores = self.alpha
+            if self.frozen and self.training:
+                self._settle()
+                scores = _Constant.apply(self.log_alpha, scores)
+            else:
+                scores = scores.detach()
+        none = torch.zeros(0, dtype=torch.int64)  # there is nothing to wait for on a GPU
+        draw = self._make_draw(self.log_alpha.new_ones(1), OpenLists(none, none, none))
+        # Split once: the gradients of all parts come together in one tensor.
+        for (name, shape), part in zip(self.shapes.items(), scores.split(self.sizes), strict=True):
+            draw.masks[name] = _Mask(part.view(shape), beta, self.scale, self.skip_below)
+        self._set_draw(draw)
+
+
+__all__ = ["ContinuousSparsification"]
