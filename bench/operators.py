@@ -25,7 +25,7 @@ from l0kernels.testing import error_ratio, max_error
 from .figures import Figure, Sheet, markdown, shown, timed, write_texts
 from .timing import environment, interleave, require_passive_wait, synchronise
 
-NAMES = ("sample_gates", "pack_weight", "packed_norm", "gated_linear", "gated_conv2d")
+NAMES = ("sample_gates", "dep_chain", "pack_weight", "packed_norm", "gated_linear", "gated_conv2d")
 DTYPES = {
     "f64": torch.float64,
     "f32": torch.float32,

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operators, stateless."""
 
+from l0kernels.ops.dep_chain import dep_chain
 from l0kernels.ops.gated_conv2d import gated_conv2d
 from l0kernels.ops.gated_linear import gated_linear
 from l0kernels.ops.pack_weight import pack_weight, pack_weights
@@ -10,6 +11,7 @@ from l0kernels.ops.sample_gates import GateLayout, OpenLists, open_lists, sample
 __all__ = [
     "GateLayout",
     "OpenLists",
+    "dep_chain",
     "gated_conv2d",
     "gated_linear",
     "open_lists",

@@ -18,7 +18,9 @@ import pytest
 INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
 STARTER = "test_in_interpreter.py"
 MOST_GATES = 5000
-REUSED = ["ops.test_pack_weight", "ops.test_packed_norm", "ops.test_sample_gates"]
+REUSED = [
+    f"ops.test_{name}" for name in ("dep_chain", "pack_weight", "packed_norm", "sample_gates")
+]
 
 collect_ignore = [path.name for path in Path(__file__).parent.glob("test_*.py")]
 if INTERPRETS:
