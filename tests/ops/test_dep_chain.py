@@ -434,7 +434,7 @@ def test_bad_input_is_refused(impl, name):
 
 
 @pytest.mark.parametrize("op_impl", ["cpp", "harness"], indirect=True)
-def test_kernels_refuse_what_does_not_fit(op_impl):
+def test_what_does_not_fit_is_refused_by_kernels(op_impl):
     chain = make_chain((3, 7, 5, 2))
     given = (chain.first, chain.weights, chain.biases)
     with pytest.raises(RuntimeError, match=r"weights\[1\]: expected 7 columns; got 6"):

@@ -179,6 +179,7 @@ def dep_chain_backward(
                 *tile,
                 num_warps=4,
                 enable_fp_fusion=False,
+                **_triton.at_most_registers(128),
             )
             later = earlier
     return [grad_first, grad_biases, *grad_weights]
