@@ -108,20 +108,19 @@ L0K_DEVICE void add_tile(const Columns<T>& c, int64_t tile) {
   double sum = 0;
   for (int64_t first = 0; first < c.rows; first += kThreads) {
     const int64_t count = c.rows - first < kThreads ? c.rows - first : kThreads;
-    __syncthreads();  // all have used the deltas before
     if (threadIdx.x < count) {
       const double delta = c.delta(first + threadIdx.x);
       deltas[threadIdx.x] = delta;
       if (tile == 0) c.grad_bias[first + threadIdx.x] = static_cast<T>(delta);
     }
     __syncthreads();
-    if (!inside) continue;
 #pragma unroll 4
-    for (int64_t r = warp; r < count; r += kWarps) {
+    for (int64_t r = warp; r < count && inside; r += kWarps) {
       const int64_t at = (first + r) * c.cols + column;
       sum += static_cast<double>(c.weight[at]) * deltas[r];
       c.grad_weight[at] = static_cast<T>(deltas[r] * input);
     }
+    __syncthreads();  // the next rows overwrite the deltas
   }
   sums[warp][lane] = sum;
   __syncthreads();

@@ -9,7 +9,7 @@ import math
 import operator
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -147,6 +147,12 @@ class Gates(nn.Module):
 
     def project(self) -> None:
         """Bring the parameters into the range the method asks for (runs before each sample)."""
+
+    def sample(self, cost: Tensor, key: Tensor) -> tuple[Tensor, Tensor, OpenLists]:
+        """Values of all gates and a final 1, their expected cost (0-d), both differentiable, and
+        open lists, of the draw with this key (seed and step).
+        """
+        return sample_gates(self.log_alpha, key, cost, self.layout, self.law)
 
     def estimate(self, closure: Callable[[], Tensor]) -> Tensor:
         """Estimator of the expected loss under the current draw."""
@@ -601,9 +607,8 @@ class Gates(nn.Module):
         if self.training:
             self._settle()
         key = torch.stack((self.seed, self.step))
-        # The masked reference shares the engine's draws; only its layers are plain PyTorch.
-        with use_impl("auto" if current_impl() == "reference" else current_impl()):
-            return *sample_gates(self.log_alpha, key, cost, self.layout, self.law), key
+        with engine():
+            return *self.sample(cost, key), key
 
     @torch.no_grad()
     def _settle(self) -> None:
@@ -668,13 +673,7 @@ class Gates(nn.Module):
         self, per: str = "weight", lam: float | Mapping[str, float] | None = None
     ) -> Tensor:
         """See ``l0kernels.penalty``."""
-        if per not in ("weight", "flop"):
-            raise ValueError(f"per: expected 'weight' or 'flop', got {per!r}")
-        if per == "flop" and self.unit_flops is None:
-            raise ValueError(
-                "per='flop': expected output positions per layer (convert records them, "
-                "attach takes them), got none"
-            )
+        self._check_per(per)
         draw = self._draw
         if per == "weight" and lam is None:
             if draw is not None and draw.expected is not None and self._is_current(draw):
@@ -686,6 +685,15 @@ class Gates(nn.Module):
         sizes = self.unit_flops if per == "flop" else self.unit_weights
         assert sizes is not None
         return self._expected(self._on_device(self._cost_of(lams, sizes)))
+
+    def _check_per(self, per: str) -> None:
+        if per not in ("weight", "flop"):
+            raise ValueError(f"per: expected 'weight' or 'flop', got {per!r}")
+        if per == "flop" and self.unit_flops is None:
+            raise ValueError(
+                "per='flop': expected output positions per layer (convert records them, "
+                "attach takes them), got none"
+            )
 
     def _on_device(self, values: Tensor) -> Tensor:
         """Values of the host as ``log_alpha`` has them; it does not wait for a GPU."""
@@ -731,6 +739,11 @@ class _Constant(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0].new_zeros(ctx.shape), None
+
+
+def engine() -> AbstractContextManager[Any]:
+    """What draws: the masked reference shares the engine's draws, only its layers are PyTorch."""
+    return use_impl("auto" if current_impl() == "reference" else current_impl())
 
 
 def in_backward() -> bool:

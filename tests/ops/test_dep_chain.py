@@ -25,6 +25,7 @@ SIZES = {
     "empty end": (6, 3, 0),
     "vectors": (64, 32, 128),
     "more than one task": (130, 257, 200, 65),
+    "more rows than threads": (3, 2100, 2),
     "many": (5, *[7, 4, 9] * 23),
 }
 
@@ -357,7 +358,7 @@ def test_bits_do_not_depend_on_threads(need_cpp, dtype):
 
 @pytest.mark.parametrize("op_impl", ["harness"], indirect=True)
 def test_bits_do_not_depend_on_the_order_of_threads(op_impl):
-    chain = make_chain((65, 257, 70, 33, 20), dtype=torch.float32)
+    chain = make_chain((65, 257, 70, 33, 1100, 2), dtype=torch.float32)
     harness_ops.set_schedule(-1)
     found = run(chain).tensors()
     for seed in (1, 2):
