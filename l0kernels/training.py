@@ -68,7 +68,8 @@ def penalty(
     """Expected L0 penalty (1 / n_train) sum_j P(z_j != 0) lam |G_j|, differentiable.
 
     |G_j| is the filter of a convolution's output channel, else the columns that read the unit
-    (Louizos, Welling, Kingma, 2018, arXiv:1712.01312, eq. 9 and section 4).
+    (Louizos, Welling, Kingma, 2018, arXiv:1712.01312, eq. 9 and section 4). ``"dep"`` has a
+    penalty of its own, see ``gates.DependentHardConcrete``.
 
     Args:
         model: a converted model, or a wrapper around one.

@@ -64,7 +64,7 @@ def convert(
 
     Args:
         model: any module; converted in place.
-        method: ``"hard_concrete"``.
+        method: a name in ``gates.METHODS``: ``"hard_concrete"`` or ``"dep"``.
         example_inputs: arguments of the forward, positional (a tuple) or by keyword (a mapping);
             a batch of 2 to 4 is enough.
         select: ``"inner"`` (units made by one layer, or by the layers of a product, and read only

@@ -330,6 +330,7 @@ def test_frozen_gates_keep_their_values_and_get_zeros():
     net(X.double())
     penalty = l0.penalty(net)
     torch.testing.assert_close(penalty.detach(), before)
+    assert penalty.requires_grad
     (net(X.double()).sum() * torch.inf + penalty * torch.nan).backward()
     assert bool((net.l0.log_alpha.grad == 0).all())
     assert net.l0.current_draw().z[:-1].equal(z)

@@ -162,12 +162,13 @@ def dep_chain(
     order whatever the number of threads.
 
     Cost in float32, with E = sum n_i n_(i-1) weights and G gates: 4 E + 16 G bytes and 2 E FLOP
-    forward, 8 E + 24 G bytes and 4 E FLOP backward. VGG-16 has E = 1.7 million and G = 4,224:
-    6.8 and 14 MB, on an H200 (4.3 TB/s) at least 1.6 and 3.2 us, and 0.1 and 0.2 us of arithmetic
+    forward, 8 E + 24 G bytes and 4 E FLOP backward. VGG-16 has E = 1.6 million and G = 4,224:
+    6.6 and 13 MB, on an H200 (4.3 TB/s) at least 1.5 and 3.1 us, and 0.1 and 0.2 us of arithmetic
     (34 TFLOP/s in float64). What limits it is the chain: each layer waits for the one before, and
-    a launch takes about 2 us. In CUDA C++ neighbours with up to 128 x 128 weights share a launch of
-    one block, which reads that many weights as fast: one launch forward and one backward for all 28
-    layers of ResNet-56, ten and ten for VGG-16. Triton's kernels take a launch for each layer.
+    a launch takes about 2 us. In CUDA C++, neighbours with up to 128 x 128 weights each share a
+    launch of one block, which should read a layer of that size in the time of a launch (estimated,
+    not measured): one launch forward and one backward for all 28 layers of ResNet-56, ten and ten
+    for VGG-16. Triton's kernels take a launch for each layer.
 
     Source: Li, Ji, "Dep-L0: Improving L0-based network sparsification via dependency modeling"
     (ECML PKDD 2021), where ``first`` is a vector of ones.
