@@ -27,6 +27,7 @@ from .timing import environment, interleave, require_passive_wait, synchronise
 
 NAMES = (
     "sample_gates",
+    "dep_chain",
     "pack_weight",
     "masked_weight",
     "packed_norm",

@@ -17,6 +17,7 @@ pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installe
 
 SHAPES = {
     "sample_gates": "wrn-28-10",
+    "dep_chain": "vgg16",
     "pack_weight": "160x160x3x3:both",
     "masked_weight": "160x160x3x3",
     "packed_norm": "32x320x16x16:channels_last:train",

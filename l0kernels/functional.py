@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operators, stateless."""
 
+from l0kernels.ops.dep_chain import dep_chain
 from l0kernels.ops.gated_conv2d import gated_conv2d
 from l0kernels.ops.gated_linear import gated_linear
 from l0kernels.ops.masked_weight import masked_weight
@@ -18,6 +19,7 @@ __all__ = [
     "GateLayout",
     "OpenLists",
     "arm_gradient",
+    "dep_chain",
     "gated_conv2d",
     "gated_linear",
     "masked_weight",

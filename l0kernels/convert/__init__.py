@@ -66,7 +66,7 @@ def convert(
 
     Args:
         model: any module; converted in place.
-        method: a name in ``gates.METHODS``: ``"hard_concrete"``, ``"arm"`` or ``"cs"``.
+        method: a name in ``gates.METHODS``: ``"hard_concrete"``, ``"arm"``, ``"dep"`` or ``"cs"``.
         example_inputs: arguments of the forward, positional (a tuple) or by keyword (a mapping);
             a batch of 2 to 4 is enough.
         select: ``"inner"`` (units made by one layer, or by the layers of a product, and read only

@@ -4,12 +4,14 @@
 from l0kernels.gates.arm import ARM
 from l0kernels.gates.base import Gates
 from l0kernels.gates.cs import ContinuousSparsification
+from l0kernels.gates.dep import DependentHardConcrete
 from l0kernels.gates.hard_concrete import HardConcrete
 from l0kernels.gates.ref import GateRef, WeightRef, cat
 
 METHODS: dict[str, type[Gates]] = {
     "arm": ARM,
     "cs": ContinuousSparsification,
+    "dep": DependentHardConcrete,
     "hard_concrete": HardConcrete,
 }
 
@@ -17,6 +19,7 @@ __all__ = [
     "ARM",
     "METHODS",
     "ContinuousSparsification",
+    "DependentHardConcrete",
     "GateRef",
     "Gates",
     "HardConcrete",

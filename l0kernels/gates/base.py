@@ -724,13 +724,7 @@ class Gates(nn.Module):
         self, per: str = "weight", lam: float | Mapping[str, float] | None = None
     ) -> Tensor:
         """See ``l0kernels.penalty``."""
-        if per not in ("weight", "flop"):
-            raise ValueError(f"per: expected 'weight' or 'flop', got {per!r}")
-        if per == "flop" and self.unit_flops is None:
-            raise ValueError(
-                "per='flop': expected output positions per layer (convert records them, "
-                "attach takes them), got none"
-            )
+        self._check_per(per)
         draw = self._draw
         if per == "weight" and lam is None:
             if draw is not None and draw.expected is not None and self._is_current(draw):
@@ -742,6 +736,15 @@ class Gates(nn.Module):
         sizes = self.unit_flops if per == "flop" else self.unit_weights
         assert sizes is not None
         return self._expected(self._on_device(self._cost_of(lams, sizes)))
+
+    def _check_per(self, per: str) -> None:
+        if per not in ("weight", "flop"):
+            raise ValueError(f"per: expected 'weight' or 'flop', got {per!r}")
+        if per == "flop" and self.unit_flops is None:
+            raise ValueError(
+                "per='flop': expected output positions per layer (convert records them, "
+                "attach takes them), got none"
+            )
 
     def _on_device(self, values: Tensor) -> Tensor:
         """Values of the host as ``log_alpha`` has them; it does not wait for a GPU."""

@@ -61,7 +61,12 @@ class HardConcrete(Gates):
         return stretched.clamp(0, 1).to(self.log_alpha.dtype)
 
     def open_probability(self) -> Tensor:
-        return torch.sigmoid(self.alpha.detach().double() - BETA * math.log(-GAMMA / ZETA))
+        return probability(self.alpha.detach())
 
     def project(self) -> None:
         self.log_alpha.clamp_(*CLAMP)
+
+
+def probability(log_alpha: Tensor) -> Tensor:
+    """P(z != 0) of hard concrete gates, fp64, differentiable."""
+    return torch.sigmoid(log_alpha.double() - BETA * math.log(-GAMMA / ZETA))

@@ -29,6 +29,7 @@ CHECKED = "GPU and (test_shapes or test_more_than_one_block)"
 RACES = f"cuda and {CHECKED}"
 OPS = (
     ("sample_gates", []),
+    ("dep_chain", ["--keep", ".5"]),
     ("pack_weight", []),
     ("masked_weight", []),
     ("packed_norm", ["--batch", "128"]),

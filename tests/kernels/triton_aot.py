@@ -156,7 +156,26 @@ def _norm_cases(
     yield config, _call(kernels.packed_norm_backward, *arguments)
 
 
+def dep_chain_cases() -> Iterator[Case]:
+    """Tiles and dtypes; sizes that are multiples of 16, that are not, and 1."""
+    from l0kernels.ops.dep_chain import triton as kernels
+
+    few, many = kernels.FEW, 2 * kernels.FEW
+    for dtype in (torch.float32, torch.float64):
+        for sizes in ((few, few, many, many, few), (9, 5, many + 1, many + 1, 9), (1, 1, 1)):
+            first, *layers = (torch.zeros(size, dtype=dtype) for size in sizes)
+            weights = [
+                torch.zeros(n, m, dtype=dtype) for n, m in zip(sizes[1:], sizes[:-1], strict=True)
+            ]
+            config = f"{_name(dtype)} {'-'.join(map(str, sizes))}"
+            yield config, _call(kernels.dep_chain, first, weights, layers, False)
+            flat = torch.zeros(sum(sizes[1:]), dtype=dtype)
+            arguments = (flat, flat, flat, first, weights, False)
+            yield config, _call(kernels.dep_chain_backward, *arguments)
+
+
 CASES = {
+    "dep_chain": dep_chain_cases,
     "sample_gates": sample_gates_cases,
     "pack_weight": pack_weight_cases,
     "masked_weight": masked_weight_cases,

@@ -8,7 +8,7 @@ import sys
 SCRIPT = """
 import hashlib
 import torch
-from l0kernels.functional import GateLayout, masked_weight, pack_weight, packed_norm
+from l0kernels.functional import GateLayout, dep_chain, masked_weight, pack_weight, packed_norm
 from l0kernels.functional import sample_gates
 from l0kernels.ops.adam_rows import adam_rows, adam_rows_catch_up
 from l0kernels.ops.sgd_rows import sgd_rows, sgd_rows_catch_up
@@ -33,6 +33,12 @@ for law in ("hard_concrete", "bernoulli", "antithetic"):
         cost = numbers(gates).abs().to(dtype)
         z, expected, lists = sample_gates(log_alpha, torch.tensor([3, 4]), cost, layout, law)
         add(z, expected, *lists, *torch.autograd.grad([z.sum(), expected], log_alpha))
+
+for dtype in (torch.float32, torch.float64):
+    parts = [numbers(61), numbers(37, 61), numbers(29, 37) / 9, numbers(37), numbers(29)]
+    first, *parts = [part.to(dtype).requires_grad_() for part in parts]
+    logits = dep_chain(first, parts[:2], parts[2:])
+    add(logits, *torch.autograd.grad(logits, [first, *parts], numbers(66).to(dtype)))
 
 gates_of = lambda first, count: torch.stack([torch.arange(first, first + count)] * 2)
 rows, cols = torch.arange(37)[::3].contiguous(), torch.arange(29)[1::2].contiguous()

@@ -19,10 +19,8 @@ INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
 STARTER = "test_in_interpreter.py"
 MOST_GATES = 5000
 REUSED = [
-    "ops.test_masked_weight",
-    "ops.test_pack_weight",
-    "ops.test_packed_norm",
-    "ops.test_sample_gates",
+    f"ops.test_{name}"
+    for name in ("dep_chain", "masked_weight", "pack_weight", "packed_norm", "sample_gates")
 ]
 
 collect_ignore = [path.name for path in Path(__file__).parent.glob("test_*.py")]

@@ -4,6 +4,7 @@
 import pytest
 from harness import ops as raw
 from ops import (
+    test_dep_chain,
     test_gated_conv2d,
     test_gated_linear,
     test_masked_weight,
@@ -42,6 +43,10 @@ class TestOpcheck:
     def test_sample_gates(self, requires_grad, law):
         test_sample_gates.test_opcheck(requires_grad, law)
 
+    @pytest.mark.parametrize("reverse", [False, True])
+    def test_dep_chain(self, requires_grad, reverse):
+        test_dep_chain.test_opcheck(requires_grad, reverse)
+
     @pytest.mark.parametrize("shape", [(6, 5), (6, 5, 3, 3)])
     def test_pack_weight(self, requires_grad, shape):
         test_pack_weight.test_opcheck(shape, requires_grad)
@@ -70,6 +75,9 @@ def test_opcheck_of_packed_norm(shape, training):
 class TestCompile:
     def test_sample_gates(self):
         test_sample_gates.test_compiles_to_one_graph("triton")
+
+    def test_dep_chain(self):
+        test_dep_chain.test_one_graph_for_all_widths("triton")
 
     @pytest.mark.parametrize("channels_last", [False, True])
     def test_pack_weight(self, channels_last):
