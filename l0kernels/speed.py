@@ -20,6 +20,7 @@ from l0kernels.convert.tensors import Inputs, call, named_tensors, own_copy
 from l0kernels.gates.base import Gates
 from l0kernels.gates.draw import LEAST
 from l0kernels.nn.base import GatedLayer
+from l0kernels.nn.masked import MaskedLayer
 from l0kernels.ops.pack_weight.reference import is_channels_last
 
 WARMUP, ROUNDS = 3, 9
@@ -28,6 +29,7 @@ LEAST_MS, MOST_CALLS = 5.0, 16  # shorter work is repeated between two looks at 
 FASTER = 1.05  # what counts as faster
 SMALL = 0.05  # share of a step that is not worth a word
 NEARLY_ALL = 0.95  # of a group's units
+SINGLE_WEIGHTS = "gates of single weights: all is computed"
 
 Work = Callable[[], object]
 
@@ -150,10 +152,14 @@ def chance_open(gates: Gates) -> Tensor:
 
 
 def is_timed(module: nn.Module, gates: Gates) -> TypeGuard[GatedLayer]:
-    """Whether a module is a gated layer with a matrix or kernels, where the time goes."""
+    """Whether a module is a gated layer with a matrix or kernels, where the time goes.
+
+    Gates of single weights leave layers their widths and the time that they take.
+    """
     if not isinstance(module, GatedLayer) or module.gates is not gates:
         return False
-    return module.weight is not None and module.weight.dim() > 1
+    has_widths = module.in_port >= 0 or module.out_port >= 0
+    return has_widths and module.weight is not None and module.weight.dim() > 1
 
 
 class _Measurement:
@@ -192,6 +198,9 @@ class _Measurement:
         layers = sum(t.open for t in times.values())
         predicted = layers + constant + others * kept + self._packing()
         groups = {name: self._of_group(times, masked, at) for name, at in self.gates.slices()}
+        for module in self.twin.modules():
+            if isinstance(module, MaskedLayer) and module.gate is not None:
+                groups[module.gate.name] = GroupSpeed(0.0, 1.0, SINGLE_WEIGHTS)
         return Speed(masked, packed, predicted, groups)
 
     def _numbers(self, impl: str) -> float:

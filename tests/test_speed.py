@@ -133,6 +133,14 @@ def test_reasons(net: nn.Module, counted: list[int]):
     assert speed.reason(0.0, 1.0, 0.5) == "none of its layers ran"
 
 
+def test_gates_of_single_weights_save_no_time():
+    net = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
+    net = l0.convert(net, "cs", example_inputs=(torch.randn(3, 6),), granularity="weight")
+    groups = l0.report(net, (torch.randn(3, 6),)).speed.groups
+    assert {group.why for group in groups.values()} == {speed.SINGLE_WEIGHTS}
+    assert list(groups) == net.l0.names
+
+
 def test_frozen_gates_are_as_they_are(net: nn.Module):
     with torch.no_grad():
         net.l0.log_alpha[:8] = -1.7  # closed now and then, the test gate is open

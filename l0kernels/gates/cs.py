@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from l0kernels.functional import OpenLists, masked_weight
-from l0kernels.gates.base import Gates, _Constant
+from l0kernels.gates.base import Constant, Gates
 from l0kernels.gates.ref import WeightRef
 from l0kernels.ops.masked_weight.reference import closed_below
 
@@ -127,7 +127,7 @@ class ContinuousSparsification(Gates):
     def _expected(self, cost: Tensor) -> Tensor:
         if self.frozen:
             value = (cost * self.deterministic().detach()).sum()
-            return _Constant.apply(self.log_alpha, value)
+            return Constant.apply(self.log_alpha, value)
         return (cost * self._soft()).sum()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gates:
@@ -218,7 +218,7 @@ class ContinuousSparsification(Gates):
             scores = self.alpha
             if self.frozen and self.training:
                 self._settle()
-                scores = _Constant.apply(self.log_alpha, scores)
+                scores = Constant.apply(self.log_alpha, scores)
             else:
                 scores = scores.detach()
         none = torch.zeros(0, dtype=torch.int64)  # there is nothing to wait for on a GPU

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from l0kernels.functional import OpenLists, dep_chain, sample_gates
-from l0kernels.gates.base import Gates, _Constant, engine, per_group
+from l0kernels.gates.base import Constant, Gates, engine, per_group
 from l0kernels.gates.hard_concrete import HardConcrete, probability
 
 DIRECTIONS = ("forward", "backward")
@@ -200,7 +200,7 @@ class DependentHardConcrete(HardConcrete):
         if self.frozen:
             with torch.no_grad():
                 value = self._cost_of_open(self.alpha, rates, self._links, numbers)
-            return _Constant.apply(self.log_alpha, value)
+            return Constant.apply(self.log_alpha, value)
         return self._cost_of_open(self._take_logits(), rates, self._links, numbers)
 
     def _take_logits(self) -> Tensor:
