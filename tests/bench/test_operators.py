@@ -235,7 +235,7 @@ def test_the_module_of_an_operator_runs():
     ("options", "told"),
     [
         (["--only", "gated_conv"], "expected operators among sample_gates"),
-        (["--shapes", "1x2"], "expected one operator beside shapes, got 5"),
+        (["--shapes", "1x2"], "expected one operator beside shapes, got 6"),
         (["--only", "gated_linear", "--shapes", "1x2"], "expected a shape of inputs x outputs"),
         (["--only", "packed_norm", "--shapes", "1x2"], "expected a shape of N x C"),
         (["--only", "pack_weight", "--shapes", "1x2"], "expected a shape of O x I"),
