@@ -90,15 +90,17 @@ NETS: dict[str, type[nn.Module]] = {
 
 
 @cache
-def _converted(kind: str, granularity: str) -> nn.Module:
+def _converted(kind: str, granularity: str, method: str) -> nn.Module:
     torch.manual_seed(0)
     options = {"example_inputs": (torch.randn(2, *IMAGE),), "granularity": granularity}
-    return l0.convert(NETS[kind](), "hard_concrete", lam=1e-3, **options)
+    return l0.convert(NETS[kind](), method, lam=1e-3, **options)
 
 
-def make(kind: str = "norm", seed: int = 0, granularity: str = "unit") -> nn.Module:
+def make(
+    kind: str = "norm", seed: int = 0, granularity: str = "unit", method: str = "hard_concrete"
+) -> nn.Module:
     """A converted network with fixed weights; ``seed`` keys its gates."""
-    net = copy.deepcopy(_converted(kind, granularity))
+    net = copy.deepcopy(_converted(kind, granularity, method))
     net.l0.seed.fill_(seed)
     return net
 
