@@ -44,6 +44,7 @@ class Case:
         as_on_a_gpu: each layer packs weight and bias in one call, norms run as one operator.
         open_rows: with l0.optim.SGD.
         method: of the gates.
+        granularity: of the gates.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
@@ -60,11 +61,13 @@ class Case:
     as_on_a_gpu: bool = False
     open_rows: bool = False
     method: str = "hard_concrete"
+    granularity: str = "unit"
 
 
 UNUSED, STATIC = {"find_unused_parameters": True}, {"static_graph": True}
 VIEWS = {"gradient_as_bucket_view": True}
 SOME = range(2, 4)
+WEIGHTS = {"granularity": "weight"}
 
 CASES: dict[str, Case] = {
     "20 steps": Case(steps=20),
@@ -102,6 +105,12 @@ CASES: dict[str, Case] = {
     "ARM, checkpointed": Case(checkpointed=True, method="arm"),
     "ARM, open rows": Case(steps=20, open_rows=True, method="arm"),
     "ARM, norms in training mode": Case(steps=20, norms_train=True, method="arm"),
+    "scores of units": Case(method="cs"),
+    "scores of weights": Case(method="cs", **WEIGHTS),
+    "scores of weights, find unused": Case(UNUSED, method="cs", **WEIGHTS),
+    "scores of weights, accumulated": Case(parts=2, method="cs", **WEIGHTS),
+    "scores of weights, checkpointed": Case(checkpointed=True, method="cs", **WEIGHTS),
+    "scores of weights, frozen": Case(frozen=SOME, method="cs", **WEIGHTS),
     "as on a GPU": Case(as_on_a_gpu=True),
     "as on a GPU, residual": Case(as_on_a_gpu=True, kind="residual"),
     "as on a GPU, norms in training mode": Case(as_on_a_gpu=True, norms_train=True),
@@ -115,7 +124,7 @@ CASES: dict[str, Case] = {
 
 
 def prepare(case: Case, seed: int) -> nn.Module:
-    net = make(case.kind, seed, method=case.method)
+    net = make(case.kind, seed, case.granularity, case.method)
     net.l0._together = case.as_on_a_gpu
     if not case.norms_train:
         norms_in_eval(net)
@@ -133,6 +142,8 @@ def train(case: Case, net: nn.Module, model: nn.Module, rank: int, ranks: int) -
     records = []
     for step in range(case.steps):
         set_frozen(net, step in case.frozen)
+        if case.method == "cs":
+            net.l0.set_progress(step / case.steps)
         torch.manual_seed(1000 * rank + step)  # users' seeds may differ
         x, y = (t.chunk(ranks)[rank] for t in batch(seed=step))
         optimizer.zero_grad()

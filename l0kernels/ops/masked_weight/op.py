@@ -118,8 +118,8 @@ def masked_weight(
 
     Gates with beta scores below -87 (float64: -700), where sigmoid is about to underflow, are
     exactly 0, and so are the number and both gradients there, whatever the weight holds; above 87
-    they are exactly `scale`, and dscores is 0. What is closed is decided by comparing
-    the product beta scores with one number, and every implementation takes the same decision.
+    they are exactly `scale`. What is closed is decided by comparing the product beta scores with
+    one number, and every implementation takes the same decision.
 
     A number costs about 20 operations and a division forward, a few more backward, so memory
     limits both passes. Weights of N numbers of w bytes, masked ones of p, and scores of s: forward
