@@ -130,5 +130,5 @@ class KeptBuffers:
         """Undo every change since."""
         for module, name, buffer, value in self._kept:
             module._buffers[name] = buffer
-            # Without a new version: a graph that has saved it may wait for backward.
+            # Without a new version: graphs that have saved it may wait for backward.
             buffer.data.copy_(value)

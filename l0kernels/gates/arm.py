@@ -71,11 +71,11 @@ class ARM(Gates):
     authors' code has k for the hard sigmoid too, which is not its factor. Where pi is so close to
     0 or 1 that no noise changes the gate, the gradient is 0 instead of the noise of other gates.
 
-    Weights get their gradients from the first pass. The second one runs without gradients, in
-    the same mode, from the same states of the random generators (dropout draws the same numbers,
-    for other features where widths differ); buffers and generators are left as the first pass left
-    them. It is not run if no gate differs. The value of ``expected_loss`` is the loss of the first
-    pass, the mean of these over samples. The closure runs once per pass.
+    The pass of z1 gives weights their gradients, and its loss is the value of ``expected_loss``
+    (with several samples, the mean). The pass of z2 runs before it, without gradients, in the same
+    mode, from the same buffers and states of the random generators, which are then put back; so
+    dropout draws the same numbers, for other features where widths differ. It is not run if no
+    gate differs. The closure runs once per pass; what it leaves behind is of the last, z1's.
 
     Test gate: pi where pi >= 1/2, else 0 (``"soft"``, the authors'), or 1[pi >= 1/2].
     P(z != 0) = pi, so the penalty's gradient has the factor g'(phi).
@@ -176,7 +176,7 @@ class ARM(Gates):
     def _one_sample(
         self, closure: Callable[[], Tensor], model: nn.Module
     ) -> tuple[Tensor, Tensor | float]:
-        """Loss of the first pass and the estimate of the gradient, without a graph."""
+        """Loss of the pass that learns and the estimate of the gates' gradient, without a graph."""
         draw = self._draw
         assert draw is not None and draw.key is not None
         if draw.version != self.log_alpha._version:
@@ -207,7 +207,7 @@ class ARM(Gates):
     def _antithetic(self, draw: Draw, pi: Tensor, key: Tensor) -> Draw | None:
         """The draw from 1 - u, None where it is the one from u.
 
-        Before the first pass, when the host has waited for the device anyway.
+        Before both passes, when the host has waited for the device anyway.
         """
         with engine():
             z, _, lists = self._binary(pi, self._cost, key, "antithetic")
@@ -218,20 +218,18 @@ class ARM(Gates):
     def _two_passes(
         self, closure: Callable[[], Tensor], model: nn.Module, other: Draw
     ) -> tuple[Tensor, Tensor]:
+        """Losses of the pass that learns and of the other one, which leaves no trace."""
         from l0kernels.convert.randomness import Generators
         from l0kernels.convert.tensors import KeptBuffers
 
-        devices = {self.log_alpha.device}
-        start = Generators(devices)
-        loss = closure()
-        end, buffers = Generators(devices), KeptBuffers(model)
-        start.restore()
+        generators, buffers = Generators({self.log_alpha.device}), KeptBuffers(model)
         try:
             with torch.no_grad(), self.instead(other):
-                return loss, closure()
+                again = closure()
         finally:
             buffers.restore()
-            end.restore()
+            generators.restore()
+        return closure(), again
 
 
 class _Expected(torch.autograd.Function):
