@@ -18,7 +18,7 @@ constexpr int kWarp = 32;
 constexpr int kThreads = 1024;  // many loads in flight: one block has a whole layer to read
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kLayers = 32;               // of a launch
-constexpr int64_t kOneBlock = 128 * 128;  // weights that one block should read in the time of a launch
+constexpr int64_t kOneBlock = 128 * 128;  // weights that a block may read in the time of a launch
 
 // The layers of a launch: several with one block, or one with several.
 template <typename Layer>
