@@ -254,6 +254,26 @@ def test_training_closes_gates_and_resumes_bit_for_bit():
     assert sum(straight.l0.expected_open().values()) < 0.7 * before
 
 
+def test_compiled_steps_are_one_graph():
+    net = make(torch.float32, lam=0.1)
+    spread(net.l0)
+    twin = copy.deepcopy(net)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(twin, backend="aot_eager")
+    widths = set()
+    for _ in range(3):
+        for model in (net, compiled):
+            model.zero_grad()
+            loss = l0.expected_loss(model, lambda: model(X).square().mean())  # noqa: B023
+            (loss + l0.penalty(model)).backward()
+        widths.add(tuple(net.l0.current_draw().counts))
+        for mine, other in zip(net.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(mine.grad, other.grad)
+    assert len(widths) == 3
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 def test_nothing_is_clamped():
     net = make()
     with torch.no_grad():
