@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
@@ -482,3 +482,15 @@ def numbers(shape: str, count: int, meaning: str) -> list[int]:
     if len(parts) != count or not all(part.isdigit() and int(part) > 0 for part in parts):
         raise ValueError(f"expected a shape of {meaning}, got {shape!r}")
     return [int(part) for part in parts]
+
+
+def layer_sizes(shape: str, models: Mapping[str, tuple[int, ...]], meaning: str) -> tuple[int, ...]:
+    """Gates of every layer of a named model, or of ``layers x gates``.
+
+    Raises:
+        ValueError: another shape.
+    """
+    if shape in models:
+        return models[shape]
+    layers, gates = numbers(shape, 2, meaning)
+    return (gates,) * layers

@@ -12,7 +12,7 @@ from l0kernels.functional import dep_chain
 from l0kernels.ops.dep_chain.reference import BOUND
 
 from ..masked import log_alpha_for
-from ..operators import GRADIENT, Operator, Way, numbers
+from ..operators import GRADIENT, Operator, Way, layer_sizes
 from . import main
 
 MODELS = {
@@ -85,10 +85,7 @@ def make_problem(
         dtype: of all tensors.
         device: where it runs.
     """
-    sizes = MODELS.get(shape)
-    if sizes is None:
-        layers, gates = numbers(shape, 2, MEANING)
-        sizes = (gates,) * layers
+    sizes = layer_sizes(shape, MODELS, MEANING)
     # Small weights: the biases say how open gates are.
     mean = torch.atanh(torch.tensor(0.99 * log_alpha_for(fraction) / BOUND)).item()
     weights = [

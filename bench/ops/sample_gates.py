@@ -14,7 +14,7 @@ from torch import Tensor
 from l0kernels.functional import GateLayout, sample_gates
 
 from ..masked import draw_noise, hard_concrete, log_alpha_for, open_probability
-from ..operators import GRADIENT, Operator, Way, numbers
+from ..operators import GRADIENT, Operator, Way, layer_sizes
 from . import main
 
 MODELS = {
@@ -111,10 +111,7 @@ def make_problem(
         dtype: of all floating tensors.
         device: where it runs.
     """
-    sizes = MODELS.get(shape)
-    if sizes is None:
-        layers, gates = numbers(shape, 2, MEANING)
-        sizes = (gates,) * layers
+    sizes = layer_sizes(shape, MODELS, MEANING)
     log_alpha = torch.full((sum(sizes),), log_alpha_for(fraction), dtype=dtype, device=device)
     return Problem(
         log_alpha.requires_grad_(),

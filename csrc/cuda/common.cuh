@@ -6,6 +6,8 @@
 #include "common/host_device.h"
 #include "common/tensors.h"
 
+#include <torch/headeronly/core/ScalarType.h>
+
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -244,6 +246,31 @@ L0K_DEVICE T rounded(S value) {
   } else {
     return from_float<T>(value);
   }
+}
+
+template <typename W, typename R>
+struct WeightTypes {
+  using Weight = W;
+  using Result = R;
+};
+
+// Calls run(WeightTypes<W, R>()) with the types of a weight and of what an operator makes of it.
+template <typename Run>
+void with_weight_types(const char* op, torch::headeronly::ScalarType weight,
+                       torch::headeronly::ScalarType result, const Run& run) {
+  using torch::headeronly::ScalarType;
+  const auto is = [&](ScalarType w, ScalarType r) { return weight == w && result == r; };
+  using Half = __half;
+  using BFloat16 = __nv_bfloat16;
+  if (is(ScalarType::Double, ScalarType::Double)) return run(WeightTypes<double, double>());
+  if (is(ScalarType::Float, ScalarType::Float)) return run(WeightTypes<float, float>());
+  if (is(ScalarType::Float, ScalarType::BFloat16)) return run(WeightTypes<float, BFloat16>());
+  if (is(ScalarType::Float, ScalarType::Half)) return run(WeightTypes<float, Half>());
+  if (is(ScalarType::BFloat16, ScalarType::BFloat16)) {
+    return run(WeightTypes<BFloat16, BFloat16>());
+  }
+  if (is(ScalarType::Half, ScalarType::Half)) return run(WeightTypes<Half, Half>());
+  require(false, op, ": no kernel for this pair of dtypes");
 }
 
 }  // namespace l0k

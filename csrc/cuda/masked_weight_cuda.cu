@@ -122,27 +122,6 @@ __global__ void L0K_BOUNDS(kThreads, 4) unmask_numbers(const Unmasking<Compute<W
 
 // ---- launches ----
 
-template <typename W, typename P>
-struct Types {
-  using Weight = W;
-  using Masked = P;
-};
-
-// Calls run(Types<W, P>()) with the types of the weight and of the masked weight.
-template <typename Run>
-void with_types(ScalarType weight, ScalarType masked, const Run& run) {
-  const auto is = [&](ScalarType w, ScalarType p) { return weight == w && masked == p; };
-  using Half = __half;
-  using BFloat16 = __nv_bfloat16;
-  if (is(ScalarType::Double, ScalarType::Double)) return run(Types<double, double>());
-  if (is(ScalarType::Float, ScalarType::Float)) return run(Types<float, float>());
-  if (is(ScalarType::Float, ScalarType::BFloat16)) return run(Types<float, BFloat16>());
-  if (is(ScalarType::Float, ScalarType::Half)) return run(Types<float, Half>());
-  if (is(ScalarType::BFloat16, ScalarType::BFloat16)) return run(Types<BFloat16, BFloat16>());
-  if (is(ScalarType::Half, ScalarType::Half)) return run(Types<Half, Half>());
-  require(false, "masked_weight: no kernel for this pair of dtypes");
-}
-
 // Whether threads may take `per_thread` numbers each, 16 bytes at once.
 bool fits_vectors(int64_t count, int64_t per_thread, std::initializer_list<const void*> pointers) {
   bool fits = count % per_thread == 0;
@@ -167,9 +146,9 @@ Tensor masked_weight(Tensor weight, Tensor scores, Tensor beta, double scale, do
   const int64_t count = weight.numel();
   if (count == 0) return masked;
   const Stream stream = current_stream(weight);
-  with_types(weight.scalar_type(), dtype, [&](auto types) {
+  with_weight_types("masked_weight", weight.scalar_type(), dtype, [&](auto types) {
     using W = typename decltype(types)::Weight;
-    using P = typename decltype(types)::Masked;
+    using P = typename decltype(types)::Result;
     using S = Compute<W>;
     constexpr int kVector = 16 / sizeof(W);
     const Masking<S> p{data<S>(beta),           static_cast<S>(scale),
@@ -200,9 +179,9 @@ std::tuple<Tensor, Tensor> masked_weight_backward(Tensor grad, Tensor weight, Te
   const int64_t count = weight.numel();
   if (count == 0 || (!need_weight && !need_scores)) return {grad_weight, grad_scores};
   const Stream stream = current_stream(weight);
-  with_types(weight.scalar_type(), grad.scalar_type(), [&](auto types) {
+  with_weight_types("masked_weight", weight.scalar_type(), grad.scalar_type(), [&](auto types) {
     using W = typename decltype(types)::Weight;
-    using P = typename decltype(types)::Masked;
+    using P = typename decltype(types)::Result;
     using S = Compute<W>;
     constexpr int kVector = 16 / sizeof(W);
     const Unmasking<S> p{data<S>(beta),

@@ -707,27 +707,6 @@ Planned plan(Item item, int64_t lines, int64_t line_size, int64_t per_seat, int6
 
 // ---- launches ----
 
-template <typename W, typename P>
-struct Types {
-  using Weight = W;
-  using Packed = P;
-};
-
-// Calls run(Types<W, P>()) with the types of weights and packed weights.
-template <typename Run>
-void with_types(ScalarType weight, ScalarType packed, const Run& run) {
-  const auto is = [&](ScalarType w, ScalarType p) { return weight == w && packed == p; };
-  using Half = __half;
-  using BFloat16 = __nv_bfloat16;
-  if (is(ScalarType::Double, ScalarType::Double)) return run(Types<double, double>());
-  if (is(ScalarType::Float, ScalarType::Float)) return run(Types<float, float>());
-  if (is(ScalarType::Float, ScalarType::BFloat16)) return run(Types<float, BFloat16>());
-  if (is(ScalarType::Float, ScalarType::Half)) return run(Types<float, Half>());
-  if (is(ScalarType::BFloat16, ScalarType::BFloat16)) return run(Types<BFloat16, BFloat16>());
-  if (is(ScalarType::Half, ScalarType::Half)) return run(Types<Half, Half>());
-  require(false, "pack_weight: no kernel for this pair of dtypes");
-}
-
 // Calls launch(items, blocks, first): once for few items, else once for as many as fit.
 template <typename Launch>
 void in_groups(const std::vector<Planned>& plans, const Launch& launch) {
@@ -833,9 +812,9 @@ std::vector<Tensor> pack(const std::vector<Problem>& problems, const Shared& sha
     if (results.back().numel() > 0) plans.push_back(plan_pack(problem, results.back(), copies));
   }
   if (plans.empty()) return results;
-  with_types(problems[0].weight.scalar_type(), dtype, [&](auto types) {
+  with_weight_types("pack_weight", problems[0].weight.scalar_type(), dtype, [&](auto types) {
     using T = decltype(types);
-    launch_pack<typename T::Weight, typename T::Packed>(plans, shared);
+    launch_pack<typename T::Weight, typename T::Result>(plans, shared);
   });
   return results;
 }
@@ -930,9 +909,10 @@ std::vector<Tensor> unpack(const std::vector<Problem>& problems, const std::vect
   Tensor grad_z = needs.z ? uninitialized(shared.z, {shared.z.size(0)}) : Tensor();
   const Tensor sums = with_sums(plans, sums_wanted, shared.z);
   if (!plans.empty()) {
-    with_types(problems[0].weight.scalar_type(), grads[0].scalar_type(), [&](auto types) {
+    const ScalarType weight = problems[0].weight.scalar_type();
+    with_weight_types("pack_weight", weight, grads[0].scalar_type(), [&](auto types) {
       using T = decltype(types);
-      launch_unpack<typename T::Weight, typename T::Packed>(plans, shared,
+      launch_unpack<typename T::Weight, typename T::Result>(plans, shared,
                                                             sums.defined() ? grad_z : Tensor());
     });
   }

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from l0kernels.functional import OpenLists, arm_gradient, sample_gates
-from l0kernels.gates.base import Constant, Gates, engine, per_group
+from l0kernels.gates.base import Constant, Gates, droprates, engine
 from l0kernels.gates.draw import Draw, on_host
 
 Elementwise = Callable[[Tensor], Tensor]
@@ -116,10 +116,7 @@ class ARM(Gates):
         test_gate: str = "soft",
     ) -> None:
         super().__init__(groups, lam=lam, n_train=n_train, seed=seed)
-        rates = per_group("droprate", droprate, self.names)
-        bad = {name: rate for name, rate in rates.items() if not 0 < rate < 1}
-        if bad:
-            raise ValueError(f"droprate: expected values in (0, 1), got {bad}")
+        rates = droprates(droprate, self.names)
         self.estimator = _one_of("estimator", estimator, ESTIMATORS)
         self.test_gate = _one_of("test_gate", test_gate, TEST_GATES)
         if not isinstance(samples, int) or samples < 1:

@@ -43,6 +43,19 @@ def per_group(what: str, value: float | Mapping[str, float], names: list[str]) -
     return values
 
 
+def droprates(droprate: float | Mapping[str, float], names: list[str]) -> dict[str, float]:
+    """Initial P(z = 0) of every group.
+
+    Raises:
+        ValueError: one outside (0, 1), or not one for every group.
+    """
+    rates = per_group("droprate", droprate, names)
+    bad = {name: rate for name, rate in rates.items() if not 0 < rate < 1}
+    if bad:
+        raise ValueError(f"droprate: expected values in (0, 1), got {bad}")
+    return rates
+
+
 def _whole(what: str, value: Any, expected: str, low: int, high: int) -> int:
     """An integer of any kind (numpy's too) with low <= value < high."""
     try:

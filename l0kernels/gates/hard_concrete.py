@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from l0kernels.gates.base import Gates, per_group
+from l0kernels.gates.base import Gates, droprates
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 CLAMP = (math.log(0.01), math.log(100.0))
@@ -46,10 +46,7 @@ class HardConcrete(Gates):
         droprate: float | Mapping[str, float] = 0.5,
     ) -> None:
         super().__init__(groups, lam=lam, n_train=n_train, seed=seed)
-        rates = per_group("droprate", droprate, self.names)
-        bad = {name: rate for name, rate in rates.items() if not 0 < rate < 1}
-        if bad:
-            raise ValueError(f"droprate: expected values in (0, 1), got {bad}")
+        rates = droprates(droprate, self.names)
         means = [math.log((1 - rates[name]) / rates[name]) for name in self.names]
         generator = torch.Generator().manual_seed(int(self.seed))
         noise = torch.randn(self.count, generator=generator) * 0.01

@@ -103,9 +103,9 @@ def test_units_by_scores():
             results.append(y)
             loss = y.square().sum() + l0.penalty(net)
             grads.append(torch.autograd.grad(loss, list(net.parameters())))
-        torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(*results, rtol=1e-10, atol=1e-10)
         for mine, other in zip(*grads, strict=True):
-            torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-10)
     net.eval()
     small = l0.compact(net, (x,))
     torch.testing.assert_close(small(x), net(x))

@@ -178,8 +178,8 @@ def test_penalty_and_its_gradient(gate: str):
         prepare()
         value = l0.penalty(net)
         value.backward()
-        torch.testing.assert_close(value, expected, atol=0, rtol=1e-9)
-        torch.testing.assert_close(net.l0.log_alpha.grad, phi.grad, atol=1e-12, rtol=1e-9)
+        torch.testing.assert_close(value, expected, atol=0, rtol=1e-10)
+        torch.testing.assert_close(net.l0.log_alpha.grad, phi.grad, atol=1e-12, rtol=1e-10)
     if gate == "hard sigmoid":
         assert bool((net.l0.log_alpha.grad[[0, 4]] == 0).all())
 
@@ -210,7 +210,7 @@ def test_estimators_are_unbiased(
     assert total == pytest.approx(1, abs=1e-12)
     assert float(exact["l0.log_alpha"].abs().min()) > 1e-3
     for name, grad in exact.items():
-        torch.testing.assert_close(mean[name], grad, atol=1e-9, rtol=0, msg=name)
+        torch.testing.assert_close(mean[name], grad, atol=1e-10, rtol=0, msg=name)
 
 
 @pytest.mark.parametrize("estimator", ["arm", "ar"])
@@ -230,7 +230,7 @@ def test_gradients_are_the_published_formulas(estimator: str, device: torch.devi
         u, other, its = uniform(net), losses[0], losses[-1].detach()
         assert value.equal(its)
         expected = 7 * (other - its) * (u - 0.5) if estimator == "arm" else 7 * its * (1 - 2 * u)
-        torch.testing.assert_close(net.l0.log_alpha.grad, expected.detach(), atol=1e-12, rtol=1e-9)
+        torch.testing.assert_close(net.l0.log_alpha.grad, expected.detach(), atol=1e-12, rtol=1e-10)
         assert net.l0["a"].z.equal((u < net.l0.open_probability()).double())
         assert len(losses) == (2 if estimator == "arm" else 1)
 
@@ -285,7 +285,7 @@ def test_samples_are_averaged():
     assert float(value.detach()) == pytest.approx(sum(values) / 3)
     assert int(net.l0.step) == 3
     for name, grad in gradients(net).items():
-        torch.testing.assert_close(grad, mean[name], atol=1e-12, rtol=1e-9)
+        torch.testing.assert_close(grad, mean[name], atol=1e-12, rtol=1e-10)
     with pytest.raises(RuntimeError, match="expected samples=1, got 3"), l0.hold(net):
         l0.expected_loss(net, lambda: loss_of(net))
 
@@ -297,7 +297,7 @@ def test_parts_of_a_batch_add_up_under_hold():
         for part in X.chunk(2):
             l0.expected_loss(parts, lambda x=part: parts(x).square().mean() / 2).backward()
     for name, grad in gradients(whole).items():
-        torch.testing.assert_close(gradients(parts)[name], grad, atol=1e-12, rtol=1e-9)
+        torch.testing.assert_close(gradients(parts)[name], grad, atol=1e-12, rtol=1e-10)
 
 
 def test_hold_notices_that_parameters_have_changed():
@@ -389,7 +389,7 @@ def test_both_passes_normalise_by_their_own_batch():
     other, its = outputs
     assert its.requires_grad and not other.requires_grad
     for y in outputs:
-        torch.testing.assert_close(y.mean((0, 2, 3)), torch.zeros(9).double(), atol=1e-9, rtol=0)
+        torch.testing.assert_close(y.mean((0, 2, 3)), torch.zeros(9).double(), atol=1e-10, rtol=0)
 
 
 def test_everything_comes_back_when_the_other_pass_fails():
@@ -469,7 +469,7 @@ def test_checkpointed_losses_that_share_a_held_draw(reentrant: bool):
     both = lambda: net(X).square().mean() + net(2 * X).square().mean()  # noqa: E731
     l0.expected_loss(net, both).backward()
     for name, grad in gradients(net).items():
-        torch.testing.assert_close(found[name], grad, atol=1e-12, rtol=1e-9)
+        torch.testing.assert_close(found[name], grad, atol=1e-12, rtol=1e-10)
 
 
 def test_without_gradients_there_is_one_pass():
@@ -517,10 +517,10 @@ def test_packed_equals_masked(estimator: str, place: str):
                 loss = l0.expected_loss(each, lambda each=each: each(images()).square().mean())
                 values.append(loss + l0.penalty(each, lam=1e-3))
             values[-1].backward()
-        torch.testing.assert_close(*values, atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(*values, atol=1e-10, rtol=1e-10)
         for name, grad in gradients(twin).items():
             found = gradients(net)[name]
-            torch.testing.assert_close(found, grad, atol=1e-9, rtol=1e-9, msg=name)
+            torch.testing.assert_close(found, grad, atol=1e-10, rtol=1e-10, msg=name)
         for optimizer in optimizers:
             optimizer.step()
 
@@ -536,7 +536,7 @@ def test_convert_report_compact_and_freeze():
     expected = net(images())
     small_net = l0.compact(net, (images(),))
     assert small_net.first.out_channels == 4
-    torch.testing.assert_close(small_net(images()), expected, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(small_net(images()), expected, atol=1e-10, rtol=1e-10)
     net.train()
     net.l0.freeze()
     calls = []
@@ -550,7 +550,7 @@ def test_soft_test_gates_are_folded_by_compact():
     net.eval()
     assert 0.6 < float(net.l0.deterministic().min()) < 1
     small_net = l0.compact(net, (images(),))
-    torch.testing.assert_close(small_net(images()), net(images()), atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(small_net(images()), net(images()), atol=1e-10, rtol=1e-10)
 
 
 def test_copies_and_pickles_go_on_alike():
@@ -575,7 +575,7 @@ def test_optimizers_that_follow_draws_take_both_passes(monkeypatch: pytest.Monke
     assert followed.row_weights
     followed.flush()
     for a, b in zip(net.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
 
 
 def test_scaled_losses_scale_the_estimate():
@@ -608,7 +608,7 @@ def test_a_compiled_model_takes_both_passes():
             each.zero_grad()
             l0.expected_loss(model, lambda model=model: loss_of(model)).backward()
         for name, grad in gradients(plain).items():
-            torch.testing.assert_close(gradients(net)[name], grad, atol=1e-12, rtol=1e-9)
+            torch.testing.assert_close(gradients(net)[name], grad, atol=1e-12, rtol=1e-10)
 
 
 # ---- bad input ----

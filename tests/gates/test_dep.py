@@ -127,7 +127,7 @@ def test_logits_are_those_of_the_published_generator(direction: str):
     gates = l0.gates.DependentHardConcrete(SIZES, direction=direction).double()
     layers, ones = chain_of(gates, reverse)
     exact = logits_of(layers, ones, reverse)
-    torch.testing.assert_close(gates.alpha, exact, atol=1e-9, rtol=0)
+    torch.testing.assert_close(gates.alpha, exact, atol=1e-10, rtol=0)
     torch.testing.assert_close(gates.open_probability(), torch.sigmoid(exact - K))
     z = (torch.sigmoid(exact) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
     torch.testing.assert_close(gates.deterministic(), z)
@@ -195,11 +195,11 @@ def test_a_step_has_the_gradients_of_the_masked_network(direction: str, impl: st
     lam = dict.fromkeys(SIZES, 0.02 / 3)
     (exact + brute_force(logits, "connected", lam, "weight")).backward()
     for mine, parameter in zip(found, list(net.parameters())[:-1], strict=False):
-        torch.testing.assert_close(mine, parameter.grad, atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(mine, parameter.grad, atol=1e-10, rtol=1e-10)
     chain = [*(layer.weight for layer in layers), *(layer.bias for layer in layers)]
     expected = torch.cat([p.grad.flatten() for p in chain])
     assert bool((expected != 0).all())
-    torch.testing.assert_close(found[-1], expected, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(found[-1], expected, atol=1e-10, rtol=1e-10)
 
 
 def test_one_chain_serves_draw_and_penalty(monkeypatch):

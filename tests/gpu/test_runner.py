@@ -3,7 +3,10 @@
 
 import csv
 import io
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import gpu.__main__ as runner
 from gpu.report import Facts, as_csv, markdown
@@ -86,3 +89,9 @@ def test_without_a_gpu_nothing_starts(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert runner.main(["--out", str(tmp_path), "--logs", str(tmp_path / "logs")]) == 1
     assert "no CUDA device" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_nothing_of_the_benchmarks_is_needed_before_the_package_is_built():
+    code = "import sys, gpu.__main__; sys.exit('l0kernels.bench' in sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from error_table import close, same, within_budget
 from harness import ops as harness_ops
+from ops.threads import assert_threads_do_not_matter
 from torch import Tensor
 from torch.library import opcheck
 
@@ -347,13 +348,7 @@ def test_same_bits_twice(impl):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_bits_do_not_depend_on_threads(need_cpp, dtype):
     chain = make_chain((300, 500, 301, 129), dtype=dtype, mean=1.0)
-    results = []
-    for threads in (1, 2, 3, 1):
-        torch.set_num_threads(threads)
-        with l0.use_impl("cpp"):
-            results.append(run(chain).tensors())
-    for result in results[1:]:
-        assert all(map(torch.equal, results[0], result))
+    assert_threads_do_not_matter(lambda: run(chain).tensors(), (1, 2, 3, 1))
 
 
 @pytest.mark.parametrize("op_impl", ["harness"], indirect=True)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from error_table import close, same, within_budget
 from harness import ops
+from ops.threads import assert_threads_do_not_matter
 from torch.library import opcheck
 
 import l0kernels as l0
@@ -337,13 +338,7 @@ def test_results_are_written_completely(impl):
 def test_bits_do_not_depend_on_threads(need_cpp, shape):
     case = make_case(shape)
     upstream = torch.randn(shape)
-    results = []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        with l0.use_impl("cpp"):
-            results.append(gradients(case, call, upstream))
-    for result in results[1:]:
-        assert all(map(torch.equal, results[0], result))
+    assert_threads_do_not_matter(lambda: gradients(case, call, upstream), (1, 2, 3))
 
 
 def test_same_bits_twice(impl):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from error_table import within_budget
 from harness import ops
+from ops.threads import assert_threads_do_not_matter
 from torch.library import opcheck
 
 import l0kernels as l0
@@ -524,13 +525,7 @@ def test_bits_do_not_depend_on_threads(need_cpp, shape, cols):
     if not cols:
         case.cols = None
     upstream = torch.randn(masked_dense(case).shape)
-    results = []
-    for threads in (1, 2, 1):
-        torch.set_num_threads(threads)
-        with l0.use_impl("cpp"):
-            results.append(gradients(case, call, upstream))
-    for result in results[1:]:
-        assert all(map(torch.equal, results[0], result))
+    assert_threads_do_not_matter(lambda: gradients(case, call, upstream), (1, 2, 1))
 
 
 def test_gate_gradients_of_many_small_numbers(impl):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from error_table import same, within_budget
 from harness import ops as harness_ops
+from ops.threads import assert_threads_do_not_matter
 from torch.library import opcheck
 
 import l0kernels as l0
@@ -484,14 +485,12 @@ def test_double_backward_is_refused(op_impl):
 def test_bits_do_not_depend_on_threads(need_cpp, law):
     log_alpha = torch.randn(100_003)
     layout = make_layout([100_003], [])
-    results = []
-    for threads in (1, 2, 1):
-        torch.set_num_threads(threads)
-        with l0.use_impl("cpp"):
-            drawn = draw(log_alpha, law, cost=log_alpha.abs(), layout=layout)
-        results.append((drawn.z, drawn.expected, drawn.grad))
-    for result in results[1:]:
-        assert all(map(torch.equal, results[0], result))
+
+    def run():
+        drawn = draw(log_alpha, law, cost=log_alpha.abs(), layout=layout)
+        return drawn.z, drawn.expected, drawn.grad
+
+    assert_threads_do_not_matter(run, (1, 2, 1))
 
 
 # ---- open lists ----
