@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 PACKED = "packed"
 GATHERED = "gathered at the input"
 MASKED = "masked reference"
+DENSE = "dense"
 BY_WEIGHT = "masked weight by weight"
 
 
@@ -44,7 +45,9 @@ class GroupRow:
         test_open: open units of the deterministic gate.
         path: how its layers run now: "packed" (only open units are made and read), "gathered at
             the input" (units that no gated layer makes: the reader drops the closed ones),
-            "masked reference" (asked for with ``use_impl`` or ``L0K_IMPL``), or "masked weight by
+            "dense" (all units are computed and what is read is multiplied by the gates: with the
+            units that are expected to be open, and the rows that came in last, skipping would
+            cost more than it saves), "masked reference" (asked for with ``use_impl`` or ``L0K_IMPL``), or "masked weight by
             weight" (all is computed; the units are the weights of one layer, its producer).
     """
 
@@ -193,9 +196,9 @@ def report(model: nn.Module, example_inputs: Inputs | None = None) -> Report:
             units=where.stop - where.start,
             expected_open=expected[name],
             test_open=test[name],
-            path=BY_WEIGHT if name in masked else _path(named, gates, where),
+            path=BY_WEIGHT if name in masked else _path(named, gates, group, where),
         )
-        for name, where in gates.slices()
+        for group, (name, where) in enumerate(gates.slices())
     )
     return Report(rows, dict(gates.refused), _count_weights(root, gates), speed)
 
@@ -217,10 +220,12 @@ def _meets(gate_map: Tensor, where: slice) -> bool:
     return bool(((gate_map >= where.start) & (gate_map < where.stop)).any())
 
 
-def _path(named: dict[str, GatedLayer], gates: Gates, where: slice) -> str:
+def _path(named: dict[str, GatedLayer], gates: Gates, group: int, where: slice) -> str:
     """How the layers that use a range of gates run, from the ports that they work with."""
     if current_impl() == "reference":
         return MASKED
+    if gates.runs_dense(group, float(gates.open_probability()[where].mean())):
+        return DENSE
     paths = set()
     for layer in named.values():
         for port in (layer.in_port, layer.out_port):

@@ -178,11 +178,13 @@ class _Measurement:
             if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd)) and m not in own
         ]
         self.widths = expected_widths(gates)
+        self.dense: set[int] = set()  # groups that run dense
         self.uses: dict[nn.Module, list[Use]] = {m: [] for m in (*own, *self.fixed)}
 
     def run(self) -> Speed:
         numbers = self._numbers("reference")
         kept = self._numbers(self.impl) / numbers if numbers else 1.0
+        self._stay_dense()
         times = {
             name: self._times_of(layer)
             for name, layer in tqdm(
@@ -197,7 +199,10 @@ class _Measurement:
         others = max(0.0, masked - constant - sum(t.full for t in times.values()))
         layers = sum(t.open for t in times.values())
         predicted = layers + constant + others * kept + self._packing()
-        groups = {name: self._of_group(times, masked, at) for name, at in self.gates.slices()}
+        groups = {
+            name: self._of_group(times, masked, at, group in self.dense)
+            for group, (name, at) in enumerate(self.gates.slices())
+        }
         for module in self.twin.modules():
             if isinstance(module, MaskedLayer) and module.gate is not None:
                 groups[module.gate.name] = GroupSpeed(0.0, 1.0, SINGLE_WEIGHTS)
@@ -226,6 +231,16 @@ class _Measurement:
                 handle.remove()
         return found
 
+    def _stay_dense(self) -> None:
+        """Note the groups that run dense, now that their layers have been called."""
+        p = chance_open(self.gates)
+        shares = [float(p[where].mean()) for _, where in self.gates.slices()]
+        if not self.gates.frozen:
+            self.dense = {g for g, s in enumerate(shares) if self.gates.runs_dense(g, s)}
+        for port, (group, features) in self.gates.unit_ports.items():
+            if group in self.dense:
+                self.widths[port] = features.numel()
+
     def _step(self, impl: str) -> None:
         with use_impl(impl):
             found = named_tensors(call(self.twin, own_copy(self.inputs)))
@@ -243,12 +258,18 @@ class _Measurement:
         rows, columns = layer._out_in(layer.weight).shape[:2]
         uses = self.uses[layer]
         full = sum(self.clock.of(_masked_call(layer, use)) for use in uses)
+        if self._all_dense(layer):
+            return LayerTime(full, full)
         if layer.out_port >= 0:
             rows = self.widths[layer.out_port]
         if layer.in_port >= 0:
             columns = self.widths[layer.in_port]
         packed = (_packed_call(layer, use, rows, columns, self._arriving(layer)) for use in uses)
         return LayerTime(full, sum(self.clock.of(work) for work in packed))
+
+    def _all_dense(self, layer: GatedLayer) -> bool:
+        ports = [self.gates.unit_ports.get(p) for p in (layer.in_port, layer.out_port) if p >= 0]
+        return all(port is not None and port[0] in self.dense for port in ports)
 
     def _arriving(self, layer: GatedLayer) -> int | None:
         """How many features come in where a layer drops some of them."""
@@ -274,30 +295,35 @@ class _Measurement:
         self._forget()
         return max(0.0, packed - without)
 
-    def _of_group(self, times: dict[str, LayerTime], masked: float, where: slice) -> GroupSpeed:
+    def _of_group(
+        self, times: dict[str, LayerTime], masked: float, where: slice, dense: bool
+    ) -> GroupSpeed:
         touched = [t for name, t in times.items() if self._touches(self.layers[name], where)]
         full, packed = sum(t.full for t in touched), sum(t.open for t in touched)
         share, speedup = full / masked, full / packed if packed else 1.0
         is_open = float(chance_open(self.gates)[where].mean())
-        return GroupSpeed(share, speedup, reason(share, speedup, is_open))
+        return GroupSpeed(share, speedup, reason(share, speedup, is_open, dense))
 
     def _touches(self, layer: GatedLayer, where: slice) -> bool:
         maps = [self.gates.port_maps[p] for p in (layer.in_port, layer.out_port) if p >= 0]
         return any(bool(((m >= where.start) & (m < where.stop)).any()) for m in maps)
 
 
-def reason(share: float, speedup: float, is_open: float) -> str:
+def reason(share: float, speedup: float, is_open: float, dense: bool = False) -> str:
     """Why a step gains little from the gates of a group, "" if it gains.
 
     Args:
         share: of the masked step that its layers take.
         speedup: of these layers.
         is_open: part of its units.
+        dense: whether all of them are computed.
     """
     if not share:
         return "none of its layers ran"
     if is_open > NEARLY_ALL:
         return f"{is_open:.0%} of its units are open"
+    if dense:
+        return f"{is_open:.0%} of its units are open: skipping the others costs more than it saves"
     if speedup < FASTER:
         return f"at the open widths these layers take {1 / speedup:.2f} times as long"
     if share < SMALL:

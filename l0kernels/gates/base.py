@@ -26,6 +26,13 @@ GPU_MULTIPLE = 16  # channels that a tensor core's instruction takes
 # Of small groups it computes less without what would be added.
 CPU_MULTIPLES = (16, 8)
 MOST_ADDED = 1 / 8  # of a group
+# So many rows of a product take as long as to pack its weight and to unpack the gradient (on the
+# CPUs that were measured, 60 to 100).
+ROWS_PER_PACKING = 64
+# With more rows than these a group is packed unless all is open: layers read too much to multiply.
+MOST_DENSE_ROWS = 4096
+# Numbers in the weights of a group for which it matters.
+LEAST_DENSE_WEIGHTS = 1 << 16
 # Numbers in the weights of a model for which a call costs more than keeping packed gradients.
 FEW_WEIGHTS = 1 << 22
 
@@ -148,6 +155,12 @@ class Gates(nn.Module):
         # Those that pack together, from the first forward on: see l0kernels.nn.packing.Members.
         self.layers: weakref.WeakKeyDictionary[Any, dict[bool, torch.dtype | None]] | None = None
         self._has_few_weights = self._has_convolutions = False
+        # Ports that carry the units of one group, in order: the group's number and all features.
+        self.unit_ports: dict[int, tuple[int, Tensor]] = {}
+        # Of each group, the rows of the products that its units take part in; None: to be counted.
+        self._group_rows: list[float] | None = None
+        # Whether layers noted their rows since the last draw, and before it: compiled ones do not.
+        self.rows_noted = self._rows_known = False
         self._held = 0
         # Optimizers that leave closed rows behind: they are told of every draw.
         self.followers: list[Follower] = []
@@ -332,6 +345,12 @@ class Gates(nn.Module):
         self.port_starts = ends.tolist()[:-1]
         sizes = dict(zip(self.starts.values(), self.sizes, strict=True))
         self.rounding = Rounding.of(self.port_maps, self.port_selects, sizes)
+        self.unit_ports = {
+            port: (list(sizes).index(int(self.port_maps[port][0, 0])), torch.arange(features))
+            for port, features in enumerate(m.shape[1] for m in self.port_maps)
+            if self.rounding.ports[port] is not None
+        }
+        self._group_rows = None
         self.rounding.apply(lambda tensor: tensor.to(device))
         self.layout = GateLayout(
             self.layout.group_offsets.to(device),
@@ -407,7 +426,7 @@ class Gates(nn.Module):
         # A draw belongs to one graph: it is never copied or pickled.
         state = self.__dict__.copy()
         state.update(_draw=None, _awaiting=None, _held=0, layers=None)
-        state.update(_projected=-1, _restored=-1, followers=[])
+        state.update(_projected=-1, _restored=-1, followers=[], _group_rows=None)
         del state["_graphs"]
         return state
 
@@ -496,14 +515,68 @@ class Gates(nn.Module):
         """Where the packed features of a port lie in the lists of a draw; (-1, 0) for no port."""
         return (-1, 0) if port < 0 else (self.port_starts[port], draw.widths[port])
 
-    def is_whole(self, port: int, draw: Draw) -> bool:
-        """Whether all features of a port are open, so that none is dropped; no port: yes.
+    def drops(self, port: int, draw: Draw) -> bool:
+        """Whether features of a port are left out by the layer that makes them; no port: no.
 
-        Of groups so small that closed units may fill them up it is not known: no.
+        Not where all are open, nor in groups that run dense. Of groups so small that closed units
+        may fill them up it is not known whether all are open: yes.
         """
-        if port < 0:
-            return True
-        return self.tells_open[port] and draw.counts[port] == self.port_maps[port].shape[1]
+        if port < 0 or port in draw.dense:
+            return False
+        whole = draw.counts[port] == self.port_maps[port].shape[1]
+        return not (whole and self.tells_open[port])
+
+    # Groups that run dense.
+
+    def rows_changed(self) -> None:
+        """A layer got another number of rows (examples, tokens, pixels) than before."""
+        self._group_rows = None
+
+    def runs_dense(self, group: int, is_open: float) -> bool:
+        """Whether skipping so few units costs more than it saves, from what layers saw last.
+
+        To pack weights and to unpack their gradients takes as long as some rows of the products
+        that they are for. Where less is saved, all units are computed, and the gates multiply
+        what comes into the layers that read them.
+
+        Args:
+            group: its number.
+            is_open: part of its units that is open.
+        """
+        if self.log_alpha.is_cuda:  # it packs in no time
+            return False
+        if self._group_rows is None:
+            self._group_rows = self._count_rows()
+        rows = self._group_rows[group]
+        return 0 < rows <= MOST_DENSE_ROWS and rows * (1 - is_open) < ROWS_PER_PACKING * is_open
+
+    def _count_rows(self) -> list[float]:
+        """Rows per group, averaged over the weights; 0 where nothing or too little is known, and
+        where packed features meet others, so that kernels alone know their order.
+        """
+        weights, products = [0] * len(self.names), [0] * len(self.names)
+        for layer in self.layers or ():
+            ports = [p for p in (layer.in_port, layer.out_port) if p in self.unit_ports]
+            for group in {self.unit_ports[port][0] for port in ports}:
+                weights[group] += layer.weight.numel()
+                products[group] += layer.weight.numel() * layer.rows
+        return [
+            product / weight if weight >= LEAST_DENSE_WEIGHTS else 0.0
+            for weight, product in zip(weights, products, strict=True)
+        ]
+
+    def _dense_ports(self, lists: OpenLists) -> dict[int, Tensor]:
+        """All features of the ports that run dense, without waiting for a GPU."""
+        if self.log_alpha.is_cuda or not self._rows_known:
+            return {}
+        counts = lists.counts[: len(self.names)].tolist()  # the first ports are the groups
+        dense = [
+            self.runs_dense(group, count / size)
+            for group, (count, size) in enumerate(zip(counts, self.sizes, strict=True))
+        ]
+        if not any(dense):
+            return {}
+        return {p: features for p, (group, features) in self.unit_ports.items() if dense[group]}
 
     def begin_forward(self, root: nn.Module) -> None:
         """Have the layers of the model pack anew, also under a draw that is held: parameters may
@@ -516,6 +589,7 @@ class Gates(nn.Module):
             self.layers = layers_of(root, self)
             weights = sum(layer.weight.numel() for layer in self.layers)
             self._has_few_weights = weights <= FEW_WEIGHTS
+            self._group_rows = None
 
     def _drop_shares(self) -> None:
         if self._draw is None or self.layers is None:
@@ -611,8 +685,10 @@ class Gates(nn.Module):
             self.draw_given(Constant.apply(self.log_alpha, self._checked_deterministic()))
         else:
             self.step.add_(1)
+            self._rows_known, self.rows_noted = self.rows_noted, False
             z, expected, lists, key = self._sample(self._cost)
-            self._set_draw(self._make_draw(z, lists, expected, (self.log_alpha, key)))
+            dense = self._dense_ports(lists)
+            self._set_draw(self._make_draw(z, lists, expected, (self.log_alpha, key), dense))
 
     @torch.no_grad()
     def _checked_deterministic(self) -> Tensor:
@@ -643,6 +719,7 @@ class Gates(nn.Module):
         lists: OpenLists,
         expected: Tensor | None = None,
         drawn_from: tuple[Tensor, Tensor] | None = None,
+        dense: Mapping[int, Tensor] | None = None,
     ) -> Draw:
         version = self.log_alpha._version
         places = self.port_starts, self.port_selects
@@ -653,7 +730,7 @@ class Gates(nn.Module):
             index = rounding.index(z, lists, multiples)
             widths = functools.partial(rounding.widths, multiples=multiples)
         mode = self.training, version
-        return Draw(z, lists, *places, *mode, expected, drawn_from, widths, index)
+        return Draw(z, lists, *places, *mode, expected, drawn_from, widths, index, dense)
 
     def _sample(self, cost: Tensor) -> tuple[Tensor, Tensor, OpenLists, Tensor]:
         """Values, expected cost and lists of the present step, and the key they came from."""

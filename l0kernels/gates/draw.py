@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -38,6 +38,7 @@ class Draw:
         drawn_from: log_alpha and key of a sampled draw, to say what is wrong with them; or None.
         widths: gives the packed widths for the counts; None: they are the same.
         index: packed features of all ports at these widths; None: those of ``lists``.
+        dense: features of the ports that stay at full width, by port; closed ones come along.
 
     Raises:
         ValueError: NaN in log_alpha, seed or step out of range. RuntimeError: a layout that does
@@ -57,6 +58,7 @@ class Draw:
         drawn_from: tuple[Tensor, Tensor] | None = None,
         widths: Callable[[list[int]], list[int]] | None = None,
         index: Tensor | None = None,
+        dense: Mapping[int, Tensor] | None = None,
     ) -> None:
         self.differentiable = torch.is_grad_enabled()
         if self.differentiable and not z.requires_grad:
@@ -71,11 +73,15 @@ class Draw:
         self.counts = on_host(lists.counts)
         if min(self.counts, default=0) < 0:
             _raise_for(drawn_from)
-        self.widths = self.counts if widths is None else widths(self.counts)
+        self.widths = list(self.counts) if widths is None else widths(self.counts)
         spans = list(zip(starts, self.widths, selects, strict=False))
         self._starts, self._lists = starts, lists
         self.whole_index = lists.index if index is None else index
         self.index = [self.whole_index.narrow(0, start, count) for start, count, _ in spans]
+        # These need no packing: their gates multiply what layers read.
+        self.dense = {} if dense is None else dense
+        for port, features in self.dense.items():
+            self.index[port], self.widths[port] = features, features.numel()
         # Where the packed features stand among those that arrive; None where all are packed.
         self.position = [
             lists.position.narrow(0, start, count) if drops else None

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from l0kernels.functional import pack_weight
+from l0kernels.functional import gate_apply, pack_weight
 from l0kernels.gates.base import Gates
 from l0kernels.gates.draw import LEAST, Draw
 from l0kernels.gates.ref import GateRef
@@ -35,6 +35,8 @@ class GatedLayer(nn.Module):
     depthwise: bool = False
     # Which dimension of the input has the features; of convolutions it depends on the kernel.
     feature_dim: int = -1
+    # Examples, pixels or tokens that came in last.
+    rows: int = 0
     # Whether its parameters are not packed with those of other layers.
     packs_alone: ClassVar[bool] = False
     # Whether the weight is stored [in, out, ...] instead of [out, in, ...].
@@ -183,9 +185,9 @@ class GatedLayer(nn.Module):
         rows = row_map = cols = col_map = None
         # A graph that depends on a width would serve one draw only.
         compiling = torch.compiler.is_compiling()
-        if self.out_port >= 0 and (compiling or not gates.is_whole(self.out_port, draw)):
+        if self.out_port >= 0 and (compiling or gates.drops(self.out_port, draw)):
             rows, row_map = draw.index[self.out_port], gates.port_maps[self.out_port]
-        if columns and self.in_port >= 0:
+        if columns and self.in_port >= 0 and (compiling or self.in_port not in draw.dense):
             cols, col_map = draw.index[self.in_port], gates.port_maps[self.in_port]
         if rows is None and cols is None:
             return full
@@ -200,8 +202,13 @@ class GatedLayer(nn.Module):
         position = None if self.in_port < 0 else draw.position[self.in_port]
         # A graph that depends on a width would serve one draw only.
         compiling = torch.compiler.is_compiling()
-        if not compiling and not self.depthwise:
-            self._check_width(x.shape[dim], draw, weight)
+        if not compiling:
+            self._note_rows(x, dim)
+            if not self.depthwise:
+                self._check_width(x.shape[dim], draw, weight)
+            if self.in_port in draw.dense:
+                assert self.gates is not None
+                return gate_apply(x, draw.z, self.gates.port_maps[self.in_port], dim)
         if position is None:
             return x
         x = x.index_select(dim, position)
@@ -210,6 +217,15 @@ class GatedLayer(nn.Module):
         # So few may be there to fill up: 0 * NaN would spread what a closed feature holds.
         is_open = self.scale(draw)[draw.index[self.in_port]] != 0
         return torch.where(is_open.view(-1, *[1] * (-dim - 1)), x, 0)
+
+    def _note_rows(self, x: Tensor, dim: int) -> None:
+        gates = self.gates
+        assert gates is not None
+        gates.rows_noted = True
+        rows = x.numel() // max(1, x.shape[dim])
+        if rows != self.rows:
+            self.rows = rows
+            gates.rows_changed()
 
     def _check_width(self, width: int, draw: Draw, weight: Tensor) -> None:
         gates = self.gates

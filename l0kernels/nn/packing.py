@@ -145,9 +145,10 @@ class _Part(NamedTuple):
 
 
 def _parts_of(layer: GatedLayer, gates: Gates, draw: Draw) -> Iterator[_Part]:
-    out_port = -1 if gates.is_whole(layer.out_port, draw) else layer.out_port
-    rows, cols = gates.span(out_port, draw), gates.span(layer.in_port, draw)
-    if max(out_port, layer.in_port) >= 0:
+    out_port = layer.out_port if gates.drops(layer.out_port, draw) else -1
+    in_port = -1 if layer.in_port in draw.dense else layer.in_port
+    rows, cols = gates.span(out_port, draw), gates.span(in_port, draw)
+    if max(out_port, in_port) >= 0:
         yield _Part(layer, "weight", layer._out_in(layer.weight), (*rows, *cols))
     if layer.bias is not None and out_port >= 0:
         yield _Part(layer, "bias", layer.bias, (*rows, -1, 0))
