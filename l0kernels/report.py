@@ -47,8 +47,9 @@ class GroupRow:
             the input" (units that no gated layer makes: the reader drops the closed ones),
             "dense" (all units are computed and what is read is multiplied by the gates: with the
             units that are expected to be open, and the rows that came in last, skipping would
-            cost more than it saves), "masked reference" (asked for with ``use_impl`` or ``L0K_IMPL``), or "masked weight by
-            weight" (all is computed; the units are the weights of one layer, its producer).
+            cost more than it saves), "masked reference" (asked for with ``use_impl`` or
+            ``L0K_IMPL``), or "masked weight by weight" (all is computed; the units are the weights
+            of one layer, its producer).
     """
 
     name: str
