@@ -56,7 +56,7 @@ def droprates(droprate: float | Mapping[str, float], names: list[str]) -> dict[s
     return rates
 
 
-def _whole(what: str, value: Any, expected: str, low: int, high: int) -> int:
+def whole_number(what: str, value: Any, expected: str, low: int, high: int) -> int:
     """An integer of any kind (numpy's too) with low <= value < high."""
     try:
         number = operator.index(value)
@@ -113,13 +113,13 @@ class Gates(nn.Module):
             raise ValueError("groups: expected at least one, got none")
         self.names = list(groups)
         self.sizes = [
-            _whole(f"group {name!r}", size, "a positive number of units", 1, 2**63)
+            whole_number(f"group {name!r}", size, "a positive number of units", 1, 2**63)
             for name, size in groups.items()
         ]
         self.count = sum(self.sizes)
         self._lam = per_group("lam", lam, self.names)
-        self.n_train = _whole("n_train", n_train, "a positive integer", 1, 2**63)
-        seed = _whole("seed", seed, "an integer 0 <= seed < 2**63", 0, 2**63)
+        self.n_train = whole_number("n_train", n_train, "a positive integer", 1, 2**63)
+        seed = whole_number("seed", seed, "an integer 0 <= seed < 2**63", 0, 2**63)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.register_buffer("seed", torch.tensor(seed, dtype=torch.int64))
         offsets = torch.tensor([0, *self.sizes]).cumsum(0)
@@ -139,6 +139,8 @@ class Gates(nn.Module):
         self.unit_flops: Tensor | None = None
         self.refused: dict[str, str] = {}
         self._cost = self._cost_of(self._lam, self.unit_weights).float()
+        # What each unit has of all gated weights, and of all work, once asked for.
+        self._shares: dict[str, Tensor] = {}
         self._draw: Draw | None = None
         self._awaiting: Draw | None = None
         # Versions of log_alpha at which it is as the method, or having been frozen, wants it.
@@ -290,6 +292,7 @@ class Gates(nn.Module):
         names = {module: name for name, module in root.named_modules()}
         self._take(layers, names, positions)
         self._cost = self._cost_of(self._lam, self.unit_weights).to(self.log_alpha)
+        self._shares = {}
         _keep_draws_out_of_graphs()
         if other is None:
             root.add_module("l0", self)
@@ -400,6 +403,7 @@ class Gates(nn.Module):
         self.port_maps = [fn(m) for m in self.port_maps]
         # Anew rather than converted: a detour over a narrow dtype would lose digits.
         self._cost = self._cost_of(self._lam, self.unit_weights).to(self.log_alpha)
+        self._shares = {}
         self._draw = None
         return self
 
@@ -731,13 +735,13 @@ class Gates(nn.Module):
 
     def _cost_of(self, lam: Mapping[str, float], sizes: Tensor) -> Tensor:
         lams = torch.tensor([lam[name] for name in self.names], dtype=torch.float64)
-        return lams.repeat_interleave(torch.tensor(self.sizes)) * sizes.cpu() / self.n_train
+        return lams.repeat_interleave(torch.tensor(self.sizes)) * sizes / self.n_train
 
     def penalty(
         self, per: str = "weight", lam: float | Mapping[str, float] | None = None
     ) -> Tensor:
         """See ``l0kernels.penalty``."""
-        self._check_per(per)
+        self.check_per(per)
         draw = self._draw
         if per == "weight" and lam is None:
             if draw is not None and draw.expected is not None and self._is_current(draw):
@@ -746,11 +750,34 @@ class Gates(nn.Module):
                 return expected
             return self._expected(self._cost)
         lams = self._lam if lam is None else per_group("lam", lam, self.names)
+        return self._expected(self._on_device(self._cost_of(lams, self._sizes(per))))
+
+    def density(self, per: str = "weight") -> Tensor:
+        """Expected open part of what is gated, 0-d, differentiable: what ``Budget`` steers.
+
+        sum_j |G_j| P(z_j != 0) / sum_j |G_j|, with |G_j| as in the penalty, whatever ``lam``.
+
+        Args:
+            per: ``"weight"`` counts weights, ``"flop"`` their multiply-adds per example.
+
+        Raises:
+            ValueError: unknown ``per``, work per layer is not known, or no weight is gated.
+        """
+        self.check_per(per)
+        if per not in self._shares:
+            sizes = self._sizes(per)
+            if not float(sizes.sum()) > 0:
+                raise ValueError("density: expected gates that multiply weights, got none")
+            self._shares[per] = self._on_device(sizes / sizes.sum())
+        return self._expected(self._shares[per])
+
+    def _sizes(self, per: str) -> Tensor:
         sizes = self.unit_flops if per == "flop" else self.unit_weights
         assert sizes is not None
-        return self._expected(self._on_device(self._cost_of(lams, sizes)))
+        return sizes.cpu()
 
-    def _check_per(self, per: str) -> None:
+    def check_per(self, per: str) -> None:
+        """Raise ValueError for an unknown ``per``, or for work that is not known."""
         if per not in ("weight", "flop"):
             raise ValueError(f"per: expected 'weight' or 'flop', got {per!r}")
         if per == "flop" and self.unit_flops is None:

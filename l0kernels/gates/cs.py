@@ -130,6 +130,13 @@ class ContinuousSparsification(Gates):
             return Constant.apply(self.log_alpha, value)
         return (cost * self._soft()).sum()
 
+    def density(self, per: str = "weight") -> Tensor:
+        """sum_j |G_j| sigmoid(beta s_j) / sum_j |G_j|, which becomes that of the ticket.
+
+        Args and raises: as of all gates.
+        """
+        return super().density(per) / self.scale
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gates:
         beta = self.beta
         super()._apply(fn, recurse)

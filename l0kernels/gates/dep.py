@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -191,17 +192,31 @@ class DependentHardConcrete(HardConcrete):
         self, per: str = "weight", lam: float | Mapping[str, float] | None = None
     ) -> Tensor:
         """See ``l0kernels.penalty`` and the class."""
-        self._check_per(per)
+        rates, links, numbers = self._prices(per, lam)
+        if self.frozen:
+            with torch.no_grad():
+                value = self._cost_of_open(self.alpha, rates, links, numbers)
+            return Constant.apply(self.log_alpha, value)
+        return self._cost_of_open(self._take_logits(), rates, links, numbers)
+
+    def density(self, per: str = "weight") -> Tensor:
+        """Expected open part of the weights that the penalty counts, 0-d, differentiable.
+
+        Args and raises: as of all gates.
+        """
+        all_open = self.log_alpha.new_full((self.count,), math.inf)
+        return self.penalty(per, 1.0) / self._cost_of_open(all_open, *self._prices(per, 1.0))
+
+    def _prices(
+        self, per: str, lam: float | Mapping[str, float] | None
+    ) -> tuple[Tensor, Links, Tensor]:
+        """What a weight costs, by gate; which weights there are; how often each is used."""
+        self.check_per(per)
         if self._links is None:
             raise ValueError("penalty: expected gates that are attached to a model, got others")
         lams = self._lam if lam is None else per_group("lam", lam, self.names)
         rates = self._on_device(self._cost_of(lams, torch.ones(self.count)))
-        numbers = self._links.work if per == "flop" else self._links.numbers
-        if self.frozen:
-            with torch.no_grad():
-                value = self._cost_of_open(self.alpha, rates, self._links, numbers)
-            return Constant.apply(self.log_alpha, value)
-        return self._cost_of_open(self._take_logits(), rates, self._links, numbers)
+        return rates, self._links, self._links.work if per == "flop" else self._links.numbers
 
     def _take_logits(self) -> Tensor:
         """Those of the present draw, once: parameters can change in ways that no version shows."""

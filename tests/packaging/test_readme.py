@@ -74,6 +74,12 @@ def test_layers_wired_by_hand(code, names):
     assert names["g"].log_alpha.grad.abs().sum() > 0
 
 
+def test_a_target_for_the_density(code, names):
+    exec(code[0] + code[4], names)
+    assert int(names["budget"].step) == 2
+    assert float(names["budget"].level()) == pytest.approx(1 - 0.7 * 2 / 1000)
+
+
 def test_errors_are_those_that_were_recorded(root):
     files = sorted(root.glob("bench/results/*-tests.json"))
     if not files:
