@@ -43,6 +43,20 @@ def per_group(what: str, value: float | Mapping[str, float], names: list[str]) -
     return values
 
 
+def not_negative(what: str, value: float) -> float:
+    """A finite number of at least 0."""
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{what}: expected a number of at least 0, got {value!r}")
+    return float(value)
+
+
+def one_of(what: str, value: Any, names: tuple[str, ...]) -> str:
+    """One of some names."""
+    if value not in names:
+        raise ValueError(f"{what}: expected one of {names}, got {value!r}")
+    return value
+
+
 def droprates(droprate: float | Mapping[str, float], names: list[str]) -> dict[str, float]:
     """Initial P(z = 0) of every group.
 
@@ -93,6 +107,8 @@ class Gates(nn.Module):
     law: ClassVar[str]
     granularities: ClassVar[tuple[str, ...]] = ("unit", "input")
     """What ``convert`` may give gates of this method to."""
+    l2: float = 0.0
+    """Precision of the coupled L2, see ``l0kernels.penalty``; methods that have it set it."""
     # Of tests that run on a CPU what a GPU does; None: what the device asks for.
     _together: bool | None = None
     _multiple: int | None = None
@@ -137,6 +153,8 @@ class Gates(nn.Module):
         self._norms: list[tuple[str, ...]] = []
         self.unit_weights = torch.ones(self.count, dtype=torch.float64)
         self.unit_flops: Tensor | None = None
+        # Of each gate, whether it stands for a filter, else for columns; and of "no gate".
+        self.has_filter = torch.zeros(0, dtype=torch.bool)
         self.refused: dict[str, str] = {}
         self._cost = self._cost_of(self._lam, self.unit_weights).float()
         # What each unit has of all gated weights, and of all work, once asked for.
@@ -162,6 +180,10 @@ class Gates(nn.Module):
 
     def open_probability(self) -> Tensor:
         """P(z != 0) of every gate, fp64 of shape [gates], without gradient."""
+        raise NotImplementedError
+
+    def openness(self) -> Tensor:
+        """P(z != 0) of every gate, fp64 of shape [gates], differentiable; needed for ``l2``."""
         raise NotImplementedError
 
     def project(self) -> None:
@@ -308,6 +330,7 @@ class Gates(nn.Module):
         self._has_convolutions = any(isinstance(m, nn.modules.conv._ConvNd) for m in layers)
         norms = [m for m in layers if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self._norms = [tuple(names[norm].split(".")) for norm in norms]
+        self.has_filter = _find_filters(self, layers).to(self.log_alpha.device)
         self.unit_weights = _size_per_unit(self, [(layer, 1) for layer in layers])
         if positions is not None:
             work = [(layer, layer.uses(positions.get(names[layer], 1))) for layer in layers]
@@ -401,6 +424,7 @@ class Gates(nn.Module):
         if self.rounding is not None:
             self.rounding.apply(fn)
         self.port_maps = [fn(m) for m in self.port_maps]
+        self.has_filter = fn(self.has_filter)
         # Anew rather than converted: a detour over a narrow dtype would lose digits.
         self._cost = self._cost_of(self._lam, self.unit_weights).to(self.log_alpha)
         self._shares = {}
@@ -740,7 +764,7 @@ class Gates(nn.Module):
     def penalty(
         self, per: str = "weight", lam: float | Mapping[str, float] | None = None
     ) -> Tensor:
-        """See ``l0kernels.penalty``."""
+        """See ``l0kernels.penalty``, which adds the coupled L2 of the model's weights."""
         self.check_per(per)
         draw = self._draw
         if per == "weight" and lam is None:
@@ -910,6 +934,29 @@ def _arrivals(
     return found
 
 
+def _find_filters(gates: Gates, layers: Sequence[Any]) -> Tensor:
+    """Which gates are of a convolution's output channels, bool of shape [gates + 1].
+
+    Layers learn whether any column of theirs belongs to another gate.
+    """
+    found = torch.zeros(gates.count + 1, dtype=torch.bool)
+    for layer in layers:
+        if makes_filters(layer):
+            found[layer.out_gate.maps[0]] = True
+    found[gates.count] = True  # no gate has no columns either
+    for layer in layers:
+        maps = () if layer.in_gate is None else layer.in_gate.maps
+        layer.has_columns = any(not bool(found[gate_map].all()) for gate_map in maps)
+    return found
+
+
+def makes_filters(layer: Any) -> bool:
+    """Whether gates of this layer's outputs stand for the filters that make them."""
+    weight = getattr(layer, "weight", None)
+    has_filters = weight is not None and weight.dim() > 2
+    return has_filters and layer.out_gate is not None and not layer.depthwise
+
+
 def _size_per_unit(gates: Gates, layers: Sequence[tuple[Any, float]]) -> Tensor:
     """|G_j|: the filter of a convolution's output channel, else the columns that read the unit.
 
@@ -924,14 +971,14 @@ def _size_per_unit(gates: Gates, layers: Sequence[tuple[Any, float]]) -> Tensor:
         if weight is None or weight.dim() < 2:
             continue
         outputs, inputs, elements = layer.shape_out_in()
-        if layer.out_gate is not None and weight.dim() > 2 and not layer.depthwise:
+        if makes_filters(layer):
             size = inputs * elements * uses
             made.index_add_(0, layer.out_gate.maps[0], _full(layer.out_gate, size))
         if layer.in_gate is not None:
             size = outputs * elements * uses
             for gate_map in layer.in_gate.maps:
                 read.index_add_(0, gate_map, _full(layer.in_gate, size))
-    return torch.where(made > 0, made, read)[: gates.count]
+    return torch.where(gates.has_filter.cpu(), made, read)[: gates.count]
 
 
 def _full(ref: GateRef, value: float) -> Tensor:

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from l0kernels.gates.base import Gates, droprates
+from l0kernels.gates.base import Gates, droprates, not_negative
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 CLAMP = (math.log(0.01), math.log(100.0))
@@ -32,6 +32,11 @@ class HardConcrete(Gates):
         seed: key of the noise, 0 <= seed < 2**63; equal seeds and steps give equal gates.
         droprate: initial dropout rate, one number or one per group, in (0, 1);
             log_alpha ~ N(log((1 - droprate) / droprate), 0.01^2).
+        l2: precision of the coupled L2, see ``l0kernels.penalty``; the authors take n_train times
+            the weight decay.
+
+    Raises:
+        ValueError: an option is out of range.
     """
 
     law: ClassVar[str] = "hard_concrete"
@@ -44,8 +49,10 @@ class HardConcrete(Gates):
         n_train: int = 1,
         seed: int = 0,
         droprate: float | Mapping[str, float] = 0.5,
+        l2: float = 0.0,
     ) -> None:
         super().__init__(groups, lam=lam, n_train=n_train, seed=seed)
+        self.l2 = not_negative("l2", l2)
         rates = droprates(droprate, self.names)
         means = [math.log((1 - rates[name]) / rates[name]) for name in self.names]
         generator = torch.Generator().manual_seed(int(self.seed))
@@ -59,6 +66,9 @@ class HardConcrete(Gates):
 
     def open_probability(self) -> Tensor:
         return probability(self.alpha.detach())
+
+    def openness(self) -> Tensor:
+        return probability(self.log_alpha)
 
     def project(self) -> None:
         self.log_alpha.clamp_(*CLAMP)

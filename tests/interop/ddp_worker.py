@@ -46,6 +46,7 @@ class Case:
         method: of the gates.
         granularity: of the gates.
         budget: added to the loss.
+        l2: the coupled one, of hard concrete gates.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
@@ -64,6 +65,7 @@ class Case:
     method: str = "hard_concrete"
     granularity: str = "unit"
     budget: bool = False
+    l2: float = 0.0
 
 
 UNUSED, STATIC = {"find_unused_parameters": True}, {"static_graph": True}
@@ -116,6 +118,7 @@ CASES: dict[str, Case] = {
     "budget": Case(steps=20, budget=True),
     "budget, norms in training mode": Case(budget=True, norms_train=True),
     "budget, scores of weights": Case(budget=True, method="cs", **WEIGHTS),
+    "coupled L2": Case(l2=10.0),
     "as on a GPU": Case(as_on_a_gpu=True),
     "as on a GPU, residual": Case(as_on_a_gpu=True, kind="residual"),
     "as on a GPU, norms in training mode": Case(as_on_a_gpu=True, norms_train=True),
@@ -138,6 +141,7 @@ def prepare(case: Case, seed: int) -> nn.Module:
     if case.closed:
         with torch.no_grad():
             net.l0.log_alpha[next(net.l0.slices())[1]] = -100.0
+    net.l0.l2 = case.l2
     if case.budget:
         # Its buffers are the model's then: DDP sends those of rank 0.
         net.budget = l0.Budget(net, 0.2, lr=2.0, warmup=5)
