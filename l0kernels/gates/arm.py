@@ -85,6 +85,8 @@ class ARM(Gates):
         lam: weight of the penalty, one number or one per group.
         n_train: size of the training set; the penalty is divided by it.
         seed: key of the noise, 0 <= seed < 2**63; equal seeds and steps give equal gates.
+        lam_warmup: part of the training, up to 1, over which ``lam`` grows from 0: see
+            ``set_progress``.
         droprate: initial P(z = 0), one number or one per group, in (0, 1);
             phi ~ N(g^-1(1 - droprate), (0.01 / k)^2).
         estimator: ``"arm"`` or ``"ar"``.
@@ -110,6 +112,7 @@ class ARM(Gates):
         lam: float | Mapping[str, float] = 1.0,
         n_train: int = 1,
         seed: int = 0,
+        lam_warmup: float = 0.0,
         droprate: float | Mapping[str, float] = 0.5,
         estimator: str = "arm",
         gate: str | tuple[Elementwise, Elementwise] = "sigmoid",
@@ -118,7 +121,7 @@ class ARM(Gates):
         test_gate: str = "soft",
         l2: float = 0.0,
     ) -> None:
-        super().__init__(groups, lam=lam, n_train=n_train, seed=seed)
+        super().__init__(groups, lam=lam, n_train=n_train, seed=seed, lam_warmup=lam_warmup)
         self.l2 = not_negative("l2", l2)
         rates = droprates(droprate, self.names)
         self.estimator = one_of("estimator", estimator, ESTIMATORS)

@@ -102,6 +102,7 @@ class Gates(nn.Module):
         lam: weight of the penalty, one number or one per group.
         n_train: size of the training set; the penalty is divided by it.
         seed: key of the noise.
+        lam_warmup: part of the training over which ``lam`` grows from 0, from 0, for none, to 1.
     """
 
     law: ClassVar[str]
@@ -115,6 +116,7 @@ class Gates(nn.Module):
     log_alpha: nn.Parameter
     step: Tensor
     seed: Tensor
+    lam_scale: Tensor
 
     def __init__(
         self,
@@ -123,6 +125,7 @@ class Gates(nn.Module):
         lam: float | Mapping[str, float] = 1.0,
         n_train: int = 1,
         seed: int = 0,
+        lam_warmup: float = 0.0,
     ) -> None:
         super().__init__()
         if not groups:
@@ -134,6 +137,11 @@ class Gates(nn.Module):
         ]
         self.count = sum(self.sizes)
         self._lam = per_group("lam", lam, self.names)
+        if not 0 <= lam_warmup <= 1:
+            raise ValueError(f"lam_warmup: expected a number from 0 to 1, got {lam_warmup!r}")
+        self.lam_warmup = float(lam_warmup)
+        if lam_warmup > 0:
+            self.register_buffer("lam_scale", torch.zeros(()))
         self.n_train = whole_number("n_train", n_train, "a positive integer", 1, 2**63)
         seed = whole_number("seed", seed, "an integer 0 <= seed < 2**63", 0, 2**63)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
@@ -413,11 +421,13 @@ class Gates(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gates:
         # The maps are not buffers: they would be sent by DDP at every step.
-        before = self.log_alpha.data
+        before, scale = self.log_alpha.data, getattr(self, "lam_scale", None)
         super()._apply(fn, recurse)
         if self.log_alpha.dtype in (torch.float16, torch.bfloat16):
             # Gates of a half-precision model stay in the precision their law needs.
             self.log_alpha.data = before.to(self.log_alpha.device, torch.float32)
+        if scale is not None:
+            self.lam_scale = scale.to(self.log_alpha)
         if self._frozen_at is not None:
             self._frozen_at = self._frozen_at.to(self.log_alpha)
         self.layout = GateLayout(*(fn(t) for t in self.layout))
@@ -765,6 +775,12 @@ class Gates(nn.Module):
         self, per: str = "weight", lam: float | Mapping[str, float] | None = None
     ) -> Tensor:
         """See ``l0kernels.penalty``, which adds the coupled L2 of the model's weights."""
+        value = self._penalty(per, lam)
+        if lam is None and self.lam_warmup > 0:
+            return value * self.lam_scale.clone()  # may be set before backward, by DDP too
+        return value
+
+    def _penalty(self, per: str, lam: float | Mapping[str, float] | None) -> Tensor:
         self.check_per(per)
         draw = self._draw
         if per == "weight" and lam is None:
@@ -775,6 +791,24 @@ class Gates(nn.Module):
             return self._expected(self._cost)
         lams = self._lam if lam is None else per_group("lam", lam, self.names)
         return self._expected(self._on_device(self._cost_of(lams, self._sizes(per))))
+
+    def set_progress(self, t: float) -> None:
+        """Say how far training is: with ``lam_warmup``, ``lam`` counts min(1, t / lam_warmup).
+
+        ``penalty(lam=...)`` and the coupled L2 are not scaled. What was set is part of the state.
+
+        Args:
+            t: how much is over, from 0 to 1; e / epochs in epoch e.
+
+        Raises:
+            ValueError: t is out of range.
+            RuntimeError: inside ``hold`` or ``expected_loss``.
+        """
+        self._check_free("set_progress")
+        if not 0 <= t <= 1:
+            raise ValueError(f"set_progress: expected a number from 0 to 1, got {t}")
+        if self.lam_warmup > 0:
+            self.lam_scale.fill_(min(1.0, t / self.lam_warmup))
 
     def density(self, per: str = "weight") -> Tensor:
         """Expected open part of what is gated, 0-d, differentiable: what ``Budget`` steers.

@@ -156,9 +156,7 @@ class ContinuousSparsification(Gates):
             ValueError: t is out of range.
             RuntimeError: inside ``hold`` or ``expected_loss``.
         """
-        self._check_free("set_progress")
-        if not 0 <= t <= 1:
-            raise ValueError(f"set_progress: expected a number from 0 to 1, got {t}")
+        super().set_progress(t)
         self.beta.fill_(self.final_beta**t)
         self._draw = None
 

@@ -73,6 +73,8 @@ class DependentHardConcrete(HardConcrete):
         lam: weight of the penalty, one number or one per group.
         n_train: what the penalty is divided by.
         seed: key of the noise, 0 <= seed < 2**63; equal seeds and steps give equal gates.
+        lam_warmup: part of the training, up to 1, over which ``lam`` grows from 0: see
+            ``set_progress``.
         direction: ``"forward"`` or ``"backward"``.
         bias: mean of the initial b, one number or one per group.
         widths: ``"connected"`` or ``"chain"``, see above.
@@ -88,12 +90,13 @@ class DependentHardConcrete(HardConcrete):
         lam: float | Mapping[str, float] = 1.0,
         n_train: int = 1,
         seed: int = 0,
+        lam_warmup: float = 0.0,
         direction: str = "forward",
         bias: float | Mapping[str, float] = 3.0,
         widths: str = "connected",
     ) -> None:
         # Not those of HardConcrete, which has a parameter for each gate.
-        Gates.__init__(self, groups, lam=lam, n_train=n_train, seed=seed)
+        Gates.__init__(self, groups, lam=lam, n_train=n_train, seed=seed, lam_warmup=lam_warmup)
         for name, value, known in (
             ("direction", direction, DIRECTIONS),
             ("widths", widths, WIDTHS),
@@ -188,10 +191,7 @@ class DependentHardConcrete(HardConcrete):
             self._links = Links(*(t.to(self.log_alpha.device) for t in self._links))
         return self
 
-    def penalty(
-        self, per: str = "weight", lam: float | Mapping[str, float] | None = None
-    ) -> Tensor:
-        """See ``l0kernels.penalty`` and the class."""
+    def _penalty(self, per: str, lam: float | Mapping[str, float] | None) -> Tensor:
         rates, links, numbers = self._prices(per, lam)
         if self.frozen:
             with torch.no_grad():

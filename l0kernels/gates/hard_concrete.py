@@ -26,15 +26,19 @@ class HardConcrete(Gates):
     (zeta - gamma) + gamma, 0, 1), which is 0 from -ln 11 = -2.3979 down and 1 from 2.3979 up. With
     ``test_gate="median"`` it is the median of the training gate, sigmoid(log_alpha / beta) in place
     of sigmoid(log_alpha): 0 from -2/3 ln 11 = -1.5986 down, where half of all draws or more are 0
-    (in the code of Gallego-Posada et al., 2022, arXiv:2208.04425). P(z != 0) = sigmoid(log_alpha - beta log(-gamma / zeta)), with
-    beta = 2/3, gamma = -0.1, zeta = 1.1. ``log_alpha`` is clamped to [ln .01, ln 100] before
-    every training draw, as in the authors' code.
+    (in the code of Gallego-Posada et al., 2022, arXiv:2208.04425).
+
+    P(z != 0) = sigmoid(log_alpha - beta log(-gamma / zeta)), with beta = 2/3, gamma = -0.1,
+    zeta = 1.1. ``log_alpha`` is clamped to [ln .01, ln 100] before every training draw, as in the
+    authors' code.
 
     Args:
         groups: name -> number of units.
         lam: weight of the penalty, one number or one per group.
         n_train: size of the training set; the penalty is divided by it.
         seed: key of the noise, 0 <= seed < 2**63; equal seeds and steps give equal gates.
+        lam_warmup: part of the training, up to 1, over which ``lam`` grows from 0: see
+            ``set_progress``.
         droprate: initial dropout rate, one number or one per group, in (0, 1);
             log_alpha ~ N(log((1 - droprate) / droprate), 0.01^2).
         l2: precision of the coupled L2, see ``l0kernels.penalty``; the authors take n_train times
@@ -55,11 +59,12 @@ class HardConcrete(Gates):
         lam: float | Mapping[str, float] = 1.0,
         n_train: int = 1,
         seed: int = 0,
+        lam_warmup: float = 0.0,
         droprate: float | Mapping[str, float] = 0.5,
         l2: float = 0.0,
         test_gate: str = "mean",
     ) -> None:
-        super().__init__(groups, lam=lam, n_train=n_train, seed=seed)
+        super().__init__(groups, lam=lam, n_train=n_train, seed=seed, lam_warmup=lam_warmup)
         self.l2 = not_negative("l2", l2)
         self.test_gate = one_of("test_gate", test_gate, tuple(TEST_GATES))
         rates = droprates(droprate, self.names)
