@@ -53,6 +53,8 @@ def _squares(model: nn.Module, gates: Gates) -> Tensor:
             filters = filters.index_add(0, rows, squares.sum((1, *kernel)))
         if layer.has_columns:
             by_column = squares.sum((0, *kernel))
+            # On a GPU, features that share a gate are added in a fixed order only with
+            # deterministic algorithms.
             for column_map in gates.port_maps[layer.in_port]:
                 columns = columns.index_add(0, column_map, by_column)
     return filters.where(gates.has_filter, columns)[: gates.count]

@@ -530,6 +530,13 @@ def test_a_budget_does_not_wait():
         assert not waits_of(lambda budget=budget: budget().backward())
 
 
+def test_the_coupled_l2_does_not_wait():
+    net = make("lenet")
+    net.l0.l2 = 1.0
+    assert not waits_of(lambda: l0.penalty(net).backward())
+    assert bool(net.conv1.weight.grad.any())
+
+
 def test_what_waits_is_seen():
     x = torch.arange(4.0)
     assert waits_of(lambda: (x.sum().item(), x[x > 1], x.nonzero(), x.equal(x)))[0] != ""
