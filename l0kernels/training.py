@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from l0kernels.gates.base import Gates
+from l0kernels.gates.coupled import coupled_l2
 
 
 def gates_of(model: nn.Module) -> Gates:
@@ -77,6 +78,12 @@ def penalty(
     Sparsification has the gates themselves in place of P(z_j != 0); ``"dep"`` has a penalty of its
     own, see ``gates.DependentHardConcrete``.
 
+    ``"hard_concrete"`` and ``"arm"`` with the option ``l2`` add the coupled L2,
+    (1 / n_train) sum_j P(z_j != 0) l2 / 2 ||W_j||^2 (section 2.3 there), where W_j are the weights
+    that |G_j| counts, whatever ``per`` and ``lam``. Biases, norms and layers without gates are not
+    in it; an optimizer's weight decay comes on top. Closed weights get gradients from it, which
+    ``l0kernels.optim`` refuses.
+
     Args:
         model: a converted model, or a wrapper around one.
         per: ``"weight"`` counts weights, ``"flop"`` their multiply-adds per example.
@@ -88,7 +95,9 @@ def penalty(
     Raises:
         ValueError: unknown ``per``, groups missing in ``lam``, or the model has no gates.
     """
-    return gates_of(model).penalty(per, lam)
+    gates = gates_of(model)
+    value = gates.penalty(per, lam)
+    return value + coupled_l2(model, gates) if gates.l2 else value
 
 
 def hold(model: nn.Module) -> AbstractContextManager[None]:

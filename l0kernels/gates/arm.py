@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from l0kernels.functional import OpenLists, arm_gradient, sample_gates
-from l0kernels.gates.base import Constant, Gates, droprates, engine
+from l0kernels.gates.base import Constant, Gates, droprates, engine, not_negative, one_of
 from l0kernels.gates.draw import Draw, on_host
 
 Elementwise = Callable[[Tensor], Tensor]
@@ -85,6 +85,8 @@ class ARM(Gates):
         lam: weight of the penalty, one number or one per group.
         n_train: size of the training set; the penalty is divided by it.
         seed: key of the noise, 0 <= seed < 2**63; equal seeds and steps give equal gates.
+        lam_warmup: part of the training, up to 1, over which ``lam`` grows from 0: see
+            ``set_progress``.
         droprate: initial P(z = 0), one number or one per group, in (0, 1);
             phi ~ N(g^-1(1 - droprate), (0.01 / k)^2).
         estimator: ``"arm"`` or ``"ar"``.
@@ -94,6 +96,8 @@ class ARM(Gates):
         samples: noise samples per ``expected_loss``, each a draw of its own with its own passes,
             whose estimates are averaged.
         test_gate: ``"soft"`` or ``"binary"``.
+        l2: precision of the coupled L2, see ``l0kernels.penalty``; the authors take n_train times
+            the weight decay.
 
     Raises:
         ValueError: an option is out of range.
@@ -108,17 +112,20 @@ class ARM(Gates):
         lam: float | Mapping[str, float] = 1.0,
         n_train: int = 1,
         seed: int = 0,
+        lam_warmup: float = 0.0,
         droprate: float | Mapping[str, float] = 0.5,
         estimator: str = "arm",
         gate: str | tuple[Elementwise, Elementwise] = "sigmoid",
         k: float = 7.0,
         samples: int = 1,
         test_gate: str = "soft",
+        l2: float = 0.0,
     ) -> None:
-        super().__init__(groups, lam=lam, n_train=n_train, seed=seed)
+        super().__init__(groups, lam=lam, n_train=n_train, seed=seed, lam_warmup=lam_warmup)
+        self.l2 = not_negative("l2", l2)
         rates = droprates(droprate, self.names)
-        self.estimator = _one_of("estimator", estimator, ESTIMATORS)
-        self.test_gate = _one_of("test_gate", test_gate, TEST_GATES)
+        self.estimator = one_of("estimator", estimator, ESTIMATORS)
+        self.test_gate = one_of("test_gate", test_gate, TEST_GATES)
         if not isinstance(samples, int) or samples < 1:
             raise ValueError(f"samples: expected a positive integer, got {samples!r}")
         self.samples = samples
@@ -138,6 +145,10 @@ class ARM(Gates):
 
     def open_probability(self) -> Tensor:
         return self.gate.value(self.alpha.detach().double())
+
+    def openness(self) -> Tensor:
+        slope = self.gate.slope(self.alpha.detach().double())
+        return _Probability.apply(self.log_alpha, self.open_probability(), slope)
 
     def sample(self, cost: Tensor, key: Tensor) -> tuple[Tensor, Tensor, OpenLists]:
         pi = self.open_probability()
@@ -229,6 +240,19 @@ class ARM(Gates):
         return closure(), again
 
 
+class _Probability(torch.autograd.Function):
+    """pi, whose derivative with respect to the parameters is g'(phi)."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, pi: Tensor, slope: Tensor) -> Tensor:
+        ctx.slope, ctx.dtype = slope, parameter.dtype
+        return pi.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return (grads[0] * ctx.slope).to(ctx.dtype), None, None
+
+
 class _Expected(torch.autograd.Function):
     """sum_j cost_j pi_j, whose derivative with respect to the parameters is cost g'(phi)."""
 
@@ -253,12 +277,6 @@ class _Estimate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         return grads[0], grads[0].reshape(()).to(ctx.gradient.dtype) * ctx.gradient, None
-
-
-def _one_of(what: str, value: Any, names: tuple[str, ...]) -> str:
-    if value not in names:
-        raise ValueError(f"{what}: expected one of {names}, got {value!r}")
-    return value
 
 
 def _gate_function(gate: Any, k: float) -> GateFunction:

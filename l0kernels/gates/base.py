@@ -50,6 +50,20 @@ def per_group(what: str, value: float | Mapping[str, float], names: list[str]) -
     return values
 
 
+def not_negative(what: str, value: float) -> float:
+    """A finite number of at least 0."""
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{what}: expected a number of at least 0, got {value!r}")
+    return float(value)
+
+
+def one_of(what: str, value: Any, names: tuple[str, ...]) -> str:
+    """One of some names."""
+    if value not in names:
+        raise ValueError(f"{what}: expected one of {names}, got {value!r}")
+    return value
+
+
 def droprates(droprate: float | Mapping[str, float], names: list[str]) -> dict[str, float]:
     """Initial P(z = 0) of every group.
 
@@ -63,7 +77,7 @@ def droprates(droprate: float | Mapping[str, float], names: list[str]) -> dict[s
     return rates
 
 
-def _whole(what: str, value: Any, expected: str, low: int, high: int) -> int:
+def whole_number(what: str, value: Any, expected: str, low: int, high: int) -> int:
     """An integer of any kind (numpy's too) with low <= value < high."""
     try:
         number = operator.index(value)
@@ -95,17 +109,21 @@ class Gates(nn.Module):
         lam: weight of the penalty, one number or one per group.
         n_train: size of the training set; the penalty is divided by it.
         seed: key of the noise.
+        lam_warmup: part of the training over which ``lam`` grows from 0, from 0, for none, to 1.
     """
 
     law: ClassVar[str]
     granularities: ClassVar[tuple[str, ...]] = ("unit", "input")
     """What ``convert`` may give gates of this method to."""
+    l2: float = 0.0
+    """Precision of the coupled L2, see ``l0kernels.penalty``; methods that have it set it."""
     # Of tests that run on a CPU what a GPU does; None: what the device asks for.
     _together: bool | None = None
     _multiple: int | None = None
     log_alpha: nn.Parameter
     step: Tensor
     seed: Tensor
+    lam_scale: Tensor
 
     def __init__(
         self,
@@ -114,19 +132,25 @@ class Gates(nn.Module):
         lam: float | Mapping[str, float] = 1.0,
         n_train: int = 1,
         seed: int = 0,
+        lam_warmup: float = 0.0,
     ) -> None:
         super().__init__()
         if not groups:
             raise ValueError("groups: expected at least one, got none")
         self.names = list(groups)
         self.sizes = [
-            _whole(f"group {name!r}", size, "a positive number of units", 1, 2**63)
+            whole_number(f"group {name!r}", size, "a positive number of units", 1, 2**63)
             for name, size in groups.items()
         ]
         self.count = sum(self.sizes)
         self._lam = per_group("lam", lam, self.names)
-        self.n_train = _whole("n_train", n_train, "a positive integer", 1, 2**63)
-        seed = _whole("seed", seed, "an integer 0 <= seed < 2**63", 0, 2**63)
+        if not 0 <= lam_warmup <= 1:
+            raise ValueError(f"lam_warmup: expected a number from 0 to 1, got {lam_warmup!r}")
+        self.lam_warmup = float(lam_warmup)
+        if lam_warmup > 0:
+            self.register_buffer("lam_scale", torch.zeros(()))
+        self.n_train = whole_number("n_train", n_train, "a positive integer", 1, 2**63)
+        seed = whole_number("seed", seed, "an integer 0 <= seed < 2**63", 0, 2**63)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.register_buffer("seed", torch.tensor(seed, dtype=torch.int64))
         offsets = torch.tensor([0, *self.sizes]).cumsum(0)
@@ -144,8 +168,12 @@ class Gates(nn.Module):
         self._norms: list[tuple[str, ...]] = []
         self.unit_weights = torch.ones(self.count, dtype=torch.float64)
         self.unit_flops: Tensor | None = None
+        # Of each gate, whether it stands for a filter, else for columns; and of "no gate".
+        self.has_filter = torch.zeros(0, dtype=torch.bool)
         self.refused: dict[str, str] = {}
         self._cost = self._cost_of(self._lam, self.unit_weights).float()
+        # What each unit has of all gated weights, and of all work, once asked for.
+        self._shares: dict[str, Tensor] = {}
         self._draw: Draw | None = None
         self._awaiting: Draw | None = None
         # Versions of log_alpha at which it is as the method, or having been frozen, wants it.
@@ -173,6 +201,10 @@ class Gates(nn.Module):
 
     def open_probability(self) -> Tensor:
         """P(z != 0) of every gate, fp64 of shape [gates], without gradient."""
+        raise NotImplementedError
+
+    def openness(self) -> Tensor:
+        """P(z != 0) of every gate, fp64 of shape [gates], differentiable; needed for ``l2``."""
         raise NotImplementedError
 
     def project(self) -> None:
@@ -303,6 +335,7 @@ class Gates(nn.Module):
         names = {module: name for name, module in root.named_modules()}
         self._take(layers, names, positions)
         self._cost = self._cost_of(self._lam, self.unit_weights).to(self.log_alpha)
+        self._shares = {}
         _keep_draws_out_of_graphs()
         if other is None:
             root.add_module("l0", self)
@@ -318,6 +351,7 @@ class Gates(nn.Module):
         self._has_convolutions = any(isinstance(m, nn.modules.conv._ConvNd) for m in layers)
         norms = [m for m in layers if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self._norms = [tuple(names[norm].split(".")) for norm in norms]
+        self.has_filter = _find_filters(self, layers).to(self.log_alpha.device)
         self.unit_weights = _size_per_unit(self, [(layer, 1) for layer in layers])
         if positions is not None:
             work = [(layer, layer.uses(positions.get(names[layer], 1))) for layer in layers]
@@ -406,19 +440,23 @@ class Gates(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gates:
         # The maps are not buffers: they would be sent by DDP at every step.
-        before = self.log_alpha.data
+        before, scale = self.log_alpha.data, getattr(self, "lam_scale", None)
         super()._apply(fn, recurse)
         if self.log_alpha.dtype in (torch.float16, torch.bfloat16):
             # Gates of a half-precision model stay in the precision their law needs.
             self.log_alpha.data = before.to(self.log_alpha.device, torch.float32)
+        if scale is not None:
+            self.lam_scale = scale.to(self.log_alpha)
         if self._frozen_at is not None:
             self._frozen_at = self._frozen_at.to(self.log_alpha)
         self.layout = GateLayout(*(fn(t) for t in self.layout))
         if self.rounding is not None:
             self.rounding.apply(fn)
         self.port_maps = [fn(m) for m in self.port_maps]
+        self.has_filter = fn(self.has_filter)
         # Anew rather than converted: a detour over a narrow dtype would lose digits.
         self._cost = self._cost_of(self._lam, self.unit_weights).to(self.log_alpha)
+        self._shares = {}
         self._draw = None
         return self
 
@@ -808,13 +846,19 @@ class Gates(nn.Module):
 
     def _cost_of(self, lam: Mapping[str, float], sizes: Tensor) -> Tensor:
         lams = torch.tensor([lam[name] for name in self.names], dtype=torch.float64)
-        return lams.repeat_interleave(torch.tensor(self.sizes)) * sizes.cpu() / self.n_train
+        return lams.repeat_interleave(torch.tensor(self.sizes)) * sizes / self.n_train
 
     def penalty(
         self, per: str = "weight", lam: float | Mapping[str, float] | None = None
     ) -> Tensor:
-        """See ``l0kernels.penalty``."""
-        self._check_per(per)
+        """See ``l0kernels.penalty``, which adds the coupled L2 of the model's weights."""
+        value = self._penalty(per, lam)
+        if lam is None and self.lam_warmup > 0:
+            return value * self.lam_scale.clone()  # may be set before backward, by DDP too
+        return value
+
+    def _penalty(self, per: str, lam: float | Mapping[str, float] | None) -> Tensor:
+        self.check_per(per)
         draw = self._draw
         if per == "weight" and lam is None:
             if draw is not None and draw.expected is not None and self._is_current(draw):
@@ -823,11 +867,52 @@ class Gates(nn.Module):
                 return expected
             return self._expected(self._cost)
         lams = self._lam if lam is None else per_group("lam", lam, self.names)
+        return self._expected(self._on_device(self._cost_of(lams, self._sizes(per))))
+
+    def set_progress(self, t: float) -> None:
+        """Say how far training is: with ``lam_warmup``, ``lam`` counts min(1, t / lam_warmup).
+
+        ``penalty(lam=...)`` and the coupled L2 are not scaled. What was set is part of the state.
+
+        Args:
+            t: how much is over, from 0 to 1; e / epochs in epoch e.
+
+        Raises:
+            ValueError: t is out of range.
+            RuntimeError: inside ``hold`` or ``expected_loss``.
+        """
+        self._check_free("set_progress")
+        if not 0 <= t <= 1:
+            raise ValueError(f"set_progress: expected a number from 0 to 1, got {t}")
+        if self.lam_warmup > 0:
+            self.lam_scale.fill_(min(1.0, t / self.lam_warmup))
+
+    def density(self, per: str = "weight") -> Tensor:
+        """Expected open part of what is gated, 0-d, differentiable: what ``Budget`` steers.
+
+        sum_j |G_j| P(z_j != 0) / sum_j |G_j|, with |G_j| as in the penalty, whatever ``lam``.
+
+        Args:
+            per: ``"weight"`` counts weights, ``"flop"`` their multiply-adds per example.
+
+        Raises:
+            ValueError: unknown ``per``, work per layer is not known, or no weight is gated.
+        """
+        self.check_per(per)
+        if per not in self._shares:
+            sizes = self._sizes(per)
+            if not float(sizes.sum()) > 0:
+                raise ValueError("density: expected gates that multiply weights, got none")
+            self._shares[per] = self._on_device(sizes / sizes.sum())
+        return self._expected(self._shares[per])
+
+    def _sizes(self, per: str) -> Tensor:
         sizes = self.unit_flops if per == "flop" else self.unit_weights
         assert sizes is not None
-        return self._expected(self._on_device(self._cost_of(lams, sizes)))
+        return sizes.cpu()
 
-    def _check_per(self, per: str) -> None:
+    def check_per(self, per: str) -> None:
+        """Raise ValueError for an unknown ``per``, or for work that is not known."""
         if per not in ("weight", "flop"):
             raise ValueError(f"per: expected 'weight' or 'flop', got {per!r}")
         if per == "flop" and self.unit_flops is None:
@@ -960,6 +1045,29 @@ def _arrivals(
     return found
 
 
+def _find_filters(gates: Gates, layers: Sequence[Any]) -> Tensor:
+    """Which gates are of a convolution's output channels, bool of shape [gates + 1].
+
+    Layers learn whether any column of theirs belongs to another gate.
+    """
+    found = torch.zeros(gates.count + 1, dtype=torch.bool)
+    for layer in layers:
+        if makes_filters(layer):
+            found[layer.out_gate.maps[0]] = True
+    found[gates.count] = True  # no gate has no columns either
+    for layer in layers:
+        maps = () if layer.in_gate is None else layer.in_gate.maps
+        layer.has_columns = any(not bool(found[gate_map].all()) for gate_map in maps)
+    return found
+
+
+def makes_filters(layer: Any) -> bool:
+    """Whether gates of this layer's outputs stand for the filters that make them."""
+    weight = getattr(layer, "weight", None)
+    has_filters = weight is not None and weight.dim() > 2
+    return has_filters and layer.out_gate is not None and not layer.depthwise
+
+
 def _size_per_unit(gates: Gates, layers: Sequence[tuple[Any, float]]) -> Tensor:
     """|G_j|: the filter of a convolution's output channel, else the columns that read the unit.
 
@@ -974,14 +1082,14 @@ def _size_per_unit(gates: Gates, layers: Sequence[tuple[Any, float]]) -> Tensor:
         if weight is None or weight.dim() < 2:
             continue
         outputs, inputs, elements = layer.shape_out_in()
-        if layer.out_gate is not None and weight.dim() > 2 and not layer.depthwise:
+        if makes_filters(layer):
             size = inputs * elements * uses
             made.index_add_(0, layer.out_gate.maps[0], _full(layer.out_gate, size))
         if layer.in_gate is not None:
             size = outputs * elements * uses
             for gate_map in layer.in_gate.maps:
                 read.index_add_(0, gate_map, _full(layer.in_gate, size))
-    return torch.where(made > 0, made, read)[: gates.count]
+    return torch.where(gates.has_filter.cpu(), made, read)[: gates.count]
 
 
 def _full(ref: GateRef, value: float) -> Tensor:

@@ -130,6 +130,13 @@ class ContinuousSparsification(Gates):
             return Constant.apply(self.log_alpha, value)
         return (cost * self._soft()).sum()
 
+    def density(self, per: str = "weight") -> Tensor:
+        """sum_j |G_j| sigmoid(beta s_j) / sum_j |G_j|, which becomes that of the ticket.
+
+        Args and raises: as of all gates.
+        """
+        return super().density(per) / self.scale
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gates:
         beta = self.beta
         super()._apply(fn, recurse)
@@ -149,9 +156,7 @@ class ContinuousSparsification(Gates):
             ValueError: t is out of range.
             RuntimeError: inside ``hold`` or ``expected_loss``.
         """
-        self._check_free("set_progress")
-        if not 0 <= t <= 1:
-            raise ValueError(f"set_progress: expected a number from 0 to 1, got {t}")
+        super().set_progress(t)
         self.beta.fill_(self.final_beta**t)
         self._draw = None
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -72,6 +73,8 @@ class DependentHardConcrete(HardConcrete):
         lam: weight of the penalty, one number or one per group.
         n_train: what the penalty is divided by.
         seed: key of the noise, 0 <= seed < 2**63; equal seeds and steps give equal gates.
+        lam_warmup: part of the training, up to 1, over which ``lam`` grows from 0: see
+            ``set_progress``.
         direction: ``"forward"`` or ``"backward"``.
         bias: mean of the initial b, one number or one per group.
         widths: ``"connected"`` or ``"chain"``, see above.
@@ -87,12 +90,13 @@ class DependentHardConcrete(HardConcrete):
         lam: float | Mapping[str, float] = 1.0,
         n_train: int = 1,
         seed: int = 0,
+        lam_warmup: float = 0.0,
         direction: str = "forward",
         bias: float | Mapping[str, float] = 3.0,
         widths: str = "connected",
     ) -> None:
         # Not those of HardConcrete, which has a parameter for each gate.
-        Gates.__init__(self, groups, lam=lam, n_train=n_train, seed=seed)
+        Gates.__init__(self, groups, lam=lam, n_train=n_train, seed=seed, lam_warmup=lam_warmup)
         for name, value, known in (
             ("direction", direction, DIRECTIONS),
             ("widths", widths, WIDTHS),
@@ -187,21 +191,32 @@ class DependentHardConcrete(HardConcrete):
             self._links = Links(*(t.to(self.log_alpha.device) for t in self._links))
         return self
 
-    def penalty(
-        self, per: str = "weight", lam: float | Mapping[str, float] | None = None
-    ) -> Tensor:
-        """See ``l0kernels.penalty`` and the class."""
-        self._check_per(per)
+    def _penalty(self, per: str, lam: float | Mapping[str, float] | None) -> Tensor:
+        rates, links, numbers = self._prices(per, lam)
+        if self.frozen:
+            with torch.no_grad():
+                value = self._cost_of_open(self.alpha, rates, links, numbers)
+            return Constant.apply(self.log_alpha, value)
+        return self._cost_of_open(self._take_logits(), rates, links, numbers)
+
+    def density(self, per: str = "weight") -> Tensor:
+        """Expected open part of the weights that the penalty counts, 0-d, differentiable.
+
+        Args and raises: as of all gates.
+        """
+        all_open = self.log_alpha.new_full((self.count,), math.inf)
+        return self.penalty(per, 1.0) / self._cost_of_open(all_open, *self._prices(per, 1.0))
+
+    def _prices(
+        self, per: str, lam: float | Mapping[str, float] | None
+    ) -> tuple[Tensor, Links, Tensor]:
+        """What a weight costs, by gate; which weights there are; how often each is used."""
+        self.check_per(per)
         if self._links is None:
             raise ValueError("penalty: expected gates that are attached to a model, got others")
         lams = self._lam if lam is None else per_group("lam", lam, self.names)
         rates = self._on_device(self._cost_of(lams, torch.ones(self.count)))
-        numbers = self._links.work if per == "flop" else self._links.numbers
-        if self.frozen:
-            with torch.no_grad():
-                value = self._cost_of_open(self.alpha, rates, self._links, numbers)
-            return Constant.apply(self.log_alpha, value)
-        return self._cost_of_open(self._take_logits(), rates, self._links, numbers)
+        return rates, self._links, self._links.work if per == "flop" else self._links.numbers
 
     def _take_logits(self) -> Tensor:
         """Those of the present draw, once: parameters can change in ways that no version shows."""

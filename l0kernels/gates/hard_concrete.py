@@ -10,10 +10,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from l0kernels.gates.base import Gates, droprates
+from l0kernels.gates.base import Gates, droprates, not_negative, one_of
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 CLAMP = (math.log(0.01), math.log(100.0))
+# What divides log_alpha in each test gate.
+TEST_GATES = {"mean": 1.0, "median": BETA}
 
 
 class HardConcrete(Gates):
@@ -21,20 +23,34 @@ class HardConcrete(Gates):
 
     Training gate: u ~ U(0, 1), s = sigmoid((log u - log(1 - u) + log_alpha) / beta),
     z = clip(s (zeta - gamma) + gamma, 0, 1). Test gate: z = clip(sigmoid(log_alpha)
-    (zeta - gamma) + gamma, 0, 1). P(z != 0) = sigmoid(log_alpha - beta log(-gamma / zeta)), with
-    beta = 2/3, gamma = -0.1, zeta = 1.1. ``log_alpha`` is clamped to [ln .01, ln 100] before
-    every training draw, as in the authors' code.
+    (zeta - gamma) + gamma, 0, 1), which is 0 from -ln 11 = -2.3979 down and 1 from 2.3979 up. With
+    ``test_gate="median"`` it is the median of the training gate, sigmoid(log_alpha / beta) in place
+    of sigmoid(log_alpha): 0 from -2/3 ln 11 = -1.5986 down, where half of all draws or more are 0
+    (in the code of Gallego-Posada et al., 2022, arXiv:2208.04425).
+
+    P(z != 0) = sigmoid(log_alpha - beta log(-gamma / zeta)), with beta = 2/3, gamma = -0.1,
+    zeta = 1.1. ``log_alpha`` is clamped to [ln .01, ln 100] before every training draw, as in the
+    authors' code.
 
     Args:
         groups: name -> number of units.
         lam: weight of the penalty, one number or one per group.
         n_train: size of the training set; the penalty is divided by it.
         seed: key of the noise, 0 <= seed < 2**63; equal seeds and steps give equal gates.
+        lam_warmup: part of the training, up to 1, over which ``lam`` grows from 0: see
+            ``set_progress``.
         droprate: initial dropout rate, one number or one per group, in (0, 1);
             log_alpha ~ N(log((1 - droprate) / droprate), 0.01^2).
+        l2: precision of the coupled L2, see ``l0kernels.penalty``; the authors take n_train times
+            the weight decay.
+        test_gate: ``"mean"``, the authors', or ``"median"``.
+
+    Raises:
+        ValueError: an option is out of range.
     """
 
     law: ClassVar[str] = "hard_concrete"
+    test_gate: str = "mean"
 
     def __init__(
         self,
@@ -43,9 +59,14 @@ class HardConcrete(Gates):
         lam: float | Mapping[str, float] = 1.0,
         n_train: int = 1,
         seed: int = 0,
+        lam_warmup: float = 0.0,
         droprate: float | Mapping[str, float] = 0.5,
+        l2: float = 0.0,
+        test_gate: str = "mean",
     ) -> None:
-        super().__init__(groups, lam=lam, n_train=n_train, seed=seed)
+        super().__init__(groups, lam=lam, n_train=n_train, seed=seed, lam_warmup=lam_warmup)
+        self.l2 = not_negative("l2", l2)
+        self.test_gate = one_of("test_gate", test_gate, tuple(TEST_GATES))
         rates = droprates(droprate, self.names)
         means = [math.log((1 - rates[name]) / rates[name]) for name in self.names]
         generator = torch.Generator().manual_seed(int(self.seed))
@@ -54,11 +75,15 @@ class HardConcrete(Gates):
         self.log_alpha = nn.Parameter(mean + noise)
 
     def deterministic(self) -> Tensor:
-        stretched = torch.sigmoid(self.alpha.double()) * (ZETA - GAMMA) + GAMMA
+        s = torch.sigmoid(self.alpha.double() / TEST_GATES[self.test_gate])
+        stretched = s * (ZETA - GAMMA) + GAMMA
         return stretched.clamp(0, 1).to(self.log_alpha.dtype)
 
     def open_probability(self) -> Tensor:
         return probability(self.alpha.detach())
+
+    def openness(self) -> Tensor:
+        return probability(self.log_alpha)
 
     def project(self) -> None:
         self.log_alpha.clamp_(*CLAMP)

@@ -33,6 +33,8 @@ class GatedLayer(nn.Module):
     in_port: int = -1
     out_port: int = -1
     depthwise: bool = False
+    # Whether a gate that multiplies an input feature stands for the feature's columns.
+    has_columns: bool = False
     # Which dimension of the input has the features; of convolutions it depends on the kernel.
     feature_dim: int = -1
     # Examples, pixels or tokens that came in last.

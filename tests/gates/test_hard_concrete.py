@@ -115,6 +115,69 @@ def test_counts_by_group():
     )
 
 
+# Where each test gate becomes 0; it becomes 1 at the opposite log_alpha.
+THRESHOLDS = {"mean": -2.3979, "median": -1.5986}
+
+
+@pytest.mark.parametrize("test_gate", THRESHOLDS)
+def test_test_gates_by_their_formula_and_thresholds(test_gate: str):
+    gates = l0.gates.HardConcrete({"a": 801}, test_gate=test_gate).double()
+    with torch.no_grad():
+        gates.log_alpha.copy_(torch.linspace(-4, 4, 801))
+    divisor = {"mean": 1.0, "median": BETA}[test_gate]
+    alpha, z = gates.log_alpha.detach(), gates.deterministic().detach()
+    s = 1 / (1 + torch.exp(-alpha / divisor))
+    torch.testing.assert_close(z, (1.2 * s - 0.1).clamp(0, 1), rtol=0, atol=1e-12)
+    threshold = THRESHOLDS[test_gate]
+    for side, value in ((1, 0.0), (-1, 1.0)):
+        with torch.no_grad():
+            gates.log_alpha[:2] = side * (threshold + torch.tensor([-1e-4, 1e-4]))
+        beyond, within = gates.deterministic().detach()[:2].tolist()
+        assert beyond == value and 0 < within < 1
+
+
+def test_the_median_is_that_of_the_training_gate():
+    values = torch.tensor([-1.8, -1.2, 0.0, 0.9, 1.4, 1.8])
+    gates = l0.gates.HardConcrete({"a": 6 * 20_001}, test_gate="median")
+    with torch.no_grad():
+        gates.log_alpha.copy_(values.repeat_interleave(20_001))
+    gates.attach(nn.Sequential(l0.nn.GatedLinear(2, gates.count, out_gate=gates["a"])))
+    gates.draw()
+    drawn = gates["a"].z.detach().view(6, -1).median(1).values
+    expected = gates.deterministic().detach().view(6, -1)[:, 0]
+    assert expected.tolist() == expected.sort().values.tolist()
+    assert expected[0] == drawn[0] == 0 and expected[-1] == drawn[-1] == 1
+    # A median of 20,001 has a standard deviation of 1/2 / sqrt(20,001) / density.
+    assert bool(((drawn - expected).abs() < 0.02).all())
+
+
+@pytest.mark.parametrize("test_gate", THRESHOLDS)
+def test_all_that_reads_test_gates_has_the_chosen_one(test_gate: str):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 2))
+    x = torch.randn(4, 5)
+    l0.convert(net, "hard_concrete", example_inputs=(x,), test_gate=test_gate)
+    with torch.no_grad():  # the third and fourth are closed by the median only
+        net.l0.log_alpha.copy_(torch.tensor([3.0, 0.0, -2.0, -1.7, -1.5, -3.0]))
+    expected = {"mean": 5, "median": 3}[test_gate]
+    assert net.l0.open_now() == {"0": expected}
+    assert l0.report(net).groups[0].test_open == expected
+    net.eval()
+    y = net(x)
+    z = net.l0.deterministic().detach()
+    assert int((z != 0).sum()) == expected
+    assert net.l0["0"].count == expected
+    hidden = torch.tanh(nn.functional.linear(x, net[0].weight, net[0].bias))
+    by_hand = nn.functional.linear(hidden * z, net[2].weight, net[2].bias)
+    torch.testing.assert_close(y, by_hand)
+    small = l0.compact(net, (x,))
+    assert small[0].out_features == expected
+    torch.testing.assert_close(small(x), y)
+    net.l0.freeze()
+    net.train()
+    torch.testing.assert_close(net(x), y)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -126,6 +189,7 @@ def test_counts_by_group():
         ({"groups": {"a": 3}, "seed": -1}, "got -1"),
         ({"groups": {"a": 3}, "seed": 1.7}, "got 1.7"),
         ({"groups": {"a": 3}, "lam": float("nan")}, "finite numbers, got nan"),
+        ({"groups": {"a": 3}, "test_gate": "mode"}, r"one of \('mean', 'median'\), got 'mode'"),
         ({"groups": {"a": 3}, "droprate": 1.0}, r"\(0, 1\), got \{'a': 1.0\}"),
     ],
 )

@@ -45,6 +45,8 @@ class Case:
         open_rows: with l0.optim.SGD.
         method: of the gates.
         granularity: of the gates.
+        budget: added to the loss.
+        l2: the coupled one, of hard concrete gates.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
@@ -62,6 +64,8 @@ class Case:
     open_rows: bool = False
     method: str = "hard_concrete"
     granularity: str = "unit"
+    budget: bool = False
+    l2: float = 0.0
 
 
 UNUSED, STATIC = {"find_unused_parameters": True}, {"static_graph": True}
@@ -111,6 +115,10 @@ CASES: dict[str, Case] = {
     "scores of weights, accumulated": Case(parts=2, method="cs", **WEIGHTS),
     "scores of weights, checkpointed": Case(checkpointed=True, method="cs", **WEIGHTS),
     "scores of weights, frozen": Case(frozen=SOME, method="cs", **WEIGHTS),
+    "budget": Case(steps=20, budget=True),
+    "budget, norms in training mode": Case(budget=True, norms_train=True),
+    "budget, scores of weights": Case(budget=True, method="cs", **WEIGHTS),
+    "coupled L2": Case(l2=10.0),
     "as on a GPU": Case(as_on_a_gpu=True),
     "as on a GPU, residual": Case(as_on_a_gpu=True, kind="residual"),
     "as on a GPU, norms in training mode": Case(as_on_a_gpu=True, norms_train=True),
@@ -133,6 +141,10 @@ def prepare(case: Case, seed: int) -> nn.Module:
     if case.closed:
         with torch.no_grad():
             net.l0.log_alpha[next(net.l0.slices())[1]] = -100.0
+    net.l0.l2 = case.l2
+    if case.budget:
+        # Its buffers are the model's then: DDP sends those of rank 0.
+        net.budget = l0.Budget(net, 0.2, lr=2.0, warmup=5)
     return net.double()
 
 
@@ -185,7 +197,9 @@ def backward(case: Case, net: nn.Module, model: nn.Module, x: Tensor, y: Tensor)
         loss = l0.expected_loss(model, lambda: F.cross_entropy(model(x), y))
     else:
         loss = F.cross_entropy(model(x), y)
-    (loss + l0.penalty(model) if case.penalty else loss).backward()
+    if case.penalty:
+        loss = loss + l0.penalty(model)
+    (loss + net.budget() if case.budget else loss).backward()
 
 
 def accumulate(case: Case, model: nn.Module, x: Tensor, y: Tensor) -> None:

@@ -87,3 +87,16 @@ def test_statistics_of_each_rank_count_open_features_of_the_common_draw(
     for name in ("norm.running_mean", "norm.running_var"):
         assert first[name][closed].equal(second[name][closed])
         assert not first[name][~closed].equal(second[name][~closed])
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.budget])
+def test_ranks_agree_on_the_multiplier(name: str, ranks: list[dict[str, list[Record]]]):
+    first, second = (rank[name][-1]["statistics"] for rank in ranks)
+    case = CASES[name]
+    net = prepare(case, seed=0)
+    whole = train(case, net, net, 0, 1)[-1]["statistics"]
+    assert float(first["budget.multiplier"]) > 0 and int(first["budget.step"]) == case.steps
+    for key in ("budget.multiplier", "budget.step"):
+        assert first[key].equal(second[key])
+        if not case.norms_train:
+            torch.testing.assert_close(first[key], whole[key], atol=1e-9, rtol=0)

@@ -522,6 +522,21 @@ STEPS = {
 }
 
 
+def test_a_budget_does_not_wait():
+    for method in ("hard_concrete", "arm", "dep", "cs"):
+        net = make("lenet", method=method)
+        budget = l0.Budget(net, 0.3, lr=1.0, warmup=3)
+        budget()  # the first call computes what each gate has of all work
+        assert not waits_of(lambda budget=budget: budget().backward())
+
+
+def test_the_coupled_l2_does_not_wait():
+    net = make("lenet")
+    net.l0.l2 = 1.0
+    assert not waits_of(lambda: l0.penalty(net).backward())
+    assert bool(net.conv1.weight.grad.any())
+
+
 def test_what_waits_is_seen():
     x = torch.arange(4.0)
     assert waits_of(lambda: (x.sum().item(), x[x > 1], x.nonzero(), x.equal(x)))[0] != ""

@@ -2,11 +2,13 @@
 """The code in the README runs as printed."""
 
 import re
+from functools import partial
 
 import error_table
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 
 @pytest.fixture
@@ -72,6 +74,42 @@ def test_layers_wired_by_hand(code, names):
     loss.backward()
     assert net(x).shape == (4, 10)
     assert names["g"].log_alpha.grad.abs().sum() > 0
+
+
+def test_a_target_for_the_density(code, names):
+    exec(code[0] + code[4], names)
+    assert int(names["budget"].step) == 2
+    assert float(names["budget"].level()) == pytest.approx(1 - 0.7 * 2 / 1000)
+
+
+@pytest.mark.parametrize("method", ["hard_concrete", "arm", "dep", "cs"])
+@pytest.mark.parametrize("decay", [0.999, 0.5])
+def test_averages_have_no_bias(code, names, method, decay):
+    """sum_k (1 - decay) decay^(t - k) value_k / (1 - decay^t), started at zero."""
+    exec(code[0].replace("hard_concrete", method), names)
+    exec(code[5], names)
+    assert int(names["ema"].n_averaged) == 2
+    net, x = names["net"], names["x"]
+    ema = AveragedModel(net, avg_fn=partial(names["update"], decay=decay))
+    sums = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in net.named_parameters()}
+    for t in range(1, 8):
+        with torch.no_grad():
+            for name, p in net.named_parameters():
+                p.add_(torch.randn_like(p))
+                sums[name].mul_(decay).add_(p.double(), alpha=1 - decay)
+        ema.update_parameters(net)
+        for name, p in ema.module.named_parameters():
+            expected = (sums[name] / (1 - decay**t)).to(p.dtype)
+            torch.testing.assert_close(p, expected, rtol=1e-5, atol=1e-5)
+    assert "l0.log_alpha" in sums
+    ema.eval()
+    z = ema.module.l0.deterministic()
+    assert not z.equal(net.l0.deterministic())
+    y = ema(x)
+    with names["l0"].use_impl("reference"):
+        torch.testing.assert_close(ema(x), y)
+    small = names["l0"].compact(ema, (x,))
+    torch.testing.assert_close(small(x), y, rtol=1e-4, atol=1e-4)
 
 
 def test_errors_are_those_that_were_recorded(root):
