@@ -2,6 +2,7 @@
 """The operators, stateless."""
 
 from l0kernels.ops.dep_chain import dep_chain
+from l0kernels.ops.gate_apply import gate_apply
 from l0kernels.ops.gated_conv2d import gated_conv2d
 from l0kernels.ops.gated_linear import gated_linear
 from l0kernels.ops.masked_weight import masked_weight
@@ -20,6 +21,7 @@ __all__ = [
     "OpenLists",
     "arm_gradient",
     "dep_chain",
+    "gate_apply",
     "gated_conv2d",
     "gated_linear",
     "masked_weight",

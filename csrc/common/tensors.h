@@ -46,6 +46,14 @@ inline Tensor uninitialized(const Tensor& like, std::initializer_list<int64_t> s
   return Tensor(handle);
 }
 
+// Of tensors of the same sizes.
+inline bool same_strides(const Tensor& a, const Tensor& b) {
+  for (int64_t d = 0; d < a.dim(); ++d) {
+    if (a.size(d) != 1 && a.stride(d) != b.stride(d)) return false;
+  }
+  return true;
+}
+
 template <typename T>
 const T* data(const Tensor& tensor) {
   return static_cast<const T*>(tensor.const_data_ptr());

@@ -8,8 +8,8 @@ import sys
 SCRIPT = """
 import hashlib
 import torch
-from l0kernels.functional import GateLayout, dep_chain, masked_weight, pack_weight, packed_norm
-from l0kernels.functional import sample_gates
+from l0kernels.functional import GateLayout, dep_chain, gate_apply, masked_weight, pack_weight
+from l0kernels.functional import packed_norm, sample_gates
 from l0kernels.ops.adam_rows import adam_rows, adam_rows_catch_up
 from l0kernels.ops.sgd_rows import sgd_rows, sgd_rows_catch_up
 
@@ -73,6 +73,10 @@ for dtype in (f64, f32, bf16, f16):
                 maps = index, gates.to(own), gates_of(0, 67)
                 y = packed_norm(*leaves, *running, *maps, training, activation="relu")
                 add(y, *running, *torch.autograd.grad(y, leaves, numbers(*shape).to(dtype)))
+            for z in (numbers(23).to(own), numbers(23 * len(x)).reshape(len(x), 23).to(own)):
+                leaves = [x.detach().requires_grad_(), z.requires_grad_()]
+                y = gate_apply(*leaves, gates_of(0, 22))
+                add(y, *torch.autograd.grad(y, leaves, numbers(*shape).to(dtype)))
 
 for dtype in (f64, f32):
     state = [numbers(37, 101).to(dtype) for _ in range(3)]

@@ -48,13 +48,13 @@ def axes_of(weight: Tensor, index: Tensor, maps: Tensor, span: Span) -> Axes:
 
 
 def feature_scale(z: Tensor, feature_map: Tensor, features: Tensor | None) -> Tensor:
-    """The scale of features: the product of their two gates, from `z` [G + 1].
+    """The scale of features: the product of their two gates, from `z` [..., G + 1].
 
     The last gate, always open, is a constant: no gradient reaches it.
     """
-    gates = torch.cat([z[:-1], z[-1:].detach()])
+    gates = torch.cat([z[..., :-1], z[..., -1:].detach()], -1)
     chosen = feature_map if features is None else feature_map.index_select(1, features)
-    return gates[chosen[0]] * gates[chosen[1]]
+    return gates[..., chosen[0]] * gates[..., chosen[1]]
 
 
 def is_channels_last(weight: Tensor) -> bool:
