@@ -178,6 +178,7 @@ class _Measurement:
             if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd)) and m not in own
         ]
         self.widths = expected_widths(gates)
+        self._can_run_dense = {} if gates.dense is None else gates.dense.ports
         self.dense: set[int] = set()  # groups that run dense
         self.uses: dict[nn.Module, list[Use]] = {m: [] for m in (*own, *self.fixed)}
 
@@ -237,7 +238,7 @@ class _Measurement:
         shares = [float(p[where].mean()) for _, where in self.gates.slices()]
         if not self.gates.frozen:
             self.dense = {g for g, s in enumerate(shares) if self.gates.runs_dense(g, s)}
-        for port, (group, features) in self.gates.unit_ports.items():
+        for port, (group, features) in self._can_run_dense.items():
             if group in self.dense:
                 self.widths[port] = features.numel()
 
@@ -268,7 +269,7 @@ class _Measurement:
         return LayerTime(full, sum(self.clock.of(work) for work in packed))
 
     def _all_dense(self, layer: GatedLayer) -> bool:
-        ports = [self.gates.unit_ports.get(p) for p in (layer.in_port, layer.out_port) if p >= 0]
+        ports = [self._can_run_dense.get(p) for p in (layer.in_port, layer.out_port) if p >= 0]
         return all(port is not None and port[0] in self.dense for port in ports)
 
     def _arriving(self, layer: GatedLayer) -> int | None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from l0kernels._config import current_impl, use_impl
 from l0kernels.functional import GateLayout, OpenLists, open_lists, sample_gates
+from l0kernels.gates.dense import DenseGroups
 from l0kernels.gates.draw import LEAST, Draw, Graph
 from l0kernels.gates.ref import GateRef
 from l0kernels.gates.rounding import Rounding
@@ -26,13 +27,6 @@ GPU_MULTIPLE = 16  # channels that a tensor core's instruction takes
 # Of small groups it computes less without what would be added.
 CPU_MULTIPLES = (16, 8)
 MOST_ADDED = 1 / 8  # of a group
-# So many rows of a product take as long as to pack its weight and to unpack the gradient (on the
-# CPUs that were measured, 60 to 100).
-ROWS_PER_PACKING = 64
-# With more rows than these a group is packed unless all is open: layers read too much to multiply.
-MOST_DENSE_ROWS = 4096
-# Numbers in the weights of a group for which it matters.
-LEAST_DENSE_WEIGHTS = 1 << 16
 # Numbers in the weights of a model for which a call costs more than keeping packed gradients.
 FEW_WEIGHTS = 1 << 22
 
@@ -183,12 +177,7 @@ class Gates(nn.Module):
         # Those that pack together, from the first forward on: see l0kernels.nn.packing.Members.
         self.layers: weakref.WeakKeyDictionary[Any, dict[bool, torch.dtype | None]] | None = None
         self._has_few_weights = self._has_convolutions = False
-        # Ports that carry the units of one group, in order: the group's number and all features.
-        self.unit_ports: dict[int, tuple[int, Tensor]] = {}
-        # Of each group, the rows of the products that its units take part in; None: to be counted.
-        self._group_rows: list[float] | None = None
-        # Whether layers noted their rows since the last draw, and before it: compiled ones do not.
-        self.rows_noted = self._rows_known = False
+        self.dense: DenseGroups | None = None
         self._held = 0
         # Optimizers that leave closed rows behind: they are told of every draw.
         self.followers: list[Follower] = []
@@ -379,12 +368,7 @@ class Gates(nn.Module):
         self.port_starts = ends.tolist()[:-1]
         sizes = dict(zip(self.starts.values(), self.sizes, strict=True))
         self.rounding = Rounding.of(self.port_maps, self.port_selects, sizes)
-        self.unit_ports = {
-            port: (list(sizes).index(int(self.port_maps[port][0, 0])), torch.arange(features))
-            for port, features in enumerate(m.shape[1] for m in self.port_maps)
-            if self.rounding.ports[port] is not None
-        }
-        self._group_rows = None
+        self.dense = DenseGroups(self.sizes, self.starts.values(), self.port_maps, self.rounding)
         self.rounding.apply(lambda tensor: tensor.to(device))
         self.layout = GateLayout(
             self.layout.group_offsets.to(device),
@@ -464,7 +448,7 @@ class Gates(nn.Module):
         # A draw belongs to one graph: it is never copied or pickled.
         state = self.__dict__.copy()
         state.update(_draw=None, _awaiting=None, _held=0, layers=None)
-        state.update(_projected=-1, _restored=-1, followers=[], _group_rows=None)
+        state.update(_projected=-1, _restored=-1, followers=[])
         del state["_graphs"]
         return state
 
@@ -564,57 +548,23 @@ class Gates(nn.Module):
         whole = draw.counts[port] == self.port_maps[port].shape[1]
         return not (whole and self.tells_open[port])
 
-    # Groups that run dense.
-
-    def rows_changed(self) -> None:
-        """A layer got another number of rows (examples, tokens, pixels) than before."""
-        self._group_rows = None
+    def packs(self, layer: Any, draw: Draw) -> bool:
+        """Whether any parameter of a layer is packed, or is as it is."""
+        reads = layer.in_port >= 0 and layer.in_port not in draw.dense
+        return reads or self.drops(layer.out_port, draw)
 
     def runs_dense(self, group: int, is_open: float) -> bool:
-        """Whether skipping so few units costs more than it saves, from what layers saw last.
-
-        To pack weights and to unpack their gradients takes as long as some rows of the products
-        that they are for. Where less is saved, all units are computed, and the gates multiply
-        what comes into the layers that read them.
-
-        Args:
-            group: its number.
-            is_open: part of its units that is open.
-        """
-        if self.log_alpha.is_cuda:  # it packs in no time
+        """Whether a group runs dense with a part of its units open, see ``DenseGroups``."""
+        if self.dense is None or self.log_alpha.is_cuda:  # a GPU packs in no time
             return False
-        if self._group_rows is None:
-            self._group_rows = self._count_rows()
-        rows = self._group_rows[group]
-        return 0 < rows <= MOST_DENSE_ROWS and rows * (1 - is_open) < ROWS_PER_PACKING * is_open
-
-    def _count_rows(self) -> list[float]:
-        """Rows per group, averaged over the weights; 0 where nothing or too little is known, and
-        where packed features meet others, so that kernels alone know their order.
-        """
-        weights, products = [0] * len(self.names), [0] * len(self.names)
-        for layer in self.layers or ():
-            ports = [p for p in (layer.in_port, layer.out_port) if p in self.unit_ports]
-            for group in {self.unit_ports[port][0] for port in ports}:
-                weights[group] += layer.weight.numel()
-                products[group] += layer.weight.numel() * layer.rows
-        return [
-            product / weight if weight >= LEAST_DENSE_WEIGHTS else 0.0
-            for weight, product in zip(weights, products, strict=True)
-        ]
+        return self.dense.runs_dense(group, is_open, self.layers or ())
 
     def _dense_ports(self, lists: OpenLists) -> dict[int, Tensor]:
         """All features of the ports that run dense, without waiting for a GPU."""
-        if self.log_alpha.is_cuda or not self._rows_known:
+        if self.dense is None or self.log_alpha.is_cuda:
             return {}
         counts = lists.counts[: len(self.names)].tolist()  # the first ports are the groups
-        dense = [
-            self.runs_dense(group, count / size)
-            for group, (count, size) in enumerate(zip(counts, self.sizes, strict=True))
-        ]
-        if not any(dense):
-            return {}
-        return {p: features for p, (group, features) in self.unit_ports.items() if dense[group]}
+        return self.dense.of_draw(counts, self.layers or ())
 
     def begin_forward(self, root: nn.Module) -> None:
         """Have the layers of the model pack anew, also under a draw that is held: parameters may
@@ -627,7 +577,8 @@ class Gates(nn.Module):
             self.layers = layers_of(root, self)
             weights = sum(layer.weight.numel() for layer in self.layers)
             self._has_few_weights = weights <= FEW_WEIGHTS
-            self._group_rows = None
+            if self.dense is not None:
+                self.dense.forget()
 
     def _drop_shares(self) -> None:
         if self._draw is None or self.layers is None:
@@ -723,7 +674,8 @@ class Gates(nn.Module):
             self.draw_given(Constant.apply(self.log_alpha, self._checked_deterministic()))
         else:
             self.step.add_(1)
-            self._rows_known, self.rows_noted = self.rows_noted, False
+            if self.dense is not None:
+                self.dense.next_draw()
             z, expected, lists, key = self._sample(self._cost)
             dense = self._dense_ports(lists)
             self._set_draw(self._make_draw(z, lists, expected, (self.log_alpha, key), dense))

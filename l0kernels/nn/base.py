@@ -174,6 +174,8 @@ class GatedLayer(nn.Module):
     def _pack(self, draw: Draw) -> tuple[Tensor, Tensor | None]:
         gates = self.gates
         assert gates is not None
+        if not torch.compiler.is_compiling() and not gates.packs(self, draw):
+            return self.weight, self.bias
         if gates.together:
             return packing.take(self, gates, draw)
         dtype = self.compute_dtype()
@@ -205,12 +207,13 @@ class GatedLayer(nn.Module):
         # A graph that depends on a width would serve one draw only.
         compiling = torch.compiler.is_compiling()
         if not compiling:
-            self._note_rows(x, dim)
+            gates = self.gates
+            assert gates is not None and gates.dense is not None
+            gates.dense.note(self, x.numel() // max(1, x.shape[dim]))
             if not self.depthwise:
                 self._check_width(x.shape[dim], draw, weight)
             if self.in_port in draw.dense:
-                assert self.gates is not None
-                return gate_apply(x, draw.z, self.gates.port_maps[self.in_port], dim)
+                return gate_apply(x, draw.z, gates.port_maps[self.in_port], dim)
         if position is None:
             return x
         x = x.index_select(dim, position)
@@ -219,15 +222,6 @@ class GatedLayer(nn.Module):
         # So few may be there to fill up: 0 * NaN would spread what a closed feature holds.
         is_open = self.scale(draw)[draw.index[self.in_port]] != 0
         return torch.where(is_open.view(-1, *[1] * (-dim - 1)), x, 0)
-
-    def _note_rows(self, x: Tensor, dim: int) -> None:
-        gates = self.gates
-        assert gates is not None
-        gates.rows_noted = True
-        rows = x.numel() // max(1, x.shape[dim])
-        if rows != self.rows:
-            self.rows = rows
-            gates.rows_changed()
 
     def _check_width(self, width: int, draw: Draw, weight: Tensor) -> None:
         gates = self.gates

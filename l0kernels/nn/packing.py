@@ -94,7 +94,7 @@ def _pack_model(layers: Members, mode: bool, gates: Gates, draw: Draw) -> dict[G
     wanted = {
         layer: dtype
         for layer, dtype in dtypes.items()
-        if dtype is not None and _can_become(layer.weight.dtype, dtype)
+        if dtype is not None and gates.packs(layer, draw) and _can_become(layer.weight.dtype, dtype)
     }
     return {
         layer: Share(

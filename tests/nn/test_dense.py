@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import l0kernels as l0
-from l0kernels.gates import base
+from l0kernels.gates import dense
 
 BATCH = 8
 OPEN = 2.0  # log alpha at which some units of most draws are closed
@@ -20,7 +20,7 @@ OPEN = 2.0  # log alpha at which some units of most draws are closed
 
 @pytest.fixture(autouse=True)
 def small_groups_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "LEAST_DENSE_WEIGHTS", 1)
+    monkeypatch.setattr(dense, "LEAST_WEIGHTS", 1)
 
 
 class Mixed(nn.Module):
@@ -65,7 +65,7 @@ def step(net: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
 def dense_groups(net: nn.Module) -> set[int]:
     """Numbers of the groups that ran dense in the present draw."""
     gates = net.l0
-    return {gates.unit_ports[port][0] for port in gates.current_draw().dense}
+    return {gates.dense.ports[port][0] for port in gates.current_draw().dense}
 
 
 def has_closed(net: nn.Module) -> bool:
@@ -127,7 +127,7 @@ def test_from_how_many_open_units_on():
     net = converted("mlp")
     x, y = batch(32)
     step(net, x, y)
-    least = 32 / (32 + base.ROWS_PER_PACKING)
+    least = 32 / (32 + dense.ROWS_PER_PACKING)
     for group in range(2):
         assert net.l0.runs_dense(group, least + 1e-6)
         assert not net.l0.runs_dense(group, least - 1e-6)
@@ -138,22 +138,22 @@ def test_rows_are_averaged_over_weights():
     step(net, *batch(BATCH))
     conv1, conv2, fc1 = net.conv1.weight.numel(), net.conv2.weight.numel(), net.fc1.weight.numel()
     rows = (conv1 * BATCH * 16 + conv2 * BATCH * 4) / (conv1 + conv2)
-    assert net.l0._count_rows()[0] == pytest.approx(rows)
+    assert net.l0.dense.count_rows(net.l0.layers)[0] == pytest.approx(rows)
     rows = (conv2 * BATCH * 4 + fc1 * BATCH) / (conv2 + fc1)
-    assert net.l0._count_rows()[1] == pytest.approx(rows)
+    assert net.l0.dense.count_rows(net.l0.layers)[1] == pytest.approx(rows)
 
 
-@pytest.mark.parametrize("limit", ["LEAST_DENSE_WEIGHTS", "MOST_DENSE_ROWS"])
+@pytest.mark.parametrize("limit", ["LEAST_WEIGHTS", "MOST_ROWS"])
 def test_small_groups_and_many_rows_are_packed(limit: str, monkeypatch: pytest.MonkeyPatch):
     net = converted("mlp")
-    bound = {"LEAST_DENSE_WEIGHTS": 48 * 20 + 20 * 14 + 1, "MOST_DENSE_ROWS": BATCH - 1}
-    monkeypatch.setattr(base, limit, bound[limit])
+    bound = {"LEAST_WEIGHTS": 48 * 20 + 20 * 14 + 1, "MOST_ROWS": BATCH - 1}
+    monkeypatch.setattr(dense, limit, bound[limit])
     for _ in range(2):
         step(net, *batch(BATCH))
     assert dense_groups(net) == set()
     monkeypatch.undo()
-    monkeypatch.setattr(base, "LEAST_DENSE_WEIGHTS", 1)
-    net.l0.rows_changed()
+    monkeypatch.setattr(dense, "LEAST_WEIGHTS", 1)
+    net.l0.dense.forget()
     step(net, *batch(BATCH))
     assert dense_groups(net) == {0, 1}
 
