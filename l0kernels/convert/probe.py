@@ -11,7 +11,6 @@ function are followed alike. A model whose training forward calls other layers t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,14 +98,7 @@ _DROPOUTS = {
 
 
 class NoDropout(TorchFunctionMode):
-    """Leaves dropout out: every run would draw other noise.
-
-    ``dropped`` says whether there was any: not where dropout is called and told not to train.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.dropped = False
+    """Leaves dropout out: every run would draw other noise."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -114,18 +106,13 @@ class NoDropout(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", "")
         if name in _DROPOUTS:
-            trains = kwargs.get("training", kwargs.get("train", args[2] if args[2:] else True))
-            self.dropped |= bool(trains)
             return args[0] if args else kwargs["input"]
         if name == "native_dropout":
-            self.dropped = True
             x = args[0] if args else kwargs["input"]
             return x, torch.ones_like(x, dtype=torch.bool)
         if "dropout_p" in kwargs:
-            self.dropped |= kwargs["dropout_p"] != 0
             kwargs["dropout_p"] = 0.0
         if func is scaled_dot_product_attention and len(args) > 4:
-            self.dropped |= args[4] != 0
             args = (*args[:4], 0.0, *args[5:])
         return func(*args, **kwargs)
 
@@ -195,7 +182,6 @@ class _Point:
         inputs_of: what layers and passages read then.
         sums_of: two sums over what other modules with parameters read then.
         results: what the model returns and keeps then.
-        drops: whether dropout has to be left out, which takes Python a look at every function.
     """
 
     training: bool
@@ -206,7 +192,6 @@ class _Point:
     inputs_of: dict[str, list[Tensor]] = field(default_factory=dict)
     sums_of: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     results: dict[str, Tensor] = field(default_factory=dict)
-    drops: bool = True
 
     def can_be_read(self) -> bool:
         """Whether no layer or passage reads NaN, which never equals itself."""
@@ -371,14 +356,12 @@ class Probe:
         """Note what modules read at a point; whether the model can be there."""
         self._now, self._changes, self._calls, self._settling = point, {}, {}, True
         self._last, self._changed = None, True
-        mode = NoDropout()
         try:
-            results = self._run(point.training, point.signed_arguments(), mode)
+            results = self._run(point.training, point.signed_arguments(), NoDropout())
         except Exception:  # values of another sign need not be legal inputs
             return False
         finally:
             self._settling = False
-        point.drops = mode.dropped
         # Cloned: the next forward may write there.
         point.results = {name: t.clone() for name, t in results}
         return point.can_be_read()
@@ -451,7 +434,7 @@ class Probe:
                 self._touched.others.add(name)
 
     def _run(
-        self, training: bool, arguments: Inputs, function_mode: AbstractContextManager[Any]
+        self, training: bool, arguments: Inputs, function_mode: TorchFunctionMode
     ) -> list[tuple[str, Tensor]]:
         self.model.train(training)
         try:
@@ -465,9 +448,8 @@ class Probe:
     def _replay(self, point: _Point, changes: Mapping[str, Change]) -> None:
         self._now, self._changes, self._calls, self._last = point, changes, {}, None
         self._changed = False
-        mode = NoDropout() if point.drops else nullcontext()
         try:
-            results = self._run(point.training, point.signed_arguments(), mode)
+            results = self._run(point.training, point.signed_arguments(), NoDropout())
         except Exception:
             # Values steer the forward itself, as in routing to experts.
             self._touched.output = self._touched.output or "the forward fails when they change"
