@@ -81,8 +81,8 @@ def penalty(
     ``"hard_concrete"`` and ``"arm"`` with the option ``l2`` add the coupled L2,
     (1 / n_train) sum_j P(z_j != 0) l2 / 2 ||W_j||^2 (section 2.3 there), where W_j are the weights
     that |G_j| counts, whatever ``per`` and ``lam``. Biases, norms and layers without gates are not
-    in it; an optimizer's weight decay comes on top. Closed weights get gradients from it, which
-    ``l0kernels.optim`` refuses.
+    in it; an optimizer's weight decay comes on top. Closed weights get gradients from it, so that
+    ``l0kernels.optim`` leaves no row behind.
 
     Args:
         model: a converted model, or a wrapper around one.

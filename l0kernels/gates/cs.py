@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from l0kernels._registry import once_differentiable
 from l0kernels.functional import OpenLists, masked_weight
 from l0kernels.gates.base import Constant, Gates
 from l0kernels.gates.ref import WeightRef
@@ -27,6 +28,22 @@ class _Mask(NamedTuple):
 
     def __call__(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         return masked_weight(weight, self.scores, self.beta, self.scale, self.skip_below, dtype)
+
+
+class _Soft(torch.autograd.Function):
+    """scale sigmoid(beta s), 0 where closed."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, beta: Tensor, scale: float, closed: Tensor) -> Tensor:
+        m = torch.sigmoid(scores * beta).masked_fill_(closed, 0)
+        # Not saved tensors: a draw that is held serves several backward passes.
+        ctx.slope = scale * beta * m * (1 - m)
+        return m * scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore
+        return grad * ctx.slope, None, None, None
 
 
 def _times(gates: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -179,9 +196,8 @@ class ContinuousSparsification(Gates):
 
     def _soft(self) -> Tensor:
         """Training gates, shape [gates]."""
-        s = self.log_alpha
-        beta = self.beta.clone()  # may be set before backward, by DDP too
-        return (torch.sigmoid(s * beta) * self.scale).masked_fill(self._closed(s.detach()), 0)
+        closed = self._closed(self.log_alpha.detach())
+        return _Soft.apply(self.log_alpha, self.beta, self.scale, closed)
 
     # Gates of single weights.
 

@@ -189,6 +189,20 @@ def test_closed_weights_get_gradients_of_zero():
         assert bool((grad[closed] == 0).all() and (grad[~closed] != 0).all())
 
 
+@both
+def test_a_held_draw_serves_several_backward_passes(make):
+    x, found, (start, _) = batch(), [], make()
+    for parts in (1, 2, 4):
+        net = copy.deepcopy(start)
+        with l0.hold(net):
+            for part in x.chunk(parts):
+                net(part).square().sum().backward()
+        found.append([p.grad for p in net.parameters()])
+    for whole, two, four in zip(*found, strict=True):
+        torch.testing.assert_close(two, whole, **CLOSE)
+        torch.testing.assert_close(four, whole, **CLOSE)
+
+
 # ---- schedule, rounds, tickets ----
 
 

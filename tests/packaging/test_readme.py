@@ -95,19 +95,17 @@ def test_averages_have_no_bias(code, names, method, decay):
     for t in range(1, 8):
         with torch.no_grad():
             for name, p in net.named_parameters():
-                p.add_(torch.randn_like(p))
+                p.add_(0.1 * torch.randn_like(p))
                 sums[name].mul_(decay).add_(p.double(), alpha=1 - decay)
         ema.update_parameters(net)
         for name, p in ema.module.named_parameters():
             expected = (sums[name] / (1 - decay**t)).to(p.dtype)
-            torch.testing.assert_close(p, expected, rtol=1e-5, atol=1e-5)
-    assert "l0.log_alpha" in sums
+            torch.testing.assert_close(p, expected, rtol=1e-5, atol=1e-6)
+    assert not ema.module.l0.log_alpha.equal(net.l0.log_alpha)
     ema.eval()
-    z = ema.module.l0.deterministic()
-    assert not z.equal(net.l0.deterministic())
     y = ema(x)
     with names["l0"].use_impl("reference"):
-        torch.testing.assert_close(ema(x), y)
+        torch.testing.assert_close(ema(x), y, rtol=1e-4, atol=1e-4)
     small = names["l0"].compact(ema, (x,))
     torch.testing.assert_close(small(x), y, rtol=1e-4, atol=1e-4)
 
