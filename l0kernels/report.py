@@ -45,7 +45,8 @@ class GroupRow:
         path: how its layers run now: "packed" (only open units are made and read), "gathered at
             the input" (units that no gated layer makes: the reader drops the closed ones),
             "masked reference" (asked for with ``use_impl`` or ``L0K_IMPL``), or "masked weight by
-            weight" (all is computed; the units are the weights of one layer, its producer).
+            weight" (at most outputs and inputs are left out of which all weights are closed; the
+            units are the weights of one layer, its producer).
     """
 
     name: str
