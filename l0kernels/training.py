@@ -74,8 +74,9 @@ def penalty(
 
     |G_j| is the filter of a convolution's output channel, else the columns that read the unit
     (Louizos, Welling, Kingma, 2018, arXiv:1712.01312, eq. 9 and section 4). Continuous
-    Sparsification has the gates themselves in place of P(z_j != 0); ``"dep"`` has a penalty of its
-    own, see ``gates.DependentHardConcrete``.
+    Sparsification has the gates themselves in place of P(z_j != 0), ``"scl"`` the number of
+    connections with a straight-through gradient; ``"dep"`` has a penalty of its own, see
+    ``gates.DependentHardConcrete``.
 
     Args:
         model: a converted model, or a wrapper around one.

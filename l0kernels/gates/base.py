@@ -56,7 +56,7 @@ def droprates(droprate: float | Mapping[str, float], names: list[str]) -> dict[s
     return rates
 
 
-def _whole(what: str, value: Any, expected: str, low: int, high: int) -> int:
+def whole(what: str, value: Any, expected: str, low: int, high: int) -> int:
     """An integer of any kind (numpy's too) with low <= value < high."""
     try:
         number = operator.index(value)
@@ -113,13 +113,13 @@ class Gates(nn.Module):
             raise ValueError("groups: expected at least one, got none")
         self.names = list(groups)
         self.sizes = [
-            _whole(f"group {name!r}", size, "a positive number of units", 1, 2**63)
+            whole(f"group {name!r}", size, "a positive number of units", 1, 2**63)
             for name, size in groups.items()
         ]
         self.count = sum(self.sizes)
         self._lam = per_group("lam", lam, self.names)
-        self.n_train = _whole("n_train", n_train, "a positive integer", 1, 2**63)
-        seed = _whole("seed", seed, "an integer 0 <= seed < 2**63", 0, 2**63)
+        self.n_train = whole("n_train", n_train, "a positive integer", 1, 2**63)
+        seed = whole("seed", seed, "an integer 0 <= seed < 2**63", 0, 2**63)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.register_buffer("seed", torch.tensor(seed, dtype=torch.int64))
         offsets = torch.tensor([0, *self.sizes]).cumsum(0)
