@@ -16,8 +16,9 @@ from l0kernels.gates.base import Constant, Gates
 from l0kernels.gates.draw import Draw, OpenBlock
 from l0kernels.gates.ref import WeightRef
 
-# Of a weight. With more, the copies of activations cost what the smaller products save.
-MOST_OPEN = 3 / 4
+# Multiplications saved for each input and output of a layer, at one position, from which leaving
+# closed ones out pays: activations are copied for it. Chosen on a CPU.
+LEAST_SAVED = 200
 
 
 class Mask(NamedTuple):
@@ -47,7 +48,8 @@ class WeightGates(Gates):
     """Gates of units or of single weights, open where ``alpha`` is above 0 at test.
 
     Where gates are constants or steps, outputs and inputs of a layer whose weights are all closed
-    are left out of its computation, if that leaves at most `MOST_OPEN` of the weight.
+    are left out of its computation, if that saves enough (`LEAST_SAVED`): half the outputs and half
+    the inputs of a 3x3 convolution from 64 to 64 channels, say.
 
     Args:
         groups: name -> number of units, or for gates of single weights the shape of the weight;
@@ -177,8 +179,9 @@ class WeightGates(Gates):
         draw = Draw(z, lists, self._side_starts, selects, *mode)
         for k, name in enumerate(sides):
             rows, columns = draw.index[2 * k : 2 * k + 2]
-            outputs, inputs = self.shapes[name][:2]
-            if rows.numel() * columns.numel() <= MOST_OPEN * outputs * inputs:
+            outputs, inputs, *kernel = self.shapes[name]
+            pairs = outputs * inputs - rows.numel() * columns.numel()
+            if pairs * math.prod(kernel) > LEAST_SAVED * (outputs + inputs):
                 draw.blocks[name] = OpenBlock(rows, columns, dense)
         return draw
 

@@ -57,7 +57,7 @@ def conv2d(
         block: rows and columns of the weight.
         stride, padding, dilation: two numbers each.
     """
-    places = stride, padding, dilation
+    places: Any = (stride, padding, dilation)
     if x.dim() == 3:
         return conv2d(x.unsqueeze(0), weight, bias, block, *places).squeeze(0)
     layer = _Layer(

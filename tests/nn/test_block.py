@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import l0kernels as l0
+from l0kernels.gates import weights
 from l0kernels.gates.draw import OpenBlock
 from l0kernels.nn import block
 
@@ -238,7 +239,8 @@ def test_products_are_of_the_block(name, dense):
     assert back == part + (whole if dense else part)
 
 
-def test_tickets_are_trained_on_their_block():
+def test_tickets_are_trained_on_their_block(monkeypatch):
+    monkeypatch.setattr(weights, "LEAST_SAVED", 0)
     gates = l0.gates.ContinuousSparsification({"w": (7, 5)})
     layer = l0.nn.MaskedLinear(5, 7, gate=gates["w"])
     net = gates.attach(nn.Sequential(layer)).double()
@@ -260,3 +262,17 @@ def test_tickets_are_trained_on_their_block():
     (mine,) = torch.autograd.grad(y, layer.weight, upstream)
     (other,) = torch.autograd.grad(expected, masked, upstream)
     torch.testing.assert_close(mine, other * 2 * inside(where, (7, 5)), **CLOSE)
+
+
+@pytest.mark.parametrize("closed, left_out", [(384, True), (128, False)])
+def test_closed_sides_are_left_out_where_that_saves_enough(closed, left_out):
+    gates = l0.gates.StraightThrough({"w": (512, 512)})
+    net = gates.attach(nn.Sequential(l0.nn.MaskedLinear(512, 512, gate=gates["w"])))
+    with torch.no_grad():
+        gates.log_alpha.view(512, 512)[:closed] = -1
+        gates.log_alpha.view(512, 512)[:, :closed] = -1
+    net(torch.randn(2, 512))
+    some = gates.current_draw().blocks.get("w")
+    assert (some is not None) is left_out
+    if some is not None:
+        assert [side.tolist() for side in some[:2]] == [list(range(closed, 512))] * 2
