@@ -111,6 +111,8 @@ CASES: dict[str, Case] = {
     "scores of weights, accumulated": Case(parts=2, method="cs", **WEIGHTS),
     "scores of weights, checkpointed": Case(checkpointed=True, method="cs", **WEIGHTS),
     "scores of weights, frozen": Case(frozen=SOME, method="cs", **WEIGHTS),
+    "straight-through gates": Case(method="scl", **WEIGHTS),
+    "straight-through gates, checkpointed": Case(checkpointed=True, method="scl", **WEIGHTS),
     "as on a GPU": Case(as_on_a_gpu=True),
     "as on a GPU, residual": Case(as_on_a_gpu=True, kind="residual"),
     "as on a GPU, norms in training mode": Case(as_on_a_gpu=True, norms_train=True),

@@ -276,3 +276,36 @@ def test_closed_sides_are_left_out_where_that_saves_enough(closed, left_out):
     assert (some is not None) is left_out
     if some is not None:
         assert [side.tolist() for side in some[:2]] == [list(range(closed, 512))] * 2
+
+
+CONVS = [
+    {"bias": False},
+    {"stride": 2, "padding": 1, "dilation": 2},
+    {"padding": 1, "padding_mode": "reflect"},
+    {"padding": "same"},
+    {"padding": "same", "dilation": 3},
+    {"padding": "valid"},
+    {"padding": "same", "padding_mode": "circular"},
+]
+
+
+@pytest.mark.parametrize("options", CONVS, ids=str)
+def test_convolutions_with_closed_sides(options, monkeypatch):
+    monkeypatch.setattr(weights, "LEAST_SAVED", 0)
+    gates = l0.gates.StraightThrough({"w": (7, 5, 2, 3)}, norm="none")
+    layer = l0.nn.MaskedConv2d(5, 7, (2, 3), gate=gates["w"], **options)
+    net = gates.attach(nn.Sequential(layer)).double()
+    is_open = inside(BLOCKS["some of each"], (7, 5, 2, 3))
+    with torch.no_grad():
+        gates.log_alpha.copy_((is_open - 0.5).flatten())
+    plain = nn.Conv2d(5, 7, (2, 3), **options)
+    x = torch.randn(2, 5, 9, 8, dtype=torch.float64, requires_grad=True)
+    masked = (layer.weight * is_open).detach().requires_grad_()
+    y, expected = net(x), plain._conv_forward(x, masked, layer.bias)
+    assert "w" in gates.current_draw().blocks
+    torch.testing.assert_close(y, expected, **CLOSE)
+    upstream = torch.randn_like(y)
+    mine = torch.autograd.grad(y, (x, gates.log_alpha), upstream)
+    of_x, of_masked = torch.autograd.grad(expected, (x, masked), upstream)
+    torch.testing.assert_close(mine[0], of_x, **CLOSE)
+    torch.testing.assert_close(mine[1], (of_masked * layer.weight).flatten(), **CLOSE)
