@@ -48,8 +48,8 @@ class GroupRow:
             "dense" (all units are computed and what is read is multiplied by the gates: with the
             units that are expected to be open, and the rows that came in last, skipping would
             cost more than it saves), "masked reference" (asked for with ``use_impl`` or
-            ``L0K_IMPL``), or "masked weight by weight" (all is computed; the units are the weights
-            of one layer, its producer).
+            ``L0K_IMPL``), or "masked weight by weight" (at most outputs and inputs are left out of
+            which all weights are closed; the units are the weights of one layer, its producer).
     """
 
     name: str

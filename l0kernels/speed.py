@@ -29,7 +29,7 @@ LEAST_MS, MOST_CALLS = 5.0, 16  # shorter work is repeated between two looks at 
 FASTER = 1.05  # what counts as faster
 SMALL = 0.05  # share of a step that is not worth a word
 NEARLY_ALL = 0.95  # of a group's units
-SINGLE_WEIGHTS = "gates of single weights: all is computed"
+SINGLE_WEIGHTS = "gates of single weights: closed outputs and inputs alone are left out"
 
 Work = Callable[[], object]
 

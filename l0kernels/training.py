@@ -75,8 +75,9 @@ def penalty(
 
     |G_j| is the filter of a convolution's output channel, else the columns that read the unit
     (Louizos, Welling, Kingma, 2018, arXiv:1712.01312, eq. 9 and section 4). Continuous
-    Sparsification has the gates themselves in place of P(z_j != 0); ``"dep"`` has a penalty of its
-    own, see ``gates.DependentHardConcrete``.
+    Sparsification has the gates themselves in place of P(z_j != 0), ``"scl"`` the number of
+    connections with a straight-through gradient; ``"dep"`` has a penalty of its own, see
+    ``gates.DependentHardConcrete``.
 
     ``"hard_concrete"`` and ``"arm"`` with the option ``l2`` add the coupled L2,
     (1 / n_train) sum_j P(z_j != 0) l2 / 2 ||W_j||^2 (section 2.3 there), where W_j are the weights

@@ -66,7 +66,8 @@ def convert(
 
     Args:
         model: any module; converted in place.
-        method: a name in ``gates.METHODS``: ``"hard_concrete"``, ``"arm"``, ``"dep"`` or ``"cs"``.
+        method: a name in ``gates.METHODS``: ``"hard_concrete"``, ``"arm"``, ``"dep"``, ``"cs"``
+            or ``"scl"``.
         example_inputs: arguments of the forward, positional (a tuple) or by keyword (a mapping);
             a batch of 2 to 4 is enough.
         select: ``"inner"`` (units made by one layer, or by the layers of a product, and read only
@@ -78,9 +79,10 @@ def convert(
         granularity: ``"unit"``, or ``"input"`` to add one gate per input feature of every linear
             layer whose features have no gate of their own (network inputs, flattened channels);
             it multiplies the producer's gate. Its group is named ``"<layer>.in"``. ``"weight"``
-            (``"cs"`` only): one gate for every number of the weights of ``Linear`` and ``Conv2d``
-            layers instead, all or those that ``select`` names; a group has the layer's name.
-            Nothing is packed and nothing needs to be found or checked.
+            (``"cs"``; ``"scl"`` has no other): one gate for every number of the weights of
+            ``Linear`` and ``Conv2d`` layers instead, all or those that ``select`` names; a group
+            has the layer's name. No layer reads packed features, and nothing needs to be found or
+            checked.
         lam: weight of the penalty, one number or one per group.
         n_train: size of the training set; the penalty is divided by it.
         seed: key of the gate noise.

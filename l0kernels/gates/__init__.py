@@ -7,12 +7,14 @@ from l0kernels.gates.cs import ContinuousSparsification
 from l0kernels.gates.dep import DependentHardConcrete
 from l0kernels.gates.hard_concrete import HardConcrete
 from l0kernels.gates.ref import GateRef, WeightRef, cat
+from l0kernels.gates.scl import StraightThrough
 
 METHODS: dict[str, type[Gates]] = {
     "arm": ARM,
     "cs": ContinuousSparsification,
     "dep": DependentHardConcrete,
     "hard_concrete": HardConcrete,
+    "scl": StraightThrough,
 }
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "GateRef",
     "Gates",
     "HardConcrete",
+    "StraightThrough",
     "WeightRef",
     "cat",
 ]

@@ -5,29 +5,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from l0kernels._registry import once_differentiable
-from l0kernels.functional import OpenLists, masked_weight
 from l0kernels.gates.base import Constant, Gates
-from l0kernels.gates.ref import WeightRef
+from l0kernels.gates.weights import Mask, WeightGates
 from l0kernels.ops.masked_weight.reference import closed_below
-
-
-class _Mask(NamedTuple):
-    """The gates of one weight in one draw."""
-
-    scores: Tensor
-    beta: Tensor
-    scale: float
-    skip_below: float
-
-    def __call__(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        return masked_weight(weight, self.scores, self.beta, self.scale, self.skip_below, dtype)
 
 
 class _Soft(torch.autograd.Function):
@@ -46,11 +32,7 @@ class _Soft(torch.autograd.Function):
         return grad * ctx.slope, None, None, None
 
 
-def _times(gates: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return (weight * gates).masked_fill(gates == 0, 0).to(dtype)
-
-
-class ContinuousSparsification(Gates):
+class ContinuousSparsification(WeightGates):
     """Gates that harden as training goes on (Savarese, Silva, Maire, 2020, arXiv:1912.04427).
 
     Training gate: z = c sigmoid(beta s). Test gate: c 1[s > 0], the ticket. ``log_alpha`` holds the
@@ -101,29 +83,19 @@ class ContinuousSparsification(Gates):
         rescale: bool = True,
         skip_below: float = 0.0,
     ) -> None:
-        shapes = {name: tuple(size) for name, size in groups.items() if isinstance(size, Sequence)}
-        if shapes and len(shapes) < len(groups):
-            raise ValueError(
-                f"groups: expected numbers of units or shapes of weights, got both: {dict(groups)}"
-            )
-        sizes: Any = {name: math.prod(shape) for name, shape in shapes.items()} or groups
-        super().__init__(sizes, lam=lam, n_train=n_train, seed=seed)
+        super().__init__(groups, lam=lam, n_train=n_train, seed=seed)
         if not math.isfinite(initial):
             raise ValueError(f"initial: expected a finite number, got {initial}")
         if not 1 < final_beta < math.inf:
             raise ValueError(f"final_beta: expected a number above 1, got {final_beta}")
         if not 0 <= skip_below < 1:
             raise ValueError(f"skip_below: expected a number from 0 up to 1, got {skip_below}")
-        self.shapes = shapes
         self.initial, self.final_beta, self.skip_below = initial, final_beta, skip_below
         self.scale = 1 + math.exp(-initial) if rescale else 1.0
         self.log_alpha = nn.Parameter(torch.full((self.count,), float(initial)))
         self.register_buffer("beta", torch.ones(()))
 
     # What all methods have.
-
-    def deterministic(self) -> Tensor:
-        return torch.where(self.alpha.isnan(), self.alpha, self.alpha > 0) * self.scale
 
     def open_probability(self) -> Tensor:
         s = self.alpha.detach()
@@ -134,8 +106,13 @@ class ContinuousSparsification(Gates):
         if soft:
             self._settle()
             self.step.add_(1)
-        if self.shapes:
-            self._draw_weights(soft)
+        if self.shapes and soft:
+            beta = self.beta.clone()
+            parts = self._parts(self.log_alpha)
+            options = beta, self.scale, self.skip_below
+            self._draw_masks({name: Mask(part, *options) for name, part in parts.items()})
+        elif self.shapes:
+            self._draw_test_gates()
         elif soft:
             self.draw_given(self._soft())
         else:
@@ -198,56 +175,6 @@ class ContinuousSparsification(Gates):
         """Training gates, shape [gates]."""
         closed = self._closed(self.log_alpha.detach())
         return _Soft.apply(self.log_alpha, self.beta, self.scale, closed)
-
-    # Gates of single weights.
-
-    def __getitem__(self, name: str) -> Any:
-        """A ``GateRef`` into a group of units, a ``WeightRef`` to that of a weight."""
-        shape = self.shapes.get(name)
-        return super().__getitem__(name) if shape is None else WeightRef(self, name, shape)
-
-    def _take(
-        self, layers: list[Any], names: Mapping[nn.Module, str], positions: Mapping[str, int] | None
-    ) -> None:
-        if not self.shapes:
-            super()._take(layers, names, positions)
-            return
-        users = [layer.gate.name for layer in layers]
-        if sorted(users) != sorted(self.shapes):
-            raise ValueError(
-                f"attach: expected one layer for each of {list(self.shapes)}, got {users}"
-            )
-        if positions is not None:
-            found = dict(zip(users, layers, strict=True))
-            uses = [found[n].uses(positions.get(names[found[n]], 1)) for n in self.names]
-            work = torch.tensor(uses, dtype=torch.float64)
-            self.unit_flops = work.repeat_interleave(torch.tensor(self.sizes))
-
-    def masks_of(self, values: Tensor) -> dict[str, Any]:
-        parts = values.split(self.sizes) if self.shapes else ()
-        return {
-            name: partial(_times, part.view(self.shapes[name]))
-            for name, part in zip(self.shapes, parts, strict=True)
-        }
-
-    def _draw_weights(self, soft: bool) -> None:
-        beta = self.beta.clone() if soft else torch.full_like(self.beta, math.inf)
-        if soft:
-            scores = self.log_alpha
-        else:
-            self._checked_deterministic()
-            scores = self.alpha
-            if self.frozen and self.training:
-                self._settle()
-                scores = Constant.apply(self.log_alpha, scores)
-            else:
-                scores = scores.detach()
-        none = torch.zeros(0, dtype=torch.int64)  # there is nothing to wait for on a GPU
-        draw = self._make_draw(self.log_alpha.new_ones(1), OpenLists(none, none, none))
-        # Split once: the gradients of all parts come together in one tensor.
-        for (name, shape), part in zip(self.shapes.items(), scores.split(self.sizes), strict=True):
-            draw.masks[name] = _Mask(part.view(shape), beta, self.scale, self.skip_below)
-        self._set_draw(draw)
 
 
 __all__ = ["ContinuousSparsification"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -15,6 +15,22 @@ from l0kernels.ops.sample_gates.reference import check_draw
 
 LEAST = 2
 """Closed features fill up to this width. Only where a layer has one feature is it 1."""
+
+
+class OpenBlock(NamedTuple):
+    """The rows and columns of a weight outside of which all its gates are closed.
+
+    A few closed ones may be among them.
+
+    Args:
+        rows: output features, ascending, int64.
+        columns: input features, ascending, int64.
+        dense: whether the gradient of the whole weight is wanted; else it is 0 outside.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    dense: bool
 
 
 class Graph:
@@ -93,6 +109,8 @@ class Draw:
         self.shares: dict[bool, dict[Any, Any]] = {}
         # For each group of weight gates what masks its weight, with this draw's values.
         self.masks: dict[str, Any] = {}
+        # Of those weights what is to be computed with, where that is less than all.
+        self.blocks: dict[str, OpenBlock] = {}
         # Ran without gradients, as reentrant checkpointing does, and not yet again in backward.
         self.awaits_backward = False
         self.graph = Graph()

@@ -5,11 +5,15 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from l0kernels._config import current_impl
 from l0kernels.gates.base import Gates
-from l0kernels.gates.draw import Draw
+from l0kernels.gates.draw import Draw, OpenBlock
 from l0kernels.gates.ref import WeightRef
+from l0kernels.nn import block
 from l0kernels.nn.base import GatedLayer
 from l0kernels.nn.matmul import linear
 
@@ -62,9 +66,19 @@ class MaskedLayer(GatedLayer):
         assert gate is not None
         return draw.masks[gate.name](self.weight, self.compute_dtype()), self.bias
 
+    def open_block(self, draw: Draw) -> OpenBlock | None:
+        """What of the weight is computed with; None for all of it."""
+        # A graph that depends on how many are open would serve one draw only.
+        if torch.compiler.is_compiling() or current_impl() == "reference":
+            return None
+        assert self.gate is not None
+        return draw.blocks.get(self.gate.name)
+
 
 class MaskedLinear(MaskedLayer, nn.Linear):
     """``nn.Linear`` with a gate for every weight: y = x (W * z)^T + b.
+
+    Outputs and inputs whose gates are all closed are left out, where that pays.
 
     Args:
         in_features, out_features, bias, device, dtype: as in ``nn.Linear``.
@@ -93,11 +107,19 @@ class MaskedLinear(MaskedLayer, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if self.gate is None:
             return super().forward(input)
-        return linear(input, *self.packed_parameters(self.current_draw()))
+        draw = self.current_draw()
+        weight, bias = self.packed_parameters(draw)
+        some = self.open_block(draw)
+        if some is None:
+            return linear(input, weight, bias)
+        return block.linear(input, weight, bias, some)
 
 
 class MaskedConv2d(MaskedLayer, nn.Conv2d):
     """``nn.Conv2d`` with a gate for every weight: y = conv(x, W * z) + b.
+
+    Outputs and inputs whose gates are all closed are left out, where that pays, unless the
+    convolution is grouped.
 
     Args:
         in_channels, out_channels, kernel_size, ...: as in ``nn.Conv2d``, groups included.
@@ -126,7 +148,17 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         if self.gate is None:
             return super().forward(input)
-        return self._conv_forward(input, *self.packed_parameters(self.current_draw()))
+        draw = self.current_draw()
+        weight, bias = self.packed_parameters(draw)
+        some = self.open_block(draw)
+        if some is None:
+            return self._conv_forward(input, weight, bias)
+        padding = self.padding
+        if self.padding_mode != "zeros" or isinstance(padding, str):
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=mode)
+            padding = (0, 0)
+        return block.conv2d(input, weight, bias, some, self.stride, padding, self.dilation)
 
 
 def masked_class(cls: type[nn.Module]) -> type[MaskedLayer] | None:

@@ -119,6 +119,8 @@ CASES: dict[str, Case] = {
     "budget, norms in training mode": Case(budget=True, norms_train=True),
     "budget, scores of weights": Case(penalty=False, budget=True, method="cs", **WEIGHTS),
     "coupled L2": Case(l2=10.0),
+    "straight-through gates": Case(method="scl", **WEIGHTS),
+    "straight-through gates, checkpointed": Case(checkpointed=True, method="scl", **WEIGHTS),
     "as on a GPU": Case(as_on_a_gpu=True),
     "as on a GPU, residual": Case(as_on_a_gpu=True, kind="residual"),
     "as on a GPU, norms in training mode": Case(as_on_a_gpu=True, norms_train=True),
