@@ -564,10 +564,10 @@ def _shift(
         magnitude = out.abs()
         magnitude += magnitude.mean().clamp_min(1e-3)
         # Up where another random number is below the share.
-        amount = (noise(out.shape) + 0.5).mul_(size).copysign_(share - noise(out.shape))
+        amount = ((noise(out.shape) + 0.5) * size).copysign_(share - noise(out.shape))
         shape = [1] * out.dim()
         shape[dim] = -1
-        moved = (amount * magnitude).add_(out)
+        moved = out + amount * magnitude
         if moved.dtype != out.dtype:  # in an autocast region; not Inf, which spreads as NaN
             limits = torch.finfo(out.dtype)
             moved = moved.clamp(limits.min, limits.max).to(out.dtype)
