@@ -192,17 +192,18 @@ class WeightGates(Gates):
         Raises:
             ValueError: NaN in log_alpha (on a CPU).
         """
-        alpha = self.alpha
-        if alpha.device.type == "cpu" and bool(alpha.min().isnan()):
-            self._checked_deterministic()  # which says where
         if self._side_layout is None:
+            self._checked_deterministic()
             return {}
-        parts, found = self._parts(alpha > 0), {}
+        parts = {name: part.flatten(1) for name, part in self._parts(self.alpha).items()}
+        # Maxima: one pass over the numbers each, and NaN stays NaN.
+        rows = {name: part.amax(1) for name, part in parts.items()}
+        if self.alpha.device.type == "cpu" and bool(torch.cat([*rows.values()]).isnan().any()):
+            self._checked_deterministic()  # which says where
+        found = {}
         for name in self._sided():
-            pairs = parts[name]
-            if pairs.dim() > 2:
-                pairs = pairs.flatten(2).any(2)
-            found[name] = Sides(pairs.any(1), pairs.any(0))
+            columns = parts[name].amax(0).view(self.shapes[name][1], -1).amax(1)
+            found[name] = Sides(rows[name] > 0, columns > 0)
         return found
 
 
