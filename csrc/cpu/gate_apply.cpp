@@ -3,8 +3,8 @@
 //
 // With gates that all examples share, threads take parts of the rows, or planes, each with sums of
 // its own; with gates per example they take whole examples. Rows may be narrow, so several of them
-// make a line, along which scales and sums are repeated. Parts are fixed by the shape, and their sums
-// are added in order, so the results have the same bits for every number of threads.
+// make a line, along which scales and sums are repeated. Parts are fixed by the shape, and added in
+// order, so the results have the same bits for every number of threads.
 #include "common/feature_layout.h"
 #include "cpu/common.h"
 #include "cpu/numbers.h"
@@ -19,18 +19,18 @@ namespace {
 using features::Geometry;
 using torch::headeronly::ScalarType;
 
-constexpr int64_t kPart = 65536;    // numbers per part of the rows, about
+constexpr int64_t kGrain = 65536;   // numbers that are worth a thread; of a part of the rows, about
 constexpr int64_t kMaxParts = 128;  // of rows
-constexpr int64_t kGrain = 32768;   // numbers that are worth a thread
-constexpr int64_t kLine = 128;      // numbers that rows are joined to, at least
+constexpr int64_t kLine = 1024;   // numbers that rows are joined to, at least
 constexpr int64_t kLanes = 16;      // sums that a plane is spread over
+constexpr int64_t kBlock = 1024;    // numbers of a plane that are summed, then scaled
 
 // ---- runs of numbers ----
 
 template <typename X>
 struct Run {
   const X* x;
-  const X* grad;            // null: x is scaled, else the gradient is, and both are summed
+  const X* grad;            // null: x is scaled; else it is, and its products with x are summed
   X* result;                // null: not wanted
   const Compute<X>* scale;  // of every number of a line, or one of a plane
   double* sums;             // likewise
@@ -38,93 +38,91 @@ struct Run {
   int64_t line;  // 0: a plane
 };
 
-// The scales of the numbers of a line, or of all numbers of a plane.
-template <typename S>
-struct Along {
-  const S* values;
-  L0K_HD S operator[](int64_t i) const { return values[i]; }
-};
-
-template <typename S>
-struct Same {
-  S value;
-  L0K_HD S operator[](int64_t) const { return value; }
-};
-
 template <typename S>
 L0K_HD S scaled(S value, S scale) {
   return kept(scale != S(0), value * scale);
 }
 
-template <typename X, typename Scale>
+template <typename X>
 L0K_HD void scale_line(const X* __restrict x, X* __restrict result, int64_t count,
-                       const Scale& scale) {
+                       const Compute<X>* __restrict scale) {
   for (int64_t i = 0; i < count; ++i) {
     result[i] = from_compute<X>(scaled(to_compute(x[i]), scale[i]));
   }
 }
 
 template <typename X>
-L0K_HD void scale_run(const Run<X>& run) {
-  if (run.line == 0) {
-    scale_line(run.x, run.result, run.count, Same<Compute<X>>{*run.scale});
-    return;
-  }
-  for (int64_t at = 0; at < run.count; at += run.line) {
-    scale_line(run.x + at, run.result + at, std::min(run.line, run.count - at),
-               Along<Compute<X>>{run.scale});
+L0K_HD void scale_plane(const X* __restrict x, X* __restrict result, int64_t count,
+                        Compute<X> scale) {
+  for (int64_t i = 0; i < count; ++i) {
+    result[i] = from_compute<X>(scaled(to_compute(x[i]), scale));
   }
 }
 
+// Numbers of a run, from the start of a line on.
+template <typename X>
+L0K_HD void scale_numbers(const Run<X>& run, const X* from, int64_t first, int64_t count) {
+  if (run.line == 0) {
+    scale_plane(from + first, run.result + first, count, *run.scale);
+    return;
+  }
+  for (const int64_t end = first + count; first < end; first += run.line) {
+    scale_line(from + first, run.result + first, std::min(run.line, end - first), run.scale);
+  }
+}
+
+template <typename X>
+L0K_HD void scale_run(const Run<X>& run) {
+  scale_numbers(run, run.x, 0, run.count);
+}
+
 // Sums over kLines lines at once: the sums are read and written once for all of them.
-template <int kLines, bool kWrite, typename X, typename Scale>
-L0K_HD void sum_lines(const Run<X>& run, int64_t first, int64_t width, int64_t line,
-                      const Scale& scale, double* __restrict sums) {
-  const X* __restrict x = run.x + first;
-  const X* __restrict grad = run.grad + first;
-  X* __restrict result = kWrite ? run.result + first : nullptr;
+template <int kLines, typename X>
+L0K_HD void sum_lines(const X* __restrict x, const X* __restrict grad, int64_t width, int64_t line,
+                      double* __restrict sums) {
   for (int64_t i = 0; i < width; ++i) {
     double sum = 0;
     for (int k = 0; k < kLines; ++k) {
       const int64_t at = k * line + i;
-      const Compute<X> g = to_compute(grad[at]);
-      sum += static_cast<double>(g) * static_cast<double>(to_compute(x[at]));
-      if constexpr (kWrite) result[at] = from_compute<X>(scaled(g, scale[i]));
+      sum += static_cast<double>(to_compute(grad[at])) * static_cast<double>(to_compute(x[at]));
     }
     sums[i] += sum;
   }
 }
 
 // The last line may be shorter.
-template <bool kWrite, typename X, typename Scale>
-L0K_HD void sum_all_lines(const Run<X>& run, int64_t line, const Scale& scale, double* sums) {
-  int64_t at = 0;
-  for (; run.count - at >= 4 * line; at += 4 * line) {
-    sum_lines<4, kWrite>(run, at, line, line, scale, sums);
+template <typename X>
+L0K_HD void sum_numbers(const X* x, const X* grad, int64_t count, int64_t line, double* sums) {
+  for (; count >= 4 * line; count -= 4 * line, x += 4 * line, grad += 4 * line) {
+    sum_lines<4>(x, grad, line, line, sums);
   }
-  for (; run.count - at >= line; at += line) {
-    sum_lines<1, kWrite>(run, at, line, line, scale, sums);
+  for (; count >= line; count -= line, x += line, grad += line) {
+    sum_lines<1>(x, grad, line, line, sums);
   }
-  sum_lines<1, kWrite>(run, at, run.count - at, line, scale, sums);
+  sum_lines<1>(x, grad, count, line, sums);
 }
 
-template <bool kWrite, typename X>
-L0K_HD void sum_some(const Run<X>& run) {
-  if (run.line > 0) {
-    sum_all_lines<kWrite>(run, run.line, Along<Compute<X>>{run.scale}, run.sums);
-    return;
-  }
+// Gradients are scaled while they are in a cache. Writing them among the sums would take longer:
+// compilers cannot know that lines do not overlap.
+template <typename X>
+L0K_HD void sum_run(const Run<X>& run) {
+  const bool plane = run.line == 0;
   double lanes[kLanes] = {};
-  sum_all_lines<kWrite>(run, kLanes, Same<Compute<X>>{*run.scale}, lanes);
+  const int64_t step = plane ? kBlock : 4 * run.line;
+  for (int64_t at = 0; at < run.count; at += step) {
+    const int64_t count = std::min(step, run.count - at);
+    if (plane) {
+      sum_numbers(run.x + at, run.grad + at, count, kLanes, lanes);
+    } else {
+      sum_numbers(run.x + at, run.grad + at, count, run.line, run.sums);
+    }
+    if (run.result != nullptr) scale_numbers(run, run.grad, at, count);
+  }
+  if (!plane) return;
   for (int64_t half = kLanes / 2; half > 0; half /= 2) {
     for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
   }
   *run.sums = lanes[0];
-}
-
-template <typename X>
-L0K_HD void sum_run(const Run<X>& run) {
-  run.result == nullptr ? sum_some<false>(run) : sum_some<true>(run);
 }
 
 // ---- one pair of functions for each dtype, compiled for several instruction sets ----
@@ -165,12 +163,22 @@ class Gates {
       require(0 <= first_[i] && first_[i] < count_, "gate_map: expected gates from 0 to ",
               count_ - 1, "; got ", first_[i]);
     }
+    in_order_ = true;
+    for (int64_t f = 0; f < features_; ++f) {
+      in_order_ &= first_[f] == first_[0] + f && second_[f] == count_ - 1;
+    }
   }
 
   // The scales of the features of an example, again and again for all of `scale`.
   void find_scales(int64_t example, std::vector<S>& scale) const {
     const S* z = data<S>(z_) + example * count_;
-    for (int64_t f = 0; f < features_; ++f) scale[f] = z[first_[f]] * z[second_[f]];
+    if (in_order_) {
+      const S* own = z + first_[0];
+      const S last = z[count_ - 1];
+      for (int64_t f = 0; f < features_; ++f) scale[f] = own[f] * last;
+    } else {
+      for (int64_t f = 0; f < features_; ++f) scale[f] = z[first_[f]] * z[second_[f]];
+    }
     for (size_t i = features_; i < scale.size(); ++i) scale[i] = scale[i - features_];
   }
 
@@ -178,22 +186,31 @@ class Gates {
   void find_gradient(int64_t example, const std::vector<S>& scale, const double* sums,
                      std::vector<double>& totals, S* gradient) const {
     const S* z = data<S>(z_) + example * count_;
-    totals.assign(count_, 0.0);
-    for (int64_t f = 0; f < features_; ++f) {
-      if (scale[f] == S(0)) continue;
-      totals[first_[f]] += sums[f] * static_cast<double>(z[second_[f]]);
-      totals[second_[f]] += sums[f] * static_cast<double>(z[first_[f]]);
+    gradient += example * count_;
+    if (in_order_) {
+      std::fill_n(gradient, count_, S(0));
+      const double last = static_cast<double>(z[count_ - 1]);
+      S* own = gradient + first_[0];
+      for (int64_t f = 0; f < features_; ++f) {
+        own[f] = kept(scale[f] != S(0), static_cast<S>(sums[f] * last));
+      }
+    } else {
+      totals.assign(count_, 0.0);
+      for (int64_t f = 0; f < features_; ++f) {
+        if (scale[f] == S(0)) continue;
+        totals[first_[f]] += sums[f] * static_cast<double>(z[second_[f]]);
+        totals[second_[f]] += sums[f] * static_cast<double>(z[first_[f]]);
+      }
+      for (int64_t i = 0; i < count_; ++i) gradient[i] = static_cast<S>(totals[i]);
     }
-    totals[count_ - 1] = 0.0;  // always open: a constant
-    for (int64_t i = 0; i < count_; ++i) {
-      gradient[example * count_ + i] = static_cast<S>(totals[i]);
-    }
+    gradient[count_ - 1] = S(0);  // always open: a constant
   }
 
  private:
   Tensor z_, map_;
   int64_t count_, features_;
   const int64_t *first_, *second_;
+  bool in_order_;  // each feature has a gate of its own, in order, beside the last one
 };
 
 // Adds up [k, features] numbers for each feature, in place.
@@ -254,7 +271,7 @@ void run_rows(const Sweep<X>& sweep, const std::vector<Compute<X>>& scale,
               std::vector<double>& sums) {
   const int64_t numbers = sweep.shape.numbers(), line = sweep.line();
   const int64_t lines = (numbers + line - 1) / line;
-  const int64_t part = std::max(kPart / line + 1, (lines + kMaxParts - 1) / kMaxParts) * line;
+  const int64_t part = std::max(kGrain / line + 1, (lines + kMaxParts - 1) / kMaxParts) * line;
   const int64_t parts = (numbers + part - 1) / part;
   if (sweep.grad != nullptr) sums.resize(parts * line);
   torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
