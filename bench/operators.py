@@ -30,6 +30,7 @@ NAMES = (
     "dep_chain",
     "pack_weight",
     "masked_weight",
+    "gate_apply",
     "packed_norm",
     "gated_linear",
     "gated_conv2d",

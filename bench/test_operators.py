@@ -20,6 +20,7 @@ SHAPES = {
     "dep_chain": "vgg16",
     "pack_weight": "160x160x3x3:both",
     "masked_weight": "160x160x3x3",
+    "gate_apply": "128x300",
     "packed_norm": "32x320x16x16:channels_last:train",
     "gated_linear": "800x500x128",
     "gated_conv2d": "160x160x3x32x4",

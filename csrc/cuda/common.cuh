@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #include <type_traits>
 
 #if defined(L0K_HARNESS)
@@ -210,6 +211,14 @@ L0K_DEVICE void store16(T* to, const Vector16<T>& vector) {
   *reinterpret_cast<uint4*>(to) = raw;
 }
 
+// Whether threads may take `per_thread` of `count` numbers each, 16 bytes at once.
+inline bool fits_vectors(int64_t count, int64_t per_thread,
+                         std::initializer_list<const void*> pointers) {
+  bool fits = count % per_thread == 0;
+  for (const void* pointer : pointers) fits &= reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+  return fits;
+}
+
 // ---- numbers ----
 
 L0K_HD float to_float(float value) { return value; }
@@ -246,6 +255,18 @@ L0K_DEVICE T rounded(S value) {
   } else {
     return from_float<T>(value);
   }
+}
+
+// Calls run with a number of the tensor's dtype.
+template <typename Run>
+void with_dtype(const char* op, const Tensor& x, const Run& run) {
+  using torch::headeronly::ScalarType;
+  const ScalarType type = x.scalar_type();
+  if (type == ScalarType::Double) return run(double{});
+  if (type == ScalarType::Float) return run(float{});
+  if (type == ScalarType::BFloat16) return run(__nv_bfloat16{});
+  require(type == ScalarType::Half, op, ": no kernel for this dtype");
+  run(__half{});
 }
 
 template <typename W, typename R>

@@ -6,7 +6,6 @@
 #include "common/soft_gate.h"
 #include "cuda/common.cuh"
 
-#include <initializer_list>
 #include <limits>
 #include <tuple>
 
@@ -121,13 +120,6 @@ __global__ void L0K_BOUNDS(kThreads, 4) unmask_numbers(const Unmasking<Compute<W
 }
 
 // ---- launches ----
-
-// Whether threads may take `per_thread` numbers each, 16 bytes at once.
-bool fits_vectors(int64_t count, int64_t per_thread, std::initializer_list<const void*> pointers) {
-  bool fits = count % per_thread == 0;
-  for (const void* pointer : pointers) fits &= reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
-  return fits;
-}
 
 unsigned blocks_of(int64_t count, int64_t per_thread) {
   const int64_t per_block = kThreads * per_thread;

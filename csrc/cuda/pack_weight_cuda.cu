@@ -15,6 +15,7 @@
 // closed: nothing is read or written there. Lists must not repeat a feature.
 #include "common/pack_layout.h"
 #include "cuda/common.cuh"
+#include "cuda/gate_sums.cuh"
 
 #include <algorithm>
 #include <tuple>
@@ -490,41 +491,6 @@ __global__ void L0K_BOUNDS(kThreads, 2) unpack_items(const Work<Compute<W>, N> p
 
 // ---- gradients of the gates ----
 
-// A block has one gate per thread and looks for their columns in all weights. Its warps have sums
-// of their own, added in the end; a warp looks at 32 columns at a time.
-template <typename S>
-struct Search {
-  const Gates<S>& gates;
-  int64_t first_gate;
-  double* sums;     // of this warp, one per gate of the block
-  double* values;   // one per lane: what a column adds ...
-  int32_t* places;  // ... and to which gate; -1: none
-
-  // The last gate, always open, is a constant.
-  L0K_DEVICE int32_t place_of(int64_t gate) const {
-    const bool here = first_gate <= gate && gate < first_gate + kThreads && gate < gates.last;
-    return here ? static_cast<int32_t>(gate - first_gate) : -1;
-  }
-
-  // Adds one value per lane. The first of several lanes with the same gate adds for all of them.
-  L0K_DEVICE void add(int32_t place, double value) const {
-    const int lane = threadIdx.x % kWarp;
-    values[lane] = value;
-    places[lane] = place;
-    __syncwarp();
-    double total = 0;
-    bool first = place >= 0;
-#pragma unroll 4
-    for (int other = 0; other < kWarp; ++other) {
-      if (places[other] != place) continue;
-      total += values[other];
-      first = first && other >= lane;
-    }
-    if (first) sums[place] += total;
-    __syncwarp();
-  }
-};
-
 L0K_DEVICE double sum_of_column(const Item& item, int col) {
   const int chunks = (item.rows.full * item.lines + item.chunk_lines - 1) / item.chunk_lines;
   const int64_t line_size = static_cast<int64_t>(item.cols.full) * item.inner;
@@ -563,8 +529,10 @@ L0K_DEVICE Strip strip_at(const SumWork<S, N>& p, int number) {
 }
 
 template <typename S>
-L0K_DEVICE void add_strip(const Search<S>& search, const Item& item, const Strip& strip) {
-  const int32_t place[2] = {search.place_of(strip.gates[0]), search.place_of(strip.gates[1])};
+L0K_DEVICE void add_strip(const GateSums<kThreads>& gate_sums, const Gates<S>& gates,
+                          const Item& item, const Strip& strip) {
+  const int32_t place[2] = {gate_sums.place_of(strip.gates[0]),
+                            gate_sums.place_of(strip.gates[1])};
   const bool here = place[0] >= 0 || place[1] >= 0;
   if (!__any_sync(kFullWarp, here)) return;
   const double sum = here ? sum_of_column(item, strip.col) : kClosedSum;
@@ -572,11 +540,12 @@ L0K_DEVICE void add_strip(const Search<S>& search, const Item& item, const Strip
 #pragma unroll
   for (int mine = 0; mine < 2; ++mine) {
     const bool adds = open && place[mine] >= 0;
-    const double other = adds ? static_cast<double>(search.gates.z[strip.gates[1 - mine]]) : 0.0;
-    search.add(adds ? place[mine] : -1, sum * other);
+    const double other = adds ? static_cast<double>(gates.z[strip.gates[1 - mine]]) : 0.0;
+    gate_sums.add(adds ? place[mine] : -1, sum * other);
   }
 }
 
+// A block looks for its gates in the columns of all weights; a warp looks at 32 at a time.
 template <typename S, int N>
 __global__ void L0K_BOUNDS(kThreads, 2) sum_gates(const SumWork<S, N> p) {
   L0K_SHARED(double, sums, [kWarps][kThreads]);
@@ -586,7 +555,8 @@ __global__ void L0K_BOUNDS(kThreads, 2) sum_gates(const SumWork<S, N> p) {
   const int64_t first_gate = static_cast<int64_t>(blockIdx.x) * kThreads;
   for (int w = 0; w < kWarps; ++w) sums[w][threadIdx.x] = 0;
   __syncthreads();
-  const Search<S> search{p.gates, first_gate, sums[warp], values[warp], places[warp]};
+  const GateSums<kThreads> gate_sums{first_gate, p.gates.last, sums[warp], values[warp],
+                                     places[warp]};
   // Strips side by side, which are likely to have gates side by side, go to different warps.
   for (int first = warp; first < p.items.strips; first += kWarps * kStrips) {
     Strip strips[kStrips];
@@ -594,7 +564,7 @@ __global__ void L0K_BOUNDS(kThreads, 2) sum_gates(const SumWork<S, N> p) {
     for (int k = 0; k < kStrips; ++k) strips[k] = strip_at(p, first + k * kWarps);
 #pragma unroll
     for (int k = 0; k < kStrips; ++k) {
-      add_strip(search, p.items.item[strips[k].item], strips[k]);
+      add_strip(gate_sums, p.gates, p.items.item[strips[k].item], strips[k]);
     }
   }
   __syncthreads();
@@ -628,13 +598,6 @@ Tensor copied(const Tensor& t, bool channels_last) {
 // The tensor, or a copy whose kernel positions are evenly spaced.
 Tensor evenly_spaced(const Tensor& t, bool channels_last) {
   return strides_of(t, channels_last) ? t : copied(t, channels_last);
-}
-
-bool same_strides(const Tensor& a, const Tensor& b) {
-  for (int64_t d = 0; d < a.dim(); ++d) {
-    if (a.size(d) != 1 && a.stride(d) != b.stride(d)) return false;
-  }
-  return true;
 }
 
 bool is_multiple(const void* address, int64_t of) {

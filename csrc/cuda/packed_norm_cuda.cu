@@ -1144,17 +1144,6 @@ void run_backward(const Backward& b) {
   }
 }
 
-// Calls run with a number of the tensor's dtype.
-template <typename Run>
-void with_dtype(const Tensor& x, const Run& run) {
-  const ScalarType type = x.scalar_type();
-  if (type == ScalarType::Double) return run(double{});
-  if (type == ScalarType::Float) return run(float{});
-  if (type == ScalarType::BFloat16) return run(__nv_bfloat16{});
-  require(type == ScalarType::Half, "packed_norm: no kernel for this dtype");
-  run(__half{});
-}
-
 Activation activation_of(int64_t number) {
   require(norm::is_known(number), "packed_norm: expected activation 0 or 1, got ", number);
   return {number == norm::kRelu};
@@ -1185,7 +1174,7 @@ std::tuple<Tensor, Tensor, Tensor> packed_norm(
                         momentum,
                         eps,
                         activation_of(activation)};
-  with_dtype(x, [&](auto number) { run_forward<decltype(number)>(forward); });
+  with_dtype("packed_norm", x, [&](auto number) { run_forward<decltype(number)>(forward); });
   return {y, mean, rstd};
 }
 
@@ -1214,7 +1203,7 @@ std::tuple<Tensor, Tensor, Tensor> packed_norm_backward(
                             grad_bias,
                             training,
                             activation_of(activation)};
-    with_dtype(x, [&](auto number) { run_backward<decltype(number)>(backward); });
+    with_dtype("packed_norm", x, [&](auto number) { run_backward<decltype(number)>(backward); });
   } else {
     for (Tensor* t : {&grad_weight, &grad_bias}) {
       if (t->defined()) torch::stable::zero_(*t);

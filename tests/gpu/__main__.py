@@ -35,6 +35,7 @@ OPS = (
     ("packed_norm", [*FEW_KEPT, "--batch", "128"]),
     ("sample_gates", FEW_KEPT),
     ("masked_weight", FEW_KEPT),
+    ("gate_apply", ["--keep", ".5"]),
     ("dep_chain", ["--keep", ".5"]),
 )
 

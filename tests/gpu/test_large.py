@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from l0kernels.functional import (
+    gate_apply,
     gated_conv2d,
     gated_linear,
     masked_weight,
@@ -123,6 +124,17 @@ def test_pack_weight(gpu_impl):
     (grad,) = torch.autograd.grad(packed, weight, torch.ones_like(packed))
     assert torch.equal(grad[places][:, places], torch.full_like(expected, 0.5))
     assert int(torch.count_nonzero(grad)) == 16
+
+
+def test_gate_apply(gpu_impl):
+    size = 46500
+    x = numbers(size, size, dtype=torch.bfloat16)
+    z = torch.zeros(size + 1, device="cuda")
+    z[-2:] = 1.0
+    own = torch.arange(size, device="cuda")
+    y = gate_apply(x, z, torch.stack([own, torch.full_like(own, size)]))
+    assert torch.equal(y[:, -1], x[:, -1])
+    assert int(torch.count_nonzero(y)) == int(torch.count_nonzero(x[:, -1]))
 
 
 def test_masked_weight(gpu_impl):

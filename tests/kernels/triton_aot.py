@@ -113,6 +113,21 @@ def masked_weight_cases() -> Iterator[Case]:
                 yield config, _call(kernels.masked_weight_backward, grad, *arguments, *needs)
 
 
+def gate_apply_cases() -> Iterator[Case]:
+    """Dtypes; features in rows and planes."""
+    from l0kernels.ops.gate_apply import op
+    from l0kernels.ops.gate_apply import triton as kernels
+
+    for dtype, gates in op._GATE_DTYPES.items():
+        for shape in ((32, 64), (2, 5, 3, 3)):
+            x, z = torch.zeros(shape, dtype=dtype), torch.ones(9, dtype=gates)
+            arguments = (x, z, torch.zeros(2, shape[1], dtype=torch.int64), 1)
+            config = f"{_name(dtype)} {list(shape)}"
+            yield config, _call(kernels.gate_apply, *arguments)
+            for need_x in (True, False):
+                yield config, _call(kernels.gate_apply_backward, x, *arguments, need_x)
+
+
 def packed_norm_cases() -> Iterator[Case]:
     """Tiles, vectors, dtypes; of bfloat16 activations, modes, and what may be missing."""
     from l0kernels.ops.packed_norm import op
@@ -179,6 +194,7 @@ CASES = {
     "sample_gates": sample_gates_cases,
     "pack_weight": pack_weight_cases,
     "masked_weight": masked_weight_cases,
+    "gate_apply": gate_apply_cases,
     "packed_norm": packed_norm_cases,
     "gated_linear": gated_cases.gated_linear_cases,
     "gated_conv2d": gated_cases.gated_conv2d_cases,

@@ -214,14 +214,15 @@ def test_dtypes(impl, dtype, shape, dim, last, per_example):
         assert not last or result.is_contiguous(memory_format=torch.channels_last)
 
 
-@either_gates
 @pytest.mark.parametrize(
-    ("shape", "dim"),
-    [((700, 129), 1), ((2100, 40), 1), ((33, 2200), 1), ((3, 2, 121, 119), 1), ((2, 300, 130), -1)],
-)
+    ("shape", "dim", "per_example"),
+    [((700, 129), 1, False), ((2100, 40), 1, False), ((33, 2200), 1, False), ((33, 2200), 1, True),
+     ((3, 2, 121, 119), 1, False), ((3, 2, 121, 119), 1, True), ((2, 300, 130), -1, True)],
+)  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_more_than_one_block(impl, shape, dim, dtype, per_example):
-    check(make_case(shape, dim, dtype=dtype, per_example=per_example))
+    gates = 50 if per_example else None
+    check(make_case(shape, dim, dtype=dtype, per_example=per_example, gates=gates))
 
 
 @pytest.mark.parametrize("needs", [(True, False), (False, True)])

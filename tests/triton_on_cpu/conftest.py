@@ -20,7 +20,14 @@ STARTER = "test_in_interpreter.py"
 MOST_GATES = 5000
 REUSED = [
     f"ops.test_{name}"
-    for name in ("dep_chain", "masked_weight", "pack_weight", "packed_norm", "sample_gates")
+    for name in (
+        "dep_chain",
+        "gate_apply",
+        "masked_weight",
+        "pack_weight",
+        "packed_norm",
+        "sample_gates",
+    )
 ]
 
 collect_ignore = [path.name for path in Path(__file__).parent.glob("test_*.py")]

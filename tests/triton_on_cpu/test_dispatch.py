@@ -5,6 +5,7 @@ import pytest
 from harness import ops as raw
 from ops import (
     test_dep_chain,
+    test_gate_apply,
     test_gated_conv2d,
     test_gated_linear,
     test_masked_weight,
@@ -54,6 +55,9 @@ class TestOpcheck:
     def test_masked_weight(self, requires_grad):
         test_masked_weight.test_opcheck(requires_grad)
 
+    def test_gate_apply(self, requires_grad):
+        test_gate_apply.test_opcheck(requires_grad)
+
     def test_pack_weights(self, requires_grad):
         test_pack_weight.test_opcheck_of_lists(requires_grad)
 
@@ -85,6 +89,10 @@ class TestCompile:
 
     def test_masked_weight(self):
         test_masked_weight.test_one_graph_for_all_betas_and_sizes("triton")
+
+    @pytest.mark.parametrize("per_example", [False, True])
+    def test_gate_apply(self, per_example):
+        test_gate_apply.test_one_graph_for_all_sizes("triton", per_example)
 
     @pytest.mark.parametrize("training", [True, False])
     def test_packed_norm(self, training):
