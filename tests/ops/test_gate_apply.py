@@ -221,8 +221,7 @@ def test_dtypes(impl, dtype, shape, dim, last, per_example):
 )  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_more_than_one_block(impl, shape, dim, dtype, per_example):
-    gates = 50 if per_example else None
-    check(make_case(shape, dim, dtype=dtype, per_example=per_example, gates=gates))
+    check(make_case(shape, dim, dtype=dtype, per_example=per_example, gates=50))
 
 
 @pytest.mark.parametrize("needs", [(True, False), (False, True)])
