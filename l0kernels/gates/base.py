@@ -446,6 +446,7 @@ class Gates(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A draw belongs to one graph: it is never copied or pickled.
+        self._rows_seen()  # a copy does not know the layers at first
         state = self.__dict__.copy()
         state.update(_draw=None, _awaiting=None, _held=0, layers=None)
         state.update(_projected=-1, _restored=-1, followers=[])
@@ -458,10 +459,15 @@ class Gates(nn.Module):
         _keep_draws_out_of_graphs()
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Group names and sizes, so that a checkpoint of other gates is noticed, and whether the
-        gates are frozen.
+        """Group names and sizes, so that a checkpoint of other gates is noticed, whether the
+        gates are frozen, and the rows by which groups run dense, so that a run that is resumed
+        goes on with the same bits.
         """
-        return {"groups": dict(zip(self.names, self.sizes, strict=True)), "frozen": self.frozen}
+        groups = dict(zip(self.names, self.sizes, strict=True))
+        return {"groups": groups, "frozen": self.frozen, "rows": self._rows_seen()}
+
+    def _rows_seen(self) -> list[float] | None:
+        return None if self.dense is None else self.dense.state(self.layers or ())
 
     def set_extra_state(self, state: Any) -> None:
         """Nothing: it has to be read before the parameters are loaded."""
@@ -478,12 +484,31 @@ class Gates(nn.Module):
         if prefix and not any(key.startswith(prefix) for key in state_dict):
             return  # A checkpoint from before conversion has no gates: keep the present ones.
         self._check_free("load_state_dict")
-        freeze = self._frozen_in(state_dict.get(f"{prefix}_extra_state"))
+        extra = state_dict.get(f"{prefix}_extra_state")
+        freeze, rows = self._frozen_in(extra), self._rows_in(extra)
         self.unfreeze()  # A log_alpha that the state does not have is the frozen one.
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._draw, self._projected = None, -1
+        if self.dense is not None:
+            self.dense.load(rows)
         if freeze:
             self.freeze()
+
+    def _rows_in(self, state: Any) -> list[float] | None:
+        """The rows in this extra state, None where it has none, as older ones.
+
+        Raises:
+            ValueError: they are not one number for each group.
+        """
+        rows = state.get("rows") if isinstance(state, Mapping) else None
+        if rows is None or isinstance(rows, int):  # bare groups, one of that name
+            return None
+        numbers = isinstance(rows, list) and all(isinstance(r, (int, float)) for r in rows)
+        if not numbers or len(rows) != len(self.names):
+            raise ValueError(
+                f"load_state_dict: expected rows of {len(self.names)} groups, got {rows!r}"
+            )
+        return rows
 
     def _frozen_in(self, state: Any) -> bool:
         """Whether gates that load this extra state are frozen.

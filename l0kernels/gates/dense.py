@@ -21,7 +21,7 @@ LEAST_WEIGHTS = 1 << 14
 
 
 class DenseGroups:
-    """Which groups of a model run dense in a draw, from the rows that layers got last.
+    """Which groups of a model run dense in a draw, from the rows that layers got last in training.
 
     To pack weights and to unpack their gradients takes as long as some rows (examples, pixels,
     tokens) of the products that they are for. Where fewer are saved, all units are computed, and
@@ -60,6 +60,17 @@ class DenseGroups:
         if rows != layer.rows:
             layer.rows = rows
             self.forget()
+
+    def state(self, layers: Iterable[Any]) -> list[float] | None:
+        """What the next draw goes by: rows of every group, None if they are not known."""
+        if self._noted and self._rows is None:
+            self._rows = self.count_rows(layers)
+        return self._rows if self._noted else None
+
+    def load(self, rows: Sequence[float] | None) -> None:
+        """Go on as gates with this `state` would."""
+        self._rows = None if rows is None else list(rows)
+        self._noted = rows is not None
 
     def forget(self) -> None:
         """Have the rows of the groups counted again."""

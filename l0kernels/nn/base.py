@@ -209,7 +209,8 @@ class GatedLayer(nn.Module):
         if not compiling:
             gates = self.gates
             assert gates is not None and gates.dense is not None
-            gates.dense.note(self, x.numel() // max(1, x.shape[dim]))
+            if draw.training:
+                gates.dense.note(self, x.numel() // max(1, x.shape[dim]))
             if not self.depthwise:
                 self._check_width(x.shape[dim], draw, weight)
             if self.in_port in draw.dense:

@@ -11,6 +11,7 @@ import argparse
 import importlib.util
 import os
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -123,6 +124,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=SECONDS, help="default: %(default)s")
     parser.add_argument("--commit", help="what is measured, where there is no git")
     options = parser.parse_args(arguments)
+    # What starts in the background ignores interrupts, and so would the stages.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     facts = Facts.of_this_machine(options.commit)
     if facts is None:
         print("make gpu: torch finds no CUDA device here", file=sys.stderr)

@@ -4,6 +4,7 @@
 import csv
 import io
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -33,10 +34,15 @@ def test_outcomes(tmp_path):
 
 def test_a_stage_that_hangs_is_interrupted_and_heard(tmp_path, monkeypatch):
     monkeypatch.setattr("gpu.stages.GRACE", 12.0)
+    # What starts in the background ignores interrupts, and so do its children.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     # A shell and long limits: a busy machine may not come to run it for seconds.
     hangs = "trap 'echo so far; kill $!; exit 1' INT; sleep 60 & wait"
     stage = Stage("some stage", ["sh", "-c", hangs], 12.0)
-    found = run_stage(stage, tmp_path, tmp_path, Deadline(60))
+    try:
+        found = run_stage(stage, tmp_path, tmp_path, Deadline(60))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert found.outcome == "interrupted after 12 s" and found.last == "so far" and found.failed
 
 

@@ -278,3 +278,25 @@ def test_the_report_says_so():
     assert speed is not None
     whys = {group.why for group in speed.groups.values()}
     assert all("of its units are open" in why for why in whys), whys
+
+
+def test_a_resumed_run_has_the_same_bits():
+    net, twin = (converted("mlp") for _ in range(2))
+    step(net, *batch(BATCH))
+    net.eval()(batch(3)[0])  # what is evaluated says nothing of training
+    net.train()
+    twin.load_state_dict(net.state_dict())
+    for _ in range(2):
+        expected, got = (step(run, *batch(BATCH)) for run in (net, twin))
+        assert dense_groups(net) == dense_groups(twin) == {0, 1}
+        for name, value in expected.items():
+            assert got[name].equal(value), name
+
+
+@pytest.mark.parametrize("rows", ["many", [1.0], [1.0, "2"], {"a": 1.0}])
+def test_rows_of_other_groups_are_refused(rows: object):
+    net = converted("mlp")
+    state = net.state_dict()
+    state["l0._extra_state"] = {**state["l0._extra_state"], "rows": rows}
+    with pytest.raises((ValueError, RuntimeError), match="expected rows of 2 groups, got"):
+        net.load_state_dict(state)
