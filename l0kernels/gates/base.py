@@ -193,8 +193,11 @@ class Gates(nn.Module):
         raise NotImplementedError
 
     def openness(self) -> Tensor:
-        """P(z != 0) of every gate, fp64 of shape [gates], differentiable; needed for ``l2``."""
-        raise NotImplementedError
+        """P(z != 0) of every gate, fp64 of shape [gates], differentiable.
+
+        Only methods that set ``l2`` supply it: nothing else asks for it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no coupled L2")
 
     def project(self) -> None:
         """Bring the parameters into the range the method asks for (runs before each sample)."""

@@ -62,6 +62,16 @@ def step(net: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     return {**gradients(net), **{n: b.clone() for n, b in net.named_buffers()}}
 
 
+def assert_step_is_the_reference_s(net: nn.Module, twin: nn.Module, x: Tensor, y: Tensor) -> None:
+    """A step of each, under the same draw."""
+    with l0.use_impl("reference"):
+        expected = step(twin, x, y)
+    got = step(net, x, y)
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, atol=1e-10, rtol=1e-10, msg=name)
+
+
 def dense_groups(net: nn.Module) -> set[int]:
     """Numbers of the groups that ran dense in the present draw."""
     gates = net.l0
@@ -80,13 +90,7 @@ def test_equal_to_the_masked_reference(kind: str, method: str):
     x = x.double()
     closed = 0
     for number in range(6):
-        twin = copy.deepcopy(net)
-        with l0.use_impl("reference"):
-            expected = step(twin, x, y)
-        got = step(net, x, y)
-        assert got.keys() == expected.keys()
-        for name, value in expected.items():
-            torch.testing.assert_close(got[name], value, atol=1e-10, rtol=1e-10, msg=name)
+        assert_step_is_the_reference_s(net, copy.deepcopy(net), x, y)
         # What layers get is known from the second step on.
         assert dense_groups(net) == (set(range(len(net.l0.sizes))) if number else set())
         if number and has_closed(net):
@@ -101,12 +105,7 @@ def test_some_groups_dense_and_others_packed():
     with torch.no_grad():  # of the second group nearly all units are closed
         net.l0.log_alpha[8:18] = -4.0
     for _ in range(3):
-        twin = copy.deepcopy(net)
-        with l0.use_impl("reference"):
-            expected = step(twin, x.double(), y)
-        got = step(net, x.double(), y)
-        for name, value in expected.items():
-            torch.testing.assert_close(got[name], value, atol=1e-10, rtol=1e-10, msg=name)
+        assert_step_is_the_reference_s(net, copy.deepcopy(net), x.double(), y)
     assert dense_groups(net) == {0, 2}
     assert net.l0.current_draw().widths[1] < 10
 
@@ -230,11 +229,7 @@ def test_a_compiled_layer_among_others():
     twin = copy.deepcopy(net)
     net.fc2.compile(backend="aot_eager")
     for _ in range(3):
-        with l0.use_impl("reference"):
-            expected = step(twin, x.double(), y)
-        got = step(net, x.double(), y)
-        for name, value in expected.items():
-            torch.testing.assert_close(got[name], value, atol=1e-10, rtol=1e-10, msg=name)
+        assert_step_is_the_reference_s(net, twin, x.double(), y)
     assert dense_groups(net) == {0, 1}
 
 
@@ -285,7 +280,9 @@ def test_a_resumed_run_has_the_same_bits():
     step(net, *batch(BATCH))
     net.eval()(batch(3)[0])  # what is evaluated says nothing of training
     net.train()
-    twin.load_state_dict(net.state_dict())
+    state = net.state_dict()
+    assert state["l0._extra_state"]["rows"] == [BATCH, BATCH]
+    twin.load_state_dict(state)
     for _ in range(2):
         expected, got = (step(run, *batch(BATCH)) for run in (net, twin))
         assert dense_groups(net) == dense_groups(twin) == {0, 1}

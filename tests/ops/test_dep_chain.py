@@ -8,6 +8,7 @@ import pytest
 import torch
 from error_table import close, same, within_budget
 from harness import ops as harness_ops
+from ops.stand_ins import stand_ins
 from ops.threads import assert_threads_do_not_matter
 from torch import Tensor
 from torch.library import opcheck
@@ -460,17 +461,12 @@ def test_opcheck(requires_grad, reverse):
 
 def test_python_stand_in_passes_opcheck():
     # The same checks as above, also where the C++ kernels own the operators.
-    library = torch.library.Library("l0kernels_test_chain", "FRAGMENT")
-    for _, handle, fake, python in harness_ops.raw_ops("dep_chain"):
-        name = harness_ops.raw_name(handle)
-        library.define(str(handle._schema).removeprefix("l0kernels::"))
-        library.impl(name, torch.no_grad()(python), "CPU")
-        torch.library.register_fake(f"l0kernels_test_chain::{name}", fake, lib=library)
+    namespace = stand_ins("dep_chain")
     chain = make_chain((3, 7, 5, 2))
     chain.weights[0] = chain.weights[0].t().contiguous().t()
     given = (chain.first, chain.weights)
-    opcheck(torch.ops.l0kernels_test_chain.dep_chain.default, (*given, chain.biases, False))
-    backward = torch.ops.l0kernels_test_chain.dep_chain_backward.default
+    opcheck(namespace.dep_chain.default, (*given, chain.biases, False))
+    backward = namespace.dep_chain_backward.default
     kept = torch.randn(2, 14, dtype=torch.float64).unbind()
     opcheck(backward, (chain.upstream, *kept, *given, False))
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from error_table import close, same, within_budget
 from harness import ops
+from ops.stand_ins import stand_ins
 from ops.threads import assert_threads_do_not_matter
 from torch.library import opcheck
 
@@ -578,16 +579,7 @@ def test_opcheck(requires_grad):
 
 def test_python_stand_in_passes_opcheck():
     # The same checks as above, also where the C++ kernels own the operators.
-    library = torch.library.Library("l0kernels_test_gates", "DEF")
-    for handle, fake, python in (
-        (op._FORWARD, op._forward_fake, op._forward_python),
-        (op._BACKWARD, op._backward_fake, op._backward_python),
-    ):
-        name = handle._schema.name.split("::")[1]
-        library.define(str(handle._schema).removeprefix("l0kernels::"))
-        library.impl(name, torch.no_grad()(python), "CPU")
-        torch.library.register_fake(f"l0kernels_test_gates::{name}", fake, lib=library)
-    namespace = torch.ops.l0kernels_test_gates
+    namespace = stand_ins("gate_apply")
     raw = namespace.gate_apply.default, namespace.gate_apply_backward.default
     check_raw_operators(*raw, requires_grad=False)
 

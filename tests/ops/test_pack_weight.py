@@ -9,6 +9,7 @@ import pytest
 import torch
 from error_table import within_budget
 from harness import ops
+from ops.stand_ins import stand_ins
 from ops.threads import assert_threads_do_not_matter
 from torch.library import opcheck
 
@@ -1104,28 +1105,10 @@ def test_opcheck_of_lists(requires_grad):
 
 def test_python_stand_in_passes_opcheck():
     # The same checks as above, also where the C++ kernels own the operators.
-    library = torch.library.Library("l0kernels_test", "FRAGMENT")
-    schemas = {
-        "pack_weight": op._forward_python,
-        "pack_weight_backward": op._backward_python,
-        "pack_weights": op._list_forward_python,
-        "pack_weights_backward": op._list_backward_python,
-    }
-    fakes = {
-        "pack_weight": op._forward_fake,
-        "pack_weight_backward": op._backward_fake,
-        "pack_weights": op._list_forward_fake,
-        "pack_weights_backward": op._list_backward_fake,
-    }
-    for handle in (op._FORWARD, op._BACKWARD, op._LIST_FORWARD, op._LIST_BACKWARD):
-        name = handle._schema.name.split("::")[1]
-        library.define(str(handle._schema).removeprefix("l0kernels::"))
-        library.impl(name, torch.no_grad()(schemas[name]), "CPU")
-        torch.library.register_fake(f"l0kernels_test::{name}", fakes[name], lib=library)
     case = make_case((6, 5, 3, 3), 0.7)
     case.weight = case.weight.to(memory_format=torch.channels_last)
     arguments = (case.z, case.rows, case.row_map, case.cols, case.col_map)
-    namespace = torch.ops.l0kernels_test
+    namespace = stand_ins("pack_weight")
     opcheck(namespace.pack_weight.default, (case.weight, *arguments, torch.bfloat16))
     grad = torch.randn(masked_dense(case).shape)
     for wanted in ((True, True), (False, False)):

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from error_table import within_budget
 from harness import ops
+from ops.stand_ins import stand_ins
 from torch.library import opcheck
 
 import l0kernels as l0
@@ -803,24 +804,12 @@ def test_opcheck(shape, layout, training):
     opcheck(op._FORWARD, raw(grown))
 
 
-@pytest.fixture(scope="module")
-def stand_in():
-    """The operators in Python alone, also where the C++ kernels own the real ones."""
-    library = torch.library.Library("l0kernels_norm_test", "FRAGMENT")
-    schemas = {"packed_norm": op._forward_python, "packed_norm_backward": op._backward_python}
-    fakes = {"packed_norm": op._forward_fake, "packed_norm_backward": op._backward_fake}
-    for handle in (op._FORWARD, op._BACKWARD):
-        name = handle._schema.name.split("::")[1]
-        library.define(str(handle._schema).removeprefix("l0kernels::"))
-        library.impl(name, torch.no_grad()(schemas[name]), "CPU")
-        torch.library.register_fake(f"l0kernels_norm_test::{name}", fakes[name], lib=library)
-    yield torch.ops.l0kernels_norm_test
-
-
 @pytest.mark.parametrize("shape, layout, training", OPCHECKED, ids=str)
-def test_python_stand_in_passes_opcheck(stand_in, shape, layout, training):
+def test_python_stand_in_passes_opcheck(shape, layout, training):
     case = make_case(shape, layout=layout, training=training, activation="relu")
-    opcheck_both(stand_in.packed_norm.default, stand_in.packed_norm_backward.default, case)
+    # The same checks as above, also where the C++ kernels own the operators.
+    namespace = stand_ins("packed_norm")
+    opcheck_both(namespace.packed_norm.default, namespace.packed_norm_backward.default, case)
 
 
 @pytest.mark.parametrize("name", ["auto", "reference"])
