@@ -221,7 +221,7 @@ class ARM(Gates):
             z, _, lists = self._binary(pi, self._cost, key, "antithetic")
         if on_host((z != draw.z).sum().reshape(1)) == [0]:
             return None
-        return self._make_draw(z, lists, dense=self._dense_ports(lists))
+        return self._make_draw(z, lists, dense=self._dense_ports)
 
     def _two_passes(
         self, closure: Callable[[], Tensor], model: nn.Module, other: Draw

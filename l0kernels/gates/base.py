@@ -9,7 +9,7 @@ import math
 import operator
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -384,6 +384,7 @@ class Gates(nn.Module):
             not selects and not bool(fills[m[0]].any())
             for m, selects in zip(self.port_maps, self.port_selects, strict=True)
         ]
+        self.port_widths = [m.shape[1] for m in self.port_maps]
         self.port_maps = [m.to(device) for m in self.port_maps]
 
     def _add_port(self, ref: GateRef, produced: Tensor) -> None:
@@ -446,6 +447,13 @@ class Gates(nn.Module):
         self._shares = {}
         self._draw = None
         return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A module looks for parameters in all that is set, some of it several times in a step.
+        if name in self.__dict__:
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
         # A draw belongs to one graph: it is never copied or pickled.
@@ -573,7 +581,7 @@ class Gates(nn.Module):
         """
         if port < 0 or port in draw.dense:
             return False
-        whole = draw.counts[port] == self.port_maps[port].shape[1]
+        whole = draw.counts[port] == self.port_widths[port]
         return not (whole and self.tells_open[port])
 
     def packs(self, layer: Any, draw: Draw) -> bool:
@@ -587,12 +595,11 @@ class Gates(nn.Module):
             return False
         return self.dense.runs_dense(group, is_open, self.layers or ())
 
-    def _dense_ports(self, lists: OpenLists) -> dict[int, Tensor]:
-        """All features of the ports that run dense, without waiting for a GPU."""
+    def _dense_ports(self, counts: list[int]) -> dict[int, Tensor]:
+        """All features of the ports that run dense, given the open features of every port."""
         if self.dense is None or self.log_alpha.is_cuda:
             return {}
-        counts = lists.counts[: len(self.names)].tolist()  # the first ports are the groups
-        return self.dense.of_draw(counts, self.layers or ())
+        return self.dense.of_draw(counts, self.layers or ())  # the first ports are the groups
 
     def begin_forward(self, root: nn.Module) -> None:
         """Have the layers of the model pack anew, also under a draw that is held: parameters may
@@ -705,8 +712,8 @@ class Gates(nn.Module):
             if self.dense is not None:
                 self.dense.next_draw()
             z, expected, lists, key = self._sample(self._cost)
-            dense = self._dense_ports(lists)
-            self._set_draw(self._make_draw(z, lists, expected, (self.log_alpha, key), dense))
+            drawn_from = self.log_alpha, key
+            self._set_draw(self._make_draw(z, lists, expected, drawn_from, self._dense_ports))
 
     @torch.no_grad()
     def _checked_deterministic(self) -> Tensor:
@@ -737,7 +744,7 @@ class Gates(nn.Module):
         lists: OpenLists,
         expected: Tensor | None = None,
         drawn_from: tuple[Tensor, Tensor] | None = None,
-        dense: Mapping[int, Tensor] | None = None,
+        dense: Callable[[list[int]], Mapping[int, Tensor]] | None = None,
     ) -> Draw:
         version = self.log_alpha._version
         places = self.port_starts, self.port_selects
@@ -758,7 +765,6 @@ class Gates(nn.Module):
         with engine():
             return *self.sample(cost, key), key
 
-    @torch.no_grad()
     def _settle(self) -> None:
         """Bring log_alpha to where the method, or having been frozen, wants it.
 
@@ -767,10 +773,12 @@ class Gates(nn.Module):
         """
         version = self.log_alpha._version
         if self._frozen_at is None and version != self._projected:
-            self.project()
+            with torch.no_grad():
+                self.project()
             self._projected = self.log_alpha._version
         if self._frozen_at is not None and version != self._restored:
-            self.log_alpha.copy_(self._frozen_at)
+            with torch.no_grad():
+                self.log_alpha.copy_(self._frozen_at)
             self._restored = self.log_alpha._version
 
     @contextmanager
@@ -949,7 +957,7 @@ class Constant(torch.autograd.Function):
 
 def engine() -> AbstractContextManager[Any]:
     """What draws: the masked reference shares the engine's draws, only its layers are PyTorch."""
-    return use_impl("auto" if current_impl() == "reference" else current_impl())
+    return use_impl("auto") if current_impl() == "reference" else nullcontext()
 
 
 def in_backward() -> bool:

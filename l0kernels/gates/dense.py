@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -53,6 +54,7 @@ class DenseGroups:
         # Whether layers noted their rows since the last draw, and before it: compiled ones do not.
         self._noted = self._known = False
         self._rows: list[float] | None = None
+        self._least: list[float] | None = None
 
     def note(self, layer: Any, rows: int) -> None:
         """A layer gets so many rows."""
@@ -69,12 +71,12 @@ class DenseGroups:
 
     def load(self, rows: Sequence[float] | None) -> None:
         """Go on as gates with this `state` would."""
-        self._rows = None if rows is None else list(rows)
+        self._rows, self._least = None if rows is None else list(rows), None
         self._noted = rows is not None
 
     def forget(self) -> None:
         """Have the rows of the groups counted again."""
-        self._rows = None
+        self._rows = self._least = None
 
     def next_draw(self) -> None:
         """Gates are about to be drawn for a forward."""
@@ -84,16 +86,17 @@ class DenseGroups:
         """All features of the ports that run dense.
 
         Args:
-            counts: open units of every group.
+            counts: open units of every group, and what may follow them.
             layers: the model's.
         """
         if not self._known:
             return {}
-        shares = [count / size for count, size in zip(counts, self.sizes, strict=True)]
-        dense = [self.runs_dense(group, share, layers) for group, share in enumerate(shares)]
-        if not any(dense):
-            return {}
-        return {port: features for port, (group, features) in self.ports.items() if dense[group]}
+        least = self._least_open(layers)
+        return {
+            port: features
+            for port, (group, features) in self.ports.items()
+            if counts[group] > least[group]
+        }
 
     def runs_dense(self, group: int, is_open: float, layers: Iterable[Any]) -> bool:
         """Whether skipping so few units costs more than it saves.
@@ -103,10 +106,18 @@ class DenseGroups:
             is_open: part of its units that is open.
             layers: the model's.
         """
+        return is_open * self.sizes[group] > self._least_open(layers)[group]
+
+    def _least_open(self, layers: Iterable[Any]) -> list[float]:
+        """Of every group, so many units may be open without its running dense."""
         if self._rows is None:
             self._rows = self.count_rows(layers)
-        rows = self._rows[group]
-        return 0 < rows <= MOST_ROWS and rows * (1 - is_open) < ROWS_PER_PACKING * is_open
+        if self._least is None:
+            self._least = [
+                size * rows / (rows + ROWS_PER_PACKING) if 0 < rows <= MOST_ROWS else math.inf
+                for size, rows in zip(self.sizes, self._rows, strict=True)
+            ]
+        return self._least
 
     def count_rows(self, layers: Iterable[Any]) -> list[float]:
         """Rows of every group, averaged over its weights; 0 for those that cannot run dense, are

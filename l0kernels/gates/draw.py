@@ -54,7 +54,8 @@ class Draw:
         drawn_from: log_alpha and key of a sampled draw, to say what is wrong with them; or None.
         widths: gives the packed widths for the counts; None: they are the same.
         index: packed features of all ports at these widths; None: those of ``lists``.
-        dense: features of the ports that stay at full width, by port; closed ones come along.
+        dense: gives, for the counts, all features of the ports that stay at full width, closed
+            ones among them; None: there are no such ports.
 
     Raises:
         ValueError: NaN in log_alpha, seed or step out of range. RuntimeError: a layout that does
@@ -74,7 +75,7 @@ class Draw:
         drawn_from: tuple[Tensor, Tensor] | None = None,
         widths: Callable[[list[int]], list[int]] | None = None,
         index: Tensor | None = None,
-        dense: Mapping[int, Tensor] | None = None,
+        dense: Callable[[list[int]], Mapping[int, Tensor]] | None = None,
     ) -> None:
         self.differentiable = torch.is_grad_enabled()
         if self.differentiable and not z.requires_grad:
@@ -90,19 +91,22 @@ class Draw:
         if min(self.counts, default=0) < 0:
             _raise_for(drawn_from)
         self.widths = list(self.counts) if widths is None else widths(self.counts)
-        spans = list(zip(starts, self.widths, selects, strict=False))
         self._starts, self._lists = starts, lists
         self.whole_index = lists.index if index is None else index
-        self.index = [self.whole_index.narrow(0, start, count) for start, count, _ in spans]
         # These need no packing: their gates multiply what layers read.
-        self.dense = {} if dense is None else dense
-        for port, features in self.dense.items():
-            self.index[port], self.widths[port] = features, features.numel()
+        self.dense = {} if dense is None else dense(self.counts)
+        self.index: list[Tensor] = []
         # Where the packed features stand among those that arrive; None where all are packed.
-        self.position = [
-            lists.position.narrow(0, start, count) if drops else None
-            for start, count, drops in spans
-        ]
+        self.position: list[Tensor | None] = []
+        for port, (start, drops) in enumerate(zip(starts, selects, strict=False)):
+            if port in self.dense:
+                self.widths[port] = self.dense[port].numel()
+                self.index.append(self.dense[port])
+                self.position.append(None)
+                continue
+            width = self.widths[port]
+            self.index.append(self.whole_index.narrow(0, start, width))
+            self.position.append(lists.position.narrow(0, start, width) if drops else None)
         # What layers packed, to be used again; None where every forward packs anew.
         self.packed: dict[Any, tuple[Tensor, Tensor | None]] | None = None
         # What one call packed for all layers and they have not taken yet, with gradients or not.

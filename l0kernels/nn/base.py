@@ -149,6 +149,8 @@ class GatedLayer(nn.Module):
 
         The weight has the layer's own layout.
         """
+        if draw.packed is None:  # most often: the dtype need not be looked up
+            return self._pack(draw)
         return self._once(draw, self.compute_dtype(), self._pack)
 
     def compute_dtype(self) -> torch.dtype:
