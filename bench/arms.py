@@ -243,24 +243,27 @@ class Oracle:
         task: the network and device.
         keep: open fraction.
         step: the draw before the first one, that is the `step` of ours before its first round.
+        steps: of ours in a round, of which the last one's draw counts.
         onednn: run linear layers in oneDNN.
     """
 
     WARMUP = 2  # steps after a rebuild: oneDNN prepares its convolutions for the new widths
 
-    def __init__(self, task: Task, keep: float, step: int = 0, onednn: bool = False):
-        self.task, self.drawn, self.onednn = task, step, onednn
+    def __init__(
+        self, task: Task, keep: float, step: int = 0, steps: int = 1, onednn: bool = False
+    ):
+        self.task, self.drawn, self.steps, self.onednn = task, step, steps, onednn
         self.widths: list[int] = []
         self.sizes = full_widths(task.network.build(), task.network.groups)
         self.log_alpha = torch.full((sum(self.sizes),), log_alpha_for(keep))
         self.arm: Arm | None = None
 
     def next_widths(self) -> list[int]:
-        """Open units per group in the draw of the next round.
+        """Open units per group in the last draw of the next round.
 
         It depends on seed and step only, so ours need not run.
         """
-        self.drawn += 1
+        self.drawn += self.steps
         ends = torch.tensor([0, *self.sizes]).cumsum(0)
         units = torch.arange(len(self.log_alpha))
         ports = torch.stack((units, torch.full_like(units, len(units))))

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, is_dataclass
@@ -23,7 +22,7 @@ from l0kernels.recipes.measure import allocated
 from l0kernels.testing import error_ratio, max_error
 
 from .figures import Figure, Sheet, markdown, shown, timed, write_texts
-from .timing import environment, interleave, require_passive_wait, synchronise
+from .timing import environment, interleave, often, repeated, require_passive_wait, synchronise
 
 NAMES = (
     "sample_gates",
@@ -320,7 +319,7 @@ def time_steps(
 ) -> list[dict[str, list[float]]]:
     """Return milliseconds per call of "ARM PASS", a list of rounds for each, of every run."""
     device = torch.device(setting.device)
-    repeats = {" ".join(key): often(step, device) for key, step in steps.items()}
+    repeats = {" ".join(key): often(step, device, LONG_ENOUGH) for key, step in steps.items()}
     long = {
         " ".join(key): partial(repeated, step, repeats[" ".join(key)])
         for key, step in steps.items()
@@ -330,21 +329,6 @@ def time_steps(
         times = interleave(long, setting.rounds, setting.warmup, device, label)
         runs.append({name: [ms / repeats[name] for ms in times[name]] for name in times})
     return runs
-
-
-def repeated(step: Callable[[], object], times: int) -> None:
-    for _ in range(times):
-        step()
-
-
-def often(step: Callable[[], object], device: torch.device) -> int:
-    """Return how many times a step is repeated so that it takes long enough to be timed."""
-    step()
-    synchronise(device)
-    start = time.perf_counter()
-    step()
-    synchronise(device)
-    return max(1, math.ceil(LONG_ENOUGH / max(time.perf_counter() - start, 1e-7)))
 
 
 def peak_mb(step: Callable[[], object], device: torch.device) -> float:

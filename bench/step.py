@@ -4,6 +4,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,17 @@ from .arms import (
 )
 from .figures import Figure, Sheet, markdown, timed, write_texts
 from .operators import options_of
-from .timing import Runs, Spread, environment, interleave, middle_run, paired, require_passive_wait
+from .timing import (
+    Runs,
+    Spread,
+    environment,
+    interleave,
+    middle_run,
+    often,
+    paired,
+    repeated,
+    require_passive_wait,
+)
 
 OPTIMIZERS = ("torch", "open-rows")
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -44,11 +55,15 @@ RATIOS = {
     "ours / torch-prune": ("ours", "torch-prune"),
     "ours / torch-pruning": ("ours", "torch-pruning"),
 }
+# Of a variant's turn: steps that are shorter are repeated, as in training.
+TURN_SECONDS = 0.05
 CONTENT = (
     "A step is gate draw + penalty + forward + backward + optimizer (SGD, Nesterov momentum .9, "
     "weight decay 5e-4, torch's fused implementation for every variant; --optimizer open-rows: "
-    "l0.optim.SGD for ours); gates are redrawn every step. dense is the full network without "
-    "gates. The oracle is the network at the widths that ours draws in a round: it ends the "
+    "l0.optim.SGD for ours); gates are redrawn every step. A variant's turn is one step, or as "
+    "many as fill 50 ms: training repeats them, and a step finds the caches as its like left them. "
+    "dense is the full network without "
+    "gates. The oracle is the network at the widths that ours draws last in a round: it ends the "
     "round, rebuilt and warmed up outside the clock after ours has run, so that ours pays for "
     "what oneDNN prepares at widths it has not met, as in training (oneDNN has room for all of "
     "them, so that oracles push nothing of the others out); oracle-onednn is the same "
@@ -98,13 +113,14 @@ class Setting:
 
 @dataclass
 class Row:
-    """The figures at one open fraction: milliseconds of all runs, ratios, errors.
+    """The figures at one open fraction: milliseconds of all runs, steps of a turn, ratios, errors.
 
     `medians` has the median ratio of every run, `ratios` the run whose median is the middle one.
     """
 
     keep: float
     times: Runs
+    steps: int = 1
     ratios: dict[str, Spread] = field(default_factory=dict)
     medians: dict[str, list[float]] = field(default_factory=dict)
     error_before: dict[str, float] = field(default_factory=dict)
@@ -205,6 +221,7 @@ def measure_row(
     for arm in gated.values():
         arm.set_open(keep)
     before = errors(task, gated)
+    steps = steps_per_turn(task, gated)
     drawn = int(gated["ours"].net.l0.step) if "ours" in gated else 0  # pyright: ignore
     arms: dict[str, Arm | Oracle] = dict(gated)
     last: dict[str, Callable[[], object]] = {}
@@ -212,7 +229,7 @@ def measure_row(
         if name not in variants:
             continue
         if name in REBUILT:
-            arms[name] = oracle = Oracle(task, keep, drawn, onednn=name == "oracle-onednn")
+            arms[name] = oracle = Oracle(task, keep, drawn, steps, name == "oracle-onednn")
             last[name] = oracle.rebuild
         else:
             arms[name] = rounded = make_arm(task, name, keep)
@@ -220,9 +237,10 @@ def measure_row(
     for name in ("dense", "torch-prune"):
         if name in variants:
             arms[name] = make_arm(task, name, keep)
+    turns = {name: partial(repeated, arms[name].step, steps) for name in variants}
     runs = [
         interleave(
-            {name: arms[name].step for name in variants},
+            turns,
             setting.rounds,
             setting.warmup,
             task.device,
@@ -231,14 +249,21 @@ def measure_row(
         )
         for _ in range(setting.runs)
     ]
+    runs = [{name: [ms / steps for ms in run[name]] for name in run} for run in runs]
     after = errors(task, gated)
     after |= require_closeness(task, {n: arm for n, arm in arms.items() if n not in after})
-    row = Row(keep, runs, error_before=before, error_after=after)
+    row = Row(keep, runs, steps, error_before=before, error_after=after)
     for name, (over, under) in RATIOS.items():
         if over in variants and under in variants:
             row.ratios[name] = middle_run(runs, over, under)
             row.medians[name] = [paired(times, over, under).median for times in runs]
     return row
+
+
+def steps_per_turn(task: Task, gated: dict[str, Arm]) -> int:
+    """Return how many steps of ours, else of the first gated variant, make a turn."""
+    arm = gated.get("ours") or next(iter(gated.values()), None)
+    return 1 if arm is None else often(arm.step, task.device, TURN_SECONDS)
 
 
 def errors(task: Task, gated: dict[str, Arm]) -> dict[str, float]:
@@ -249,12 +274,14 @@ def errors(task: Task, gated: dict[str, Arm]) -> dict[str, float]:
 def table(report: Report) -> str:
     """Return the figures as a Markdown table with what they mean."""
     ratios = list(report.rows[0].ratios)
-    head = ["open", *(f"{name} [ms]" for name in report.variants), *ratios]
+    head = ["open", "steps", *(f"{name} [ms]" for name in report.variants), *ratios]
     rows = []
     for row in report.rows:
         figures = [row.figure(name, report.setting) for name in report.variants]
         ms = [f"{figure.p50_ms:.1f}" for figure in figures]
-        rows.append([f"{row.keep:g}", *ms, *(str(row.ratios[name]) for name in ratios)])
+        rows.append(
+            [f"{row.keep:g}", str(row.steps), *ms, *(str(row.ratios[name]) for name in ratios)]
+        )
     notes = "".join(f"{note}.\n" for note in report.notes)
     body = f"{CONTENT}\n{notes}{correctness(report)}\n"
     return f"{title(report)}\n\n{markdown(head, rows, 0)}\n\n{body}"

@@ -2,6 +2,7 @@
 """Paired timing: variants take turns in one process, ratios are formed round by round."""
 
 import gc
+import math
 import os
 import platform
 import subprocess
@@ -165,6 +166,17 @@ def once(step: Callable[[], object], device: torch.device) -> float:
     step()
     synchronise(device)
     return (time.perf_counter() - start) * 1e3
+
+
+def often(step: Callable[[], object], device: torch.device, seconds: float) -> int:
+    """Return how many times a step is repeated so that it takes so long; it runs twice."""
+    once(step, device)
+    return max(1, math.ceil(seconds / max(once(step, device) / 1e3, 1e-7)))
+
+
+def repeated(step: Callable[[], object], times: int) -> None:
+    for _ in range(times):
+        step()
 
 
 def synchronise(device: torch.device) -> None:

@@ -104,7 +104,9 @@ def test_table_has_a_line_per_open_fraction(finished: Path):
     rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("|")]
     assert [row[0].strip() for row in rows] == ["open", "---:", "1", "0.25"]
     there = [ends for ends in step.RATIOS.values() if set(ends) <= set(arms.VARIANTS)]
-    assert {len(row) for row in rows} == {1 + len(arms.VARIANTS) + len(there)}
+    assert {len(row) for row in rows} == {2 + len(arms.VARIANTS) + len(there)}
+    report = json.loads((finished / "step.json").read_text())
+    assert [int(row[1]) for row in rows[2:]] == [row["steps"] for row in report["rows"]]
     assert "OMP_WAIT_POLICY=passive" in text
     assert "optimizer" in text and "agree with the masked network" in text
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from l0kernels.bench import timing
 
@@ -57,6 +58,21 @@ def test_last_steps_end_every_round_and_are_prepared_outside_the_clock(
     assert calls == ["b", "a", *end, "a", "b", *end, "b", "a", *end]
     assert times == {name: [1e3, 1e3] for name in "xabc"}
     assert list(times) == list("xabc")
+
+
+@pytest.mark.parametrize(("ticks", "times"), [(100, 1), (50, 1), (49, 2), (10, 5), (1, 50)])
+def test_short_steps_are_repeated_until_they_fill_a_turn(
+    monkeypatch: pytest.MonkeyPatch, ticks: int, times: int
+):
+    seconds = [0]
+
+    def step() -> None:
+        seconds[0] += ticks
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: seconds[0])
+    assert timing.often(step, torch.device("cpu"), 50) == times
+    timing.repeated(step, times)
+    assert seconds == [(2 + times) * ticks]
 
 
 def test_last_names_a_step():

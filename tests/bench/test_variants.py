@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from l0kernels.bench import arms, index_select, masked, models, peers, work
+from l0kernels.bench import arms, index_select, masked, models, peers, timing, work
 
 SMALL = ("mlp-784-300-100", "lenet5", "wrn-10-1")
 PLAIN = (masked.MaskedAsWritten, masked.MaskedAtBest, index_select.IndexSelect)
@@ -195,16 +195,17 @@ def test_gates_stay_where_they_are_set(variant: str):
     assert arm.loss(arm.x, arm.y) != first
 
 
-def test_oracle_is_rebuilt_at_the_widths_that_ours_draws():
+@pytest.mark.parametrize("steps", [1, 3])
+def test_oracle_is_rebuilt_at_the_widths_that_ours_draws(steps: int):
     what = task("wrn-10-1")
     ours = arms.make_arm(what, "ours", 0.5)
     ours.step()
-    oracle = arms.Oracle(what, 0.5, int(ours.net.l0.step))
+    oracle = arms.Oracle(what, 0.5, int(ours.net.l0.step), steps)
     with pytest.raises(RuntimeError, match=r"rebuild\(\) before"):
         oracle.step()
     seen = set()
     for _ in range(4):
-        ours.step()
+        timing.repeated(ours.step, steps)
         oracle.rebuild()
         widths = models.full_widths(oracle.arm.net, what.network.groups)
         assert widths == [ours.net.l0[name].count for name in ours.net.l0.names]
