@@ -11,6 +11,10 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#endif
+
 #include <algorithm>
 #include <cstring>
 #include <tuple>
@@ -223,6 +227,8 @@ struct Unpack {
   const int32_t* from;      // where open numbers lie in a packed line ...
   const int32_t* to;        // ... and in a full one
   int64_t open_numbers;
+  const uint16_t* masks;  // open ones of 16 numbers of a full line; null: cannot be expanded
+  const void* open_scale;  // one per open number
   const void* scale;      // one per number of a full line, 0 where closed
   const int32_t* closed;  // places in a full line whose scale is 0
   int64_t closed_numbers;
@@ -259,9 +265,52 @@ L0K_HD void flush(Scratch<S>& scratch) {
   }
 }
 
+#if defined(__x86_64__) && defined(__GNUC__)
+bool can_expand() { return machine_isa() == Isa::avx512; }
+
+// Sixteen numbers of a full line at a time: what `unpack_line` does in three sweeps, in one.
+__attribute__((target("avx512f,popcnt"))) inline void expand_line(
+    const Unpack& u, const float* grad, const float* weight, float row_scale, float* grad_weight,
+    float* products) {
+  const float* scale = static_cast<const float*>(u.open_scale);
+  const __m512 rows = _mm512_set1_ps(row_scale);
+  for (int64_t i = 0; i < u.full_line; i += 16) {
+    const __mmask16 mask = u.masks[i / 16];
+    const int count = __builtin_popcount(mask);
+    const auto within = static_cast<__mmask16>((1u << std::min<int64_t>(16, u.full_line - i)) - 1);
+    const auto first = static_cast<__mmask16>((1u << count) - 1);
+    const __m512 open = _mm512_maskz_loadu_ps(first, grad);
+    if (grad_weight != nullptr) {
+      const __m512 scaled = _mm512_mul_ps(open, _mm512_maskz_loadu_ps(first, scale));
+      const __m512 full = _mm512_maskz_expand_ps(mask, _mm512_mul_ps(scaled, rows));
+      _mm512_mask_storeu_ps(grad_weight + i, within, full);
+    }
+    if (products != nullptr) {
+      const __m512 full = _mm512_maskz_expand_ps(mask, open);
+      const __m512 product = _mm512_mul_ps(full, _mm512_maskz_loadu_ps(within, weight + i));
+      const __m512 sum = _mm512_add_ps(_mm512_maskz_loadu_ps(within, products + i), product);
+      _mm512_mask_storeu_ps(products + i, within, sum);
+    }
+    grad += count;
+    scale += count;
+  }
+}
+#else
+bool can_expand() { return false; }
+
+inline void expand_line(const Unpack&, const float*, const float*, float, float*, float*) {}
+#endif
+
 template <typename W, typename P, typename S>
 L0K_HD void unpack_line(const Unpack& u, const P* grad, const W* __restrict weight, S row_scale,
                         W* __restrict grad_weight, Scratch<S>& scratch) {
+  if constexpr (std::is_same_v<W, float> && std::is_same_v<P, float>) {
+    if (u.masks != nullptr) {
+      const bool sums = u.sums != nullptr && u.row_scale == nullptr;
+      float* products = sums ? scratch.products.data() : nullptr;
+      return expand_line(u, grad, weight, row_scale, grad_weight, products);
+    }
+  }
   const S* __restrict scale = static_cast<const S*>(u.scale);
   S* __restrict line = scratch.line.data();
   spread_line(u, grad, line);
@@ -518,6 +567,7 @@ std::vector<int64_t> row_slots(const Axis& row, const Gates<S>& gates) {
 template <typename S>
 struct OpenColumns {
   std::vector<int64_t> packed, full;
+  std::vector<S> scale;
   std::vector<S> full_scale;  // of every full column, 0 where closed
 };
 
@@ -534,6 +584,7 @@ OpenColumns<S> open_columns(const Axis& col, const std::vector<S>& scales) {
     if (scales[c] == S(0)) continue;
     open.packed.push_back(c);
     open.full.push_back(feature);
+    open.scale.push_back(scales[c]);
     open.full_scale[feature] = scales[c];
   }
   require(repeats == 0, col.index_name, ": expected distinct indices");
@@ -554,9 +605,24 @@ void add_gate_grads(const Axis& inputs, const Gates<S>& gates, const OpenColumns
   }
 }
 
+// Of every 16 numbers of a line which are open; empty where the open numbers of a packed line do not
+// follow each other from its start in the order of the full line, or the machine cannot expand.
+std::vector<uint16_t> open_masks(const std::vector<int32_t>& from, const std::vector<int32_t>& to,
+                                 int64_t full_line) {
+  for (size_t i = 0; i < from.size(); ++i) {
+    if (from[i] != static_cast<int32_t>(i) || (i > 0 && to[i] <= to[i - 1])) return {};
+  }
+  if (!can_expand()) return {};
+  std::vector<uint16_t> masks((full_line + 15) / 16);
+  for (int32_t place : to) masks[place / 16] |= static_cast<uint16_t>(1u << (place % 16));
+  return masks;
+}
+
 int64_t rows_per_chunk(const Shape& shape) {
   const int64_t row = std::max<int64_t>(1, shape.lines * shape.line());
-  return std::max({int64_t{1}, kChunk / row, (shape.rows + kMaxChunks - 1) / kMaxChunks});
+  // A chunk with fewer lines than a short sum has would go to float64 more often than others.
+  const int64_t sum = kProductsInSum / std::max<int64_t>(1, shape.lines);
+  return std::max({int64_t{1}, kChunk / row, (shape.rows + kMaxChunks - 1) / kMaxChunks, sum});
 }
 
 // grad_weight is undefined and grad_z null if they are not wanted.
@@ -572,9 +638,12 @@ void run_unpack(const Arguments& args, const Tensor& grad, const Tensor& grad_we
   if (args.transposed) input_rows = open_columns(args.row, scales_of(args.row, args.gates<S>()));
   const OpenColumns<S>& open_inputs = args.transposed ? input_rows : open;
   const std::vector<S> scale = repeated(open.full_scale, shape.inner);
+  const std::vector<S> open_scale = repeated(open.scale, shape.inner);
   const std::vector<int32_t> closed = closed_places(scale);
   const std::vector<int32_t> from = places(open.packed, shape.inner);
   const std::vector<int32_t> to = places(open.full, shape.inner);
+  std::vector<uint16_t> masks;
+  if (args.col.selects) masks = open_masks(from, to, shape.line());
 
   Unpack u{};
   u.grad = grad.const_data_ptr();
@@ -594,6 +663,8 @@ void run_unpack(const Arguments& args, const Tensor& grad, const Tensor& grad_we
   u.from = from.data();
   u.to = to.data();
   u.open_numbers = static_cast<int64_t>(from.size());
+  u.open_scale = open_scale.data();
+  u.masks = masks.empty() ? nullptr : masks.data();
   u.scale = scale.data();
   u.closed = closed.data();
   u.closed_numbers = static_cast<int64_t>(closed.size());

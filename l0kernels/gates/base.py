@@ -27,6 +27,8 @@ GPU_MULTIPLE = 16  # channels that a tensor core's instruction takes
 # Of small groups it computes less without what would be added.
 CPU_MULTIPLES = (16, 8)
 MOST_ADDED = 1 / 8  # of a group
+# Units of a group without convolutions for which MKL's odd widths cost more than to sort.
+LEAST_ROUNDED = 1024
 # Numbers in the weights of a model for which a call costs more than keeping packed gradients.
 FEW_WEIGHTS = 1 << 22
 
@@ -565,7 +567,7 @@ class Gates(nn.Module):
             return self._multiple
         if self.log_alpha.is_cuda:
             return GPU_MULTIPLE
-        if not self._has_convolutions:
+        if not self._has_convolutions and size < LEAST_ROUNDED:
             return 1
         return next((m for m in CPU_MULTIPLES if m <= MOST_ADDED * size), 1)
 

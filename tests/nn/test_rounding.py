@@ -123,7 +123,7 @@ def test_widths():
 
 
 def test_on_a_cpu_wide_groups_of_convolutions_are_rounded():
-    """To 16 from 128 units on, to 8 from 64 on; those of linear layers are not."""
+    """To 16 from 128 units on, to 8 from 64 on; those of linear layers from 1024 on."""
     widths = (200, 128, 127, 64, 63)
     channels = zip((3, *widths[:-1]), widths, strict=True)
     layers = [layer for c in channels for layer in (nn.Conv2d(*c, 1), nn.ReLU())]
@@ -141,6 +141,7 @@ def test_on_a_cpu_wide_groups_of_convolutions_are_rounded():
     linear = nn.Sequential(nn.Linear(6, 256), nn.ReLU(), nn.Linear(256, 2))
     l0.convert(linear, "hard_concrete", example_inputs=(torch.randn(2, 6),))
     assert linear.l0.multiple_of(256) == 1
+    assert [linear.l0.multiple_of(size) for size in (1023, 1024)] == [1, 16]
 
 
 class Meets(nn.Module):
