@@ -30,6 +30,7 @@ class GatedLinear(GatedLayer, nn.Linear):
     """
 
     plain_class = nn.Linear
+    knows_constants = True
 
     def __init__(
         self,
@@ -58,9 +59,9 @@ class GatedLinear(GatedLayer, nn.Linear):
             return super().forward(input)
         draw = self.current_draw()
         if current_impl() == "reference":
-            return super().forward(self.mask_inputs(input, -1, draw))
-        weight, bias = self.packed_parameters(draw)
-        return self.compute(self.select_inputs(input, -1, draw, weight), weight, bias)
+            y = super().forward(self.mask_inputs(input, -1, draw))
+            return self.mask_outputs(y, -1, draw)
+        return self.compute_packed(input, -1, draw)
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return linear(x, weight, bias)
