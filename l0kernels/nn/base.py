@@ -189,11 +189,13 @@ class GatedLayer(nn.Module):
                 x, constants = take_off(input, dim, closed)
         weight, bias = self.packed_parameters(draw)
         x = self.select_inputs(x, dim, draw, weight)
-        y = self.compute(x, weight, bias, *args, **kwargs)
         if constants is None:
-            return y
+            return self.compute(x, weight, bias, *args, **kwargs)
         columns, _ = self._once(draw, ("closed", self.compute_dtype()), self._pack_closed)
-        return y + self.compute(constants, columns, None, *args, **kwargs)
+        shared = self.compute(constants, columns, bias, *args, **kwargs)
+        if shared.numel() == weight.shape[0]:  # one position
+            return self.compute(x, weight, shared.flatten(), *args, **kwargs)
+        return self.compute(x, weight, None, *args, **kwargs) + shared
 
     def open_rows(self, draw: Draw) -> Tensor:
         """Which packed output features are really open, bool of shape [packed]."""

@@ -52,14 +52,14 @@ def left_out(index: Tensor, features: int) -> Tensor:
 
 
 def append(y: Tensor, values: Tensor) -> Tensor:
-    """Append constant channels as further examples; the last one is filled up with zeros.
+    """Append constant channels as further examples, filled up with zeros.
 
     Args:
         y: [N, C, ...], packed channels.
         values: [K], the constants of the others.
 
     Returns:
-        [N + ceil(K / C), C, ...], in the layout of y.
+        [N + ceil(K / C) + 1, C, ...], in the layout of y.
     """
     width = y.shape[1]
     examples = further_examples(values.shape[0], width)
@@ -70,8 +70,11 @@ def append(y: Tensor, values: Tensor) -> Tensor:
 
 
 def further_examples(constants: int, width: int) -> int:
-    """How many examples of ``width`` channels hold so many constants."""
-    return -(-constants // width)
+    """How many examples of ``width`` channels are appended for so many constants.
+
+    One more than are filled: never 1, for which a compiled graph would be another one.
+    """
+    return -(-constants // width) + 1
 
 
 def take_off(x: Tensor, dim: int, constants: int) -> tuple[Tensor, Tensor]:
