@@ -138,7 +138,8 @@ class _GatedBatchNorm(GatedLayer, nn.modules.batchnorm._BatchNorm):
             no_gate = torch.full_like(gates.port_maps[self.out_port], gates.count)
             z = draw.z.detach()
             return packed_norm(x, *tensors, index, z, no_gate, by_batch, factor, self.eps)
-        weight, bias, mean, var = (None if t is None else t.index_select(0, index) for t in tensors)
+        weight, bias = self._pack(draw)
+        mean, var = (None if t is None else t.index_select(0, index) for t in tensors[2:])
         y = F.batch_norm(x, mean, var, weight, bias, by_batch, factor, self.eps)
         if factor:
             with torch.no_grad():
@@ -146,6 +147,16 @@ class _GatedBatchNorm(GatedLayer, nn.modules.batchnorm._BatchNorm):
                     assert buffer is not None and new is not None
                     buffer.index_copy_(0, index, new)
         return y
+
+    def _pack(self, draw: Draw) -> tuple[Any, Tensor | None]:
+        if not self.scales_rows:
+            return super()._pack(draw)
+        # What closed features hold counts here.
+        index = draw.index[self.out_port]
+        weight, bias = (
+            None if t is None else t.index_select(0, index) for t in (self.weight, self.bias)
+        )
+        return weight, bias
 
     def _constants(self, closed: Tensor, by_batch: bool, dtype: torch.dtype) -> Tensor:
         """What the norm makes of zeros, for some features."""

@@ -133,8 +133,8 @@ def with_between(function: Callable[[Tensor], Tensor], extra: nn.Module | None =
 class Past(Chain):
     def forward(self, x: Tensor) -> Tensor:
         made = self.a(F.relu(self.stem(x)))
-        y = self.b(F.relu(self.norm(made))) + self.extra(made)
-        return self.c(F.relu(self.norm2(y))).mean((2, 3))
+        y = self.b(F.relu(self.norm(made)))
+        return self.c(F.relu(self.norm2(y))).mean((2, 3)) + self.extra(made).mean((2, 3))
 
 
 class Early(Chain):
@@ -146,8 +146,8 @@ class Early(Chain):
 class Beside(Chain):
     def forward(self, x: Tensor) -> Tensor:
         h = F.relu(self.norm(self.a(F.relu(self.stem(x)))))
-        y = self.b(h)[:, :, 1:-1, 1:-1] + self.extra(torch.cat((h, x), 1))
-        return self.c(F.relu(self.norm2(y))).mean((2, 3))
+        beside = self.extra(torch.cat((h, x), 1)).mean((2, 3))
+        return self.c(F.relu(self.norm2(self.b(h)))).mean((2, 3)) + beside
 
 
 def past() -> nn.Module:

@@ -306,6 +306,7 @@ def test_autocast(case: str):
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_one_graph_for_any_width(case: str, training: bool):
     net = make(case, 9).train(training)
+    net[1].momentum = 0.1  # None is a number that compiled code does not know
     torch._dynamo.reset()
     counter = CompileCounter()
     compiled = torch.compile(net, backend=counter, fullgraph=True, dynamic=True)
