@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -49,7 +50,7 @@ def watching_constants(whole: nn.Module) -> Iterator[dict[str, Tensor]]:
         found[name] = torch.where(same, most, torch.nan)
 
     handles = [
-        module.register_forward_pre_hook(lambda m, args, name=name: note(name, m, args))
+        module.register_forward_pre_hook(partial(note, name))
         for name, module in whole.named_modules()
         if isinstance(module, GatedLayer) and module.reads_constants
     ]

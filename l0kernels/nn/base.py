@@ -15,7 +15,7 @@ from l0kernels.gates.base import Gates
 from l0kernels.gates.draw import LEAST, Draw
 from l0kernels.gates.ref import GateRef
 from l0kernels.nn import packing
-from l0kernels.nn.constants import left_out, take_off
+from l0kernels.nn.constants import add_shared, left_out, take_off
 
 
 class GatedLayer(nn.Module):
@@ -195,7 +195,7 @@ class GatedLayer(nn.Module):
         shared = self.compute(constants, columns, bias, *args, **kwargs)
         if shared.numel() == weight.shape[0]:  # one position
             return self.compute(x, weight, shared.flatten(), *args, **kwargs)
-        return self.compute(x, weight, None, *args, **kwargs) + shared
+        return add_shared(self.compute(x, weight, None, *args, **kwargs), shared)
 
     def open_rows(self, draw: Draw) -> Tensor:
         """Which packed output features are really open, bool of shape [packed]."""

@@ -4,6 +4,7 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import l0kernels as l0
+from l0kernels.gates.dense import DenseGroups
 from l0kernels.nn import (
     GatedBatchNorm1d,
     GatedBatchNorm2d,
@@ -384,6 +386,56 @@ def trained(impl: str) -> dict[str, Tensor]:
 def test_training_steps_as_masked():
     """Draws of their own, SGD with momentum and decay, several steps."""
     assert_same(trained("reference"), trained("auto"))
+
+
+def test_dense_groups_as_masked(monkeypatch: pytest.MonkeyPatch):
+    seen = []
+
+    def all_dense(self: DenseGroups, counts: Any, layers: Any) -> dict[int, Tensor]:
+        seen.append(counts)
+        return {port: features for port, (_, features) in self.ports.items()}
+
+    monkeypatch.setattr(DenseGroups, "of_draw", all_dense)
+    assert_same(trained("reference"), trained("auto"))
+    assert len(seen) == 10
+
+
+def test_rows_of_closed_units_may_wait():
+    """The optimizer that leaves closed rows behind: beta and columns of closed units learn."""
+    found = {}
+    for ours in (True, False):
+        torch.manual_seed(0)
+        net = Wide().float()
+        sgd = partial(l0.optim.SGD, model=net) if ours else torch.optim.SGD
+        optimizer = sgd(net.parameters(), lr=0.05, momentum=0.9)
+        for _ in range(4):
+            x = torch.randn(2, 16, 4, 4)
+            optimizer.zero_grad()
+            net(x).square().mean().backward()
+            optimizer.step()
+        if ours:
+            assert optimizer.row_weights == ["first.weight", "second.weight"]
+        found[ours] = {n: p.detach().clone() for n, p in net.state_dict().items() if n[:2] != "l0"}
+    assert_same(found[False], found[True], 1e-5)
+
+
+class Wide(nn.Module):
+    """Layers large enough for rows to be left behind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        g = self.l0 = l0.gates.HardConcrete({"a": 256, "b": 64})
+        a, b = g["a"].before_norm(), g["b"].before_norm()
+        self.first = GatedConv2d(16, 256, 3, padding=1, out_gate=a)
+        self.norm = GatedBatchNorm2d(256, out_gate=a)
+        self.second = GatedConv2d(256, 64, 3, padding=1, in_gate=a, out_gate=b)
+        self.norm2 = GatedBatchNorm2d(64, out_gate=b)
+        self.third = GatedConv2d(64, 2, 1, in_gate=b)
+        g.attach(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm2(self.second(torch.sigmoid(self.norm(self.first(x)))))
+        return self.third(torch.relu(y))
 
 
 class TwoReaders(nn.Module):
