@@ -510,9 +510,16 @@ class Probe:
 
     @torch.no_grad()
     def with_dropout(self) -> set[str]:
-        """Layers and passages that read something else in training mode when dropout acts."""
+        """Layers and passages that read something else in training mode when dropout acts.
+
+        Raises:
+            ForwardFails: the model cannot be replayed in training mode.
+        """
         outputs = self._record(training=True).outputs_of
-        self._settle(_Point(True, 1.0, (), self.inputs, outputs))
+        if not self._settle(_Point(True, 1.0, (), self.inputs, outputs)):
+            raise ForwardFails(
+                "the model's layers read NaN in training mode, or its forward fails when repeated"
+            )
         self._touched, self._kept = Touched(), {}
         self._calls, self._last, self._changed = {}, None, True
         self._run(True, self.inputs, nullcontext())

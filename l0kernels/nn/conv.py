@@ -25,9 +25,11 @@ class _GatedConv(GatedLayer, nn.modules.conv._ConvNd):
         in_channels, out_channels, kernel_size, ...: as in the plain class; parameters keep their
             full shape.
         in_gate: gates that multiply the input channels.
-        out_gate: gates of the output channels; they are multiplied where the output is read.
+        out_gate: gates of the output channels; they are multiplied where the output is read, or
+            here if they stand before a norm.
 
     Shape: x [N, packed in_channels, ...]; y [N, packed out_channels, ...]; N may be left out.
+    Behind gates before a norm x has further examples, see ``l0kernels.nn.constants``.
 
     Raises:
         ValueError: a gate has another number of features than the layer, or the layer is grouped
@@ -52,9 +54,9 @@ class _GatedConv(GatedLayer, nn.modules.conv._ConvNd):
         if self.groups > 1 and (in_gate is not None or before_norm or not self.depthwise):
             raise ValueError(
                 f"{type(self).__name__}: expected groups=1, or a depthwise convolution with "
-                f"out_gate after an activation only, got groups={self.groups}, "
-                f"in_channels={self.in_channels}, "
-                f"out_channels={self.out_channels}, in_gate={in_gate}"
+                f"out_gate only, not before a norm, got groups={self.groups}, "
+                f"in_channels={self.in_channels}, out_channels={self.out_channels}, "
+                f"in_gate={in_gate}, out_gate={out_gate}"
             )
         super().connect(in_gate, out_gate)
 

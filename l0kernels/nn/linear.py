@@ -20,10 +20,12 @@ class GatedLinear(GatedLayer, nn.Linear):
         in_features, out_features, bias, device, dtype: as in ``nn.Linear``; parameters keep
             their full shape.
         in_gate: gates that multiply the input features.
-        out_gate: gates of the output features; they are multiplied where the output is read.
+        out_gate: gates of the output features; they are multiplied where the output is read, or
+            here if they stand before a norm.
 
     Shape: x [..., packed in_features], or [..., in_features] where no producer packs it;
-    y [..., packed out_features].
+    y [..., packed out_features]. Behind gates before a norm x has further examples, see
+    ``l0kernels.nn.constants``.
 
     Raises:
         ValueError: a gate has another number of features than the layer.

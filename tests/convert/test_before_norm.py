@@ -272,6 +272,45 @@ def test_neurons_and_flattened_channels():
     assert net.l0.names == ["0", "5"]
 
 
+def trained(method: str, impl: str) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    net = Chain().double()
+    x = torch.randn(4, 3, 7, 7, dtype=torch.float64)
+    l0.convert(net, method, example_inputs=(x,), place="before_norm", lam=1e-3)
+    optimizer = torch.optim.SGD(l0.param_groups(net, lr=0.05, gate_lr=0.5), momentum=0.9)
+    opened = []
+    for i in range(4):
+        optimizer.zero_grad()
+        y = torch.randn(4, 5, dtype=torch.float64)
+        with l0.use_impl(impl):
+            loss = l0.expected_loss(net, lambda y=y: (net(x + i) - y).square().mean())  # noqa: B023
+            (loss + l0.penalty(net)).backward()
+        opened.append(sum(net.l0.current_draw().counts[:2]))
+        optimizer.step()
+    found = {k: v for k, v in net.state_dict().items() if isinstance(v, Tensor)}
+    return found | {"opened": torch.tensor(opened)}
+
+
+@pytest.mark.parametrize("method", ["hard_concrete", "arm", "dep", "cs"])
+def test_methods_train_as_masked(method: str):
+    masked, packed = trained(method, "reference"), trained(method, "auto")
+    if method in ("hard_concrete", "arm"):
+        assert min(masked.pop("opened")) < 13
+    for name, value in packed.items():
+        if name != "opened":
+            torch.testing.assert_close(value, masked[name], atol=1e-9, rtol=1e-9, msg=name)
+
+
+def test_report_with_inputs_times_it():
+    net = Chain()
+    x = (torch.randn(3, 3, 7, 7),)
+    l0.convert(net, "hard_concrete", example_inputs=x, place="before_norm")
+    speed = l0.report(net, x).speed
+    assert speed is not None
+    assert set(speed.groups) == {"a", "b"}
+    assert speed.packed > 0
+
+
 def test_revert_gives_plain_layers_back():
     net = Chain()
     before = {name: type(module) for name, module in net.named_modules()}
