@@ -253,7 +253,7 @@ def test_channels_last_stays():
         note(y)
         y.register_hook(note)
 
-    for layer in (net[0], net[1]):
+    for layer in (net[0], net[2]):
         layer.register_forward_hook(hook)
     z = gate_values("half", 12)
     with net.l0.using(z):
