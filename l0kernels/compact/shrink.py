@@ -198,7 +198,7 @@ def _cut(layer: GatedLayer, draw: Draw, fold: Fold | None) -> None:
 def _cut_statistics(norm: GatedLayer, draw: Draw) -> None:
     # Mean 0 and variance 1 let the zeros of units that only fill up pass as zeros; before a norm
     # nobody reads these, and the others need their own.
-    index, is_open = draw.index[norm.out_port], norm.open_rows(draw) | norm.scales_rows
+    index, is_open = draw.index[norm.out_port], norm.open_rows(draw) | norm.makes_constants
     for name, neutral in (("running_mean", 0.0), ("running_var", 1.0)):
         full = norm._buffers[name]
         if full is not None:

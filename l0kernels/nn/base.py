@@ -55,19 +55,19 @@ class GatedLayer(nn.Module):
         return None if ref is None else ref.gates
 
     @property
-    def scales_rows(self) -> bool:
-        """Whether its gates multiply what it makes, before a norm."""
+    def makes_constants(self) -> bool:
+        """Whether gates multiply what it makes, or normalises, before a norm."""
         return self.out_gate is not None and self.out_gate.is_before_norm
 
     @property
     def reads_constants(self) -> bool:
-        """Whether features that it reads are constants where gates before a norm are closed."""
+        """Whether it reads constants where gates before a norm are closed."""
         return self.in_gate is not None and self.in_gate.is_before_norm
 
     @property
     def packs_together(self) -> bool:
         """Whether its parameters may be packed with those of other layers, in one call."""
-        return not (self.packs_alone or self.scales_rows or self.reads_constants)
+        return not (self.packs_alone or self.makes_constants or self.reads_constants)
 
     def connect(self, in_gate: GateRef | None, out_gate: GateRef | None) -> None:
         """Set the references; ``gates.attach(model)`` makes them work.
@@ -166,7 +166,7 @@ class GatedLayer(nn.Module):
 
     def mask_outputs(self, y: Tensor, dim: int, draw: Draw) -> Tensor:
         """Multiply every output feature by its gate before a norm (masked reference)."""
-        if not self.scales_rows:
+        if not self.makes_constants:
             return y
         scale = _scale(self.gates, self.out_port, draw)
         return y * scale.to(y.dtype).view(-1, *[1] * (-dim - 1))
@@ -231,7 +231,7 @@ class GatedLayer(nn.Module):
     def _pack(self, draw: Draw) -> tuple[Tensor, Tensor | None]:
         gates = self.gates
         assert gates is not None
-        if not self.scales_rows and not self.reads_constants:
+        if not self.makes_constants and not self.reads_constants:
             if not torch.compiler.is_compiling() and not gates.packs(self, draw):
                 return self.weight, self.bias
             if gates.together:
@@ -260,7 +260,7 @@ class GatedLayer(nn.Module):
         rows = row_map = cols = col_map = None
         # A graph that depends on a width would serve one draw only.
         compiling = torch.compiler.is_compiling()
-        drops = compiling or self.scales_rows or gates.drops(self.out_port, draw)
+        drops = compiling or self.makes_constants or gates.drops(self.out_port, draw)
         if self.out_port >= 0 and drops:
             rows, row_map = draw.index[self.out_port], gates.port_maps[self.out_port]
         if closed is not None:
@@ -268,7 +268,7 @@ class GatedLayer(nn.Module):
         elif columns and self.in_port >= 0 and (compiling or self.in_port not in draw.dense):
             cols = draw.index[self.in_port]
             col_map = None if self.reads_constants else gates.port_maps[self.in_port]
-        if self.scales_rows:
+        if self.makes_constants:
             packed = pack_weight(full, draw.z, rows, row_map, cols, col_map)
             scale = _scale(gates, self.out_port, draw).index_select(0, draw.index[self.out_port])
             return (packed * scale.view(-1, *[1] * (full.dim() - 1))).to(dtype)

@@ -61,7 +61,7 @@ class _GatedBatchNorm(GatedLayer, nn.modules.batchnorm._BatchNorm):
         self._check_input_dim(input)
         draw = self.current_draw()
         masked = current_impl() == "reference"
-        if self.scales_rows:
+        if self.makes_constants:
             return super().forward(input) if masked else self._with_constants(input, draw)
         if not masked and draw.packed is None and not torch.compiler.is_compiling():
             return self._in_one(input, draw)
@@ -149,7 +149,7 @@ class _GatedBatchNorm(GatedLayer, nn.modules.batchnorm._BatchNorm):
         return y
 
     def _pack(self, draw: Draw) -> tuple[Any, Tensor | None]:
-        if not self.scales_rows:
+        if not self.makes_constants:
             return super()._pack(draw)
         # What closed features hold counts here.
         index = draw.index[self.out_port]

@@ -68,6 +68,16 @@ def one_dimensional(r: Ref, n: int) -> list[nn.Module]:
     ]
 
 
+def tokens(r: Ref, n: int) -> list[nn.Module]:
+    layers = one_dimensional(r, n)[:3]
+    return [*layers, Transpose(), GatedLinear(n, 3, in_gate=r)]
+
+
+class Transpose(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2)
+
+
 def neurons(r: Ref, n: int) -> list[nn.Module]:
     return [
         GatedLinear(5, n, out_gate=r),
@@ -88,6 +98,7 @@ CASES: dict[str, tuple[Callable[[Ref, int], list[nn.Module]], tuple[int, ...]]] 
     "max pooled": (max_pooled, (2, 7, 6)),
     "mean pooled": (mean_pooled, (2, 7, 6)),
     "one-dimensional": (one_dimensional, (2, 11)),
+    "tokens": (tokens, (2, 11)),
     "neurons": (neurons, (5,)),
     "flattened": (flattened, (2, 7, 6)),
 }
