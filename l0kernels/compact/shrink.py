@@ -103,13 +103,14 @@ def _copy(whole: nn.Module) -> nn.Module:
         raise ValueError(f"compact: the model cannot be copied: {error}") from error
 
 
-def shrink(whole: nn.Module, values: Tensor, constants: Mapping[str, Tensor]) -> None:
+def shrink(whole: nn.Module, values: Tensor, constants: Mapping[str, Tensor] | None = None) -> None:
     """Cut a model with gates to given gate values and make it plain, in place.
 
     Args:
         whole: the module that the gates are attached to, or one around it.
         values: gate values, shape [gates].
-        constants: what layers read of closed units, see `watching_constants`.
+        constants: what layers read of closed units, see `watching_constants`; only models with
+            gates before a norm need it.
 
     Raises:
         ValueError: a layer has other gates, is of a class that cannot be made plain, or reads
@@ -117,7 +118,8 @@ def shrink(whole: nn.Module, values: Tensor, constants: Mapping[str, Tensor]) ->
     """
     gates = gates_of(whole)
     layers = _gated_layers(whole, gates)
-    folds = find_folds(whole, gates, torch.cat((values, values.new_ones(1))), constants)
+    z = torch.cat((values, values.new_ones(1)))
+    folds = find_folds(whole, gates, z, constants or {})
     draw = _draw_of_kept(gates, layers, values, folds)
     for layer in layers:
         _cut(layer, draw, folds.get(layer))
