@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils._pytree import tree_map_only
 
 from l0kernels._config import use_impl
+from l0kernels.compact.constants import Fold, find_folds, fold_columns, watching_constants
 from l0kernels.compact.inputs import check_inputs, outputs_of
 from l0kernels.convert.check import worst_difference
 from l0kernels.convert.probe import NoDropout
@@ -36,7 +38,9 @@ def compact(net: nn.Module, example_inputs: Inputs) -> nn.Module:
     kept only if some layer reads it with a gate other than zero. Columns stay, as zeros, where
     dropping them would take a gather of activations: features that only a gate without a producer
     closes, such as network inputs, or some positions of a unit that stays. No width falls below
-    min(2, width), as in packed runs: where fewer units are open, zeroed ones fill up.
+    min(2, width), as in packed runs: where fewer units are open, zeroed ones fill up. Before a norm
+    closed units are constants: for each layer that reads some that are not 0, one of them stays,
+    with a filter that adds what all of them add.
 
     The new model is checked before it is returned: fp64 copies of the masked network and of the
     compact one agree in every output to 1e-9 of its largest element, in eval mode; places that
@@ -54,8 +58,9 @@ def compact(net: nn.Module, example_inputs: Inputs) -> nn.Module:
     Raises:
         TypeError: ``net`` is not a module, or ``example_inputs`` neither tuple nor mapping.
         ValueError: the model has no gates or several sets, cannot be copied, has gated layers of
-            a class that is not the package's own, NaN gates, or a forward that fails with
-            ``example_inputs``.
+            a class that is not the package's own, NaN gates, a forward that fails with
+            ``example_inputs``, or padding between a norm and a layer that makes constants others
+            at the border.
         RuntimeError: the compact model fails or differs.
     """
     check_inputs("compact", net, example_inputs)
@@ -64,9 +69,9 @@ def compact(net: nn.Module, example_inputs: Inputs) -> nn.Module:
     autocast = torch.autocast(gates.log_alpha.device.type, enabled=False)
     with torch.inference_mode(False), torch.no_grad(), autocast:
         values = _eval_gates(gates)
-        _verify(_copy(whole).double(), values.double(), example_inputs)
+        constants = _verify(_copy(whole).double(), values.double(), example_inputs)
         small = _copy(whole)
-        shrink(small, values)
+        shrink(small, values, constants)
     return small
 
 
@@ -98,21 +103,26 @@ def _copy(whole: nn.Module) -> nn.Module:
         raise ValueError(f"compact: the model cannot be copied: {error}") from error
 
 
-def shrink(whole: nn.Module, values: Tensor) -> None:
+def shrink(whole: nn.Module, values: Tensor, constants: Mapping[str, Tensor] | None = None) -> None:
     """Cut a model with gates to given gate values and make it plain, in place.
 
     Args:
         whole: the module that the gates are attached to, or one around it.
         values: gate values, shape [gates].
+        constants: what layers read of closed units, see `watching_constants`; only models with
+            gates before a norm need it.
 
     Raises:
-        ValueError: a layer has other gates, or is of a class that cannot be made plain.
+        ValueError: a layer has other gates, is of a class that cannot be made plain, or reads
+            closed units that are not constants.
     """
     gates = gates_of(whole)
     layers = _gated_layers(whole, gates)
-    draw = _draw_of_kept(gates, layers, values)
+    z = torch.cat((values, values.new_ones(1)))
+    folds = find_folds(whole, gates, z, constants or {})
+    draw = _draw_of_kept(gates, layers, values, folds)
     for layer in layers:
-        _cut(layer, draw)
+        _cut(layer, draw, folds.get(layer))
     uninstall(root_of(whole, gates), gates)
     _forget(whole, gates)
 
@@ -128,10 +138,13 @@ def _gated_layers(whole: nn.Module, gates: Gates) -> list[GatedLayer]:
     return connected
 
 
-def _draw_of_kept(gates: Gates, layers: list[GatedLayer], values: Tensor) -> Draw:
+def _draw_of_kept(
+    gates: Gates, layers: list[GatedLayer], values: Tensor, folds: Mapping[GatedLayer, Fold]
+) -> Draw:
     """A draw that lists, for every port, the features that the compact model has.
 
     They are those that arrive at a port: gates without a producer close columns, not features.
+    Units that stand for closed ones are among them.
     """
     z = torch.cat((values, values.new_ones(1)))
     z = torch.where(_is_unused(gates, layers, z), 0.0, z)
@@ -139,7 +152,10 @@ def _draw_of_kept(gates: Gates, layers: list[GatedLayer], values: Tensor) -> Dra
     born = torch.stack((maps[0], torch.full_like(maps[1], gates.count)))
     layout = GateLayout(group_offsets, born, port_offsets)
     places = gates.port_starts, [False] * len(gates.port_maps)
-    draw = Draw(z, open_lists(z, layout), *places, False, gates.log_alpha._version)
+    kept = z.clone()
+    for layer, fold in folds.items():
+        kept[gates.port_maps[layer.in_port][0, fold.feature]] = 1.0
+    draw = Draw(z, open_lists(kept, layout), *places, False, gates.log_alpha._version)
     draw.masks = gates.masks_of(values)
     return draw
 
@@ -157,7 +173,7 @@ def _is_unused(gates: Gates, layers: list[GatedLayer], z: Tensor) -> Tensor:
     return unused
 
 
-def _cut(layer: GatedLayer, draw: Draw) -> None:
+def _cut(layer: GatedLayer, draw: Draw, fold: Fold | None) -> None:
     """Replace parameters and buffers by the packed ones, and set the widths."""
     inputs, outputs = layer._in_width(), layer._out_width()
     if layer.in_port >= 0:
@@ -170,6 +186,8 @@ def _cut(layer: GatedLayer, draw: Draw) -> None:
         _cut_statistics(layer, draw)
     if layer.weight is not None:
         weight, bias = layer.packed_parameters(draw)
+        if layer.reads_constants:
+            weight = fold_columns(layer, weight, draw, fold)
         for name, packed in (("weight", weight), ("bias", bias)):
             old = layer._parameters.get(name)
             if old is not None and packed is not old:
@@ -180,8 +198,9 @@ def _cut(layer: GatedLayer, draw: Draw) -> None:
 
 
 def _cut_statistics(norm: GatedLayer, draw: Draw) -> None:
-    # Mean 0 and variance 1 let the zeros of units that only fill up pass as zeros.
-    index, is_open = draw.index[norm.out_port], norm.open_rows(draw)
+    # Mean 0 and variance 1 let the zeros of units that only fill up pass as zeros; before a norm
+    # nobody reads these, and the others need their own.
+    index, is_open = draw.index[norm.out_port], norm.open_rows(draw) | norm.makes_constants
     for name, neutral in (("running_mean", 0.0), ("running_var", 1.0)):
         full = norm._buffers[name]
         if full is not None:
@@ -200,18 +219,22 @@ def _forget(whole: nn.Module, gates: Gates) -> None:
                 module._modules[name] = nn.Identity()
 
 
-def _verify(whole: nn.Module, values: Tensor, example_inputs: Inputs) -> None:
-    """Compare masked and compact outputs on a copy in fp64, which is used up."""
+def _verify(whole: nn.Module, values: Tensor, example_inputs: Inputs) -> dict[str, Tensor]:
+    """Compare masked and compact outputs on a copy in fp64, which is used up.
+
+    Returns:
+        What layers read of closed units, see `watching_constants`.
+    """
     inputs = to_double(example_inputs)
     whole.eval()
     gates = gates_of(whole)
     _make_finite(whole)
     try:
-        with use_impl("reference"), gates.using(values):
+        with use_impl("reference"), gates.using(values), watching_constants(whole) as constants:
             masked = _outputs(whole, inputs)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         raise ValueError(f"example_inputs: the model's forward fails with them: {error}") from error
-    shrink(whole, values)
+    shrink(whole, values, constants)
     try:
         small = _outputs(whole, inputs)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
@@ -222,6 +245,7 @@ def _verify(whole: nn.Module, values: Tensor, example_inputs: Inputs) -> None:
             f"compact: expected masked and compact outputs to agree to {TOLERANCE:.0e}, "
             f"got {error:.1e} in {where}"
         )
+    return constants
 
 
 def _make_finite(whole: nn.Module) -> None:

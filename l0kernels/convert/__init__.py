@@ -27,6 +27,7 @@ from l0kernels.convert.groups import (
     wants_heads,
     why_unusable,
 )
+from l0kernels.convert.place import PLACES, why_not_before_norm
 from l0kernels.convert.probe import ForwardFails, Probe
 from l0kernels.convert.swap import install, install_weights, uninstall
 from l0kernels.convert.tensors import Inputs, KeptBuffers, own_copy, to_double, to_dtype
@@ -49,6 +50,7 @@ def convert(
     example_inputs: Inputs,
     select: Select = "inner",
     granularity: str = "unit",
+    place: str = "after_act",
     lam: float | Mapping[str, float] = 1.0,
     n_train: int = 1,
     seed: int = 0,
@@ -83,6 +85,13 @@ def convert(
             ``Linear`` and ``Conv2d`` layers instead, all or those that ``select`` names; a group
             has the layer's name. No layer reads packed features, and nothing needs to be found or
             checked.
+        place: ``"after_act"``: gates multiply what layers read; or ``"before_norm"``: what a layer
+            makes, before the BatchNorm that follows, as L0-HC and L0-ARM do in wide residual
+            networks. There a closed channel is a constant behind the norm, its running statistics
+            decay, and its beta and the columns that read it learn, all as in masked training. It
+            takes one BatchNorm that reads just what the layer makes, and nothing behind it but what
+            treats channels alike and one by one (activations, pooling, padding, flattening), up to
+            convolutions and linear layers. Not with ``granularity="input"`` or ``"weight"``.
         lam: weight of the penalty, one number or one per group.
         n_train: size of the training set; the penalty is divided by it.
         seed: key of the gate noise.
@@ -92,11 +101,12 @@ def convert(
         ``model``.
 
     Raises:
-        ValueError: unknown method or granularity, inputs that do not fit, a model that is
+        ValueError: unknown method, granularity or place, inputs that do not fit, a model that is
             already converted, non-finite parameters, or nothing that can be gated.
         TypeError: ``model`` is not a module, or ``example_inputs`` neither a tuple nor a mapping.
     """
     _check_arguments(model, method, example_inputs, select, granularity)
+    _check_place(place, granularity)
     options.update(lam=lam, n_train=n_train, seed=seed)
     device, _ = _place_of(model)
     buffers = KeptBuffers(model)
@@ -107,7 +117,8 @@ def convert(
             if granularity == "weight":
                 _gate_weights(model, METHODS[method], inputs, select, options)
                 return model
-            plan, found = _find(model, METHODS[method], inputs, select, granularity, options)
+            how = select, granularity, place
+            plan, found = _find(model, METHODS[method], inputs, *how, options)
             kept = {name: _for_groups(value, plan) for name, value in options.items()}
             gates = _like(model, METHODS[method](plan.groups, **kept))
             _prefer_channels_last(model, plan, found)
@@ -146,13 +157,14 @@ def _find(
     example_inputs: Inputs,
     select: Select,
     granularity: str,
+    place: str,
     options: dict[str, Any],
 ) -> tuple[Plan, Survey]:
     """Groups that are exact, and what the probe found."""
     work = _copy(model)
     perturb(work)
-    found = _survey(model, work, example_inputs, wants_heads(select))
-    plan = make_plan(model, found, select, granularity)
+    found = _survey(model, work, example_inputs, wants_heads(select), place)
+    plan = make_plan(model, found, select, granularity, place)
     _refuse_empty(plan)
     # Wrong options show before the self-check, which takes longest.
     method(plan.groups, **{name: _completed(value, plan) for name, value in options.items()})
@@ -222,6 +234,13 @@ def _check_arguments(
         raise ValueError(f"convert: expected finite parameters, got NaN or Inf in {broken[:3]}")
 
 
+def _check_place(place: str, granularity: str) -> None:
+    if place not in PLACES:
+        raise ValueError(f"place: expected one of {PLACES}, got {place!r}")
+    if place != "after_act" and granularity != "unit":
+        raise ValueError(f"place: expected 'after_act' with {granularity!r} gates, got {place!r}")
+
+
 def _refuse_empty(plan: Plan) -> None:
     if not plan.groups:
         raise ValueError(f"convert: nothing can be gated: {plan.refused}")
@@ -251,7 +270,9 @@ def _copy(model: nn.Module) -> nn.Module:
     return copied.double() if double else copied.float()
 
 
-def _survey(model: nn.Module, work: nn.Module, example_inputs: Inputs, heads: bool) -> Survey:
+def _survey(
+    model: nn.Module, work: nn.Module, example_inputs: Inputs, heads: bool, place: str
+) -> Survey:
     modules = dict(model.named_modules())
     with _probing(work, example_inputs) as probe:
 
@@ -259,7 +280,10 @@ def _survey(model: nn.Module, work: nn.Module, example_inputs: Inputs, heads: bo
         def usable(name: str) -> bool:
             return why_unusable(name, modules, probe.calls, probe.used_outside) is None
 
-        return survey(probe, usable, heads, _bar("finding groups"))
+        found = survey(probe, usable, heads, _bar("finding groups"))
+        if place == "before_norm":
+            found.misplaced = why_not_before_norm(probe, found.units)
+        return found
 
 
 @contextmanager

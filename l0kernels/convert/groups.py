@@ -29,11 +29,13 @@ class Plan:
         groups: name -> number of gates, in the order of the flat vector.
         units: the groups that layers make; the others are input groups, ``"<layer>.in"``.
         refused: layer, or ``"<layer>.heads"`` -> reason.
+        before_norm: whether gates multiply what layers make, before a norm, not what they read.
     """
 
     groups: dict[str, int] = field(default_factory=dict)
     units: dict[str, Units] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    before_norm: bool = False
 
     def only(self, names: Iterable[str]) -> Plan:
         """The same plan with some of its groups."""
@@ -42,6 +44,7 @@ class Plan:
             {name: size for name, size in self.groups.items() if name in kept},
             {name: units for name, units in self.units.items() if name in kept},
             dict(self.refused),
+            self.before_norm,
         )
 
 
@@ -76,7 +79,9 @@ def wants_heads(select: Select) -> bool:
     return isinstance(select, Collection) and any(name.endswith(HEADS) for name in select)
 
 
-def make_plan(model: nn.Module, survey: Survey, select: Select, granularity: str) -> Plan:
+def make_plan(
+    model: nn.Module, survey: Survey, select: Select, granularity: str, place: str
+) -> Plan:
     """Choose groups from what probing a model told.
 
     Args:
@@ -84,15 +89,17 @@ def make_plan(model: nn.Module, survey: Survey, select: Select, granularity: str
         survey: what the probe found.
         select: kinds of units, names of layers, or a predicate on (name, module).
         granularity: ``"unit"`` or ``"input"``.
+        place: ``"after_act"`` or ``"before_norm"``.
 
     Raises:
         ValueError: ``select`` names a layer that the model does not have.
     """
     modules = dict(model.named_modules())
     wanted = _selector(select, survey, modules)
-    plan = Plan(refused=_uncalled(modules, survey))
+    plan = Plan(refused=_uncalled(modules, survey), before_norm=place == "before_norm")
     for units in survey.units:
         reason = _why_not(units, modules, survey) or wanted(units)
+        reason = reason or survey.misplaced.get(units.name)
         if reason is None:
             plan.groups[units.name] = units.size
             plan.units[units.name] = units

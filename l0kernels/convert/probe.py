@@ -11,6 +11,7 @@ function are followed alike. A model whose training forward calls other layers t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -252,6 +253,8 @@ class Probe:
         self._modules_read = {n for n, m in self.modules.items() if is_layer(m) or is_passage(m)}
         self.used_outside: set[str] = set()
         self._settling = False
+        # The norm that goes on making what it made when the point was recorded.
+        self._still: str | None = None
         self._last: tuple[Any, Tensor, Tensor] | None = None
         self._forwards: list[tuple[nn.Module, Any]] = []
 
@@ -392,6 +395,8 @@ class Probe:
                 self._note_sums(name, x, index)
             elif self._changed or name in self._kept:
                 self._note(name, x, index)
+        if name == self._still:
+            return forward(self._now.inputs_of[name][index].clone())
         if name not in self._now.outputs_of:
             return forward(*args, **kwargs)
         out = self._now.output(name, index)
@@ -434,7 +439,7 @@ class Probe:
                 self._touched.others.add(name)
 
     def _run(
-        self, training: bool, arguments: Inputs, function_mode: TorchFunctionMode
+        self, training: bool, arguments: Inputs, function_mode: AbstractContextManager[Any]
     ) -> list[tuple[str, Tensor]]:
         self.model.train(training)
         try:
@@ -483,6 +488,42 @@ class Probe:
             if name not in self._touched.features:
                 self._touched.features[name] = torch.zeros(self.features(name), dtype=torch.bool)
         return self._touched
+
+    @torch.no_grad()
+    def reads_just(self, reader: str, maker: str) -> bool:
+        """Whether a layer or passage reads what a layer makes, and nothing was done to it."""
+        return all(
+            torch.equal(point.inputs_of[reader][0], point.output(maker, 0))
+            for point in self._points
+            if reader in point.inputs_of
+        )
+
+    def reading_past(self, norm: str, maker: str) -> set[str]:
+        """Who reads what a layer makes, other than through a norm that reads it."""
+        self._still = norm
+        try:
+            everything = torch.ones(self.width[maker], dtype=torch.bool)
+            found = self.touched({maker: everything}, 0, FEW).features
+        finally:
+            self._still = None
+        return {name for name, features in found.items() if name != norm and features.any()}
+
+    @torch.no_grad()
+    def with_dropout(self) -> set[str]:
+        """Layers and passages that read something else in training mode when dropout acts.
+
+        Raises:
+            ForwardFails: the model cannot be replayed in training mode.
+        """
+        outputs = self._record(training=True).outputs_of
+        if not self._settle(_Point(True, 1.0, (), self.inputs, outputs)):
+            raise ForwardFails(
+                "the model's layers read NaN in training mode, or its forward fails when repeated"
+            )
+        self._touched, self._kept = Touched(), {}
+        self._calls, self._last, self._changed = {}, None, True
+        self._run(True, self.inputs, nullcontext())
+        return {name for name, features in self._touched.features.items() if features.any()}
 
     @torch.no_grad()
     def inputs_with(

@@ -27,6 +27,8 @@ def install(model: nn.Module, gates: Gates, plan: Plan, survey: Survey) -> None:
         in_gate, out_gate = _reading_ref(name, gates, plan, survey), made.get(name)
         if is_passage_of(plan, name, modules[name]):
             in_gate, out_gate = None, in_gate
+        if plan.before_norm:
+            in_gate, out_gate = (r and r.before_norm() for r in (in_gate, out_gate))
         if in_gate is not None or out_gate is not None:
             _connect(modules[name], in_gate, out_gate)
     _call_layers(model)

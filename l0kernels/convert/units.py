@@ -53,6 +53,7 @@ class Survey:
         calls: how often each is called in a forward.
         positions: output positions of one example per layer.
         used_outside: modules whose parameters are used outside their own forward.
+        misplaced: by name of units, why their gates cannot have the place that is asked for.
     """
 
     units: list[Units]
@@ -65,6 +66,7 @@ class Survey:
     calls: dict[str, int]
     positions: dict[str, int]
     used_outside: set[str]
+    misplaced: dict[str, str] = field(default_factory=dict)
 
 
 def survey(

@@ -314,10 +314,12 @@ class Gates(nn.Module):
             ``root``.
 
         Raises:
-            ValueError: no layer of the model uses these gates, the model has other gates, or a
-                feature would have two producers' gates.
+            ValueError: no layer of the model uses these gates, the model has other gates, a
+                feature would have two producers' gates, or gates before a norm are used otherwise
+                than ``nn.constants`` says.
         """
         from l0kernels.nn.base import GatedLayer
+        from l0kernels.nn.constants import check_places
 
         other = getattr(root, "l0", None)
         if other is not None and other is not self:
@@ -325,6 +327,7 @@ class Gates(nn.Module):
         layers = [m for m in root.modules() if isinstance(m, GatedLayer) and m.gates is self]
         if not layers:
             raise ValueError("attach: expected a model with layers that use these gates, got none")
+        check_places(self, layers)
         self.layers = self._draw = None
         names = {module: name for name, module in root.named_modules()}
         self._take(layers, names, positions)

@@ -21,11 +21,15 @@ class GateRef:
         gates: the gates of the model.
         maps: one or two int64 tensors of shape [features]; entry f is the flat index of a gate
             that multiplies feature f, or ``gates.count`` where none does.
+        is_before_norm: see :meth:`before_norm`.
     """
 
-    def __init__(self, gates: Gates, maps: tuple[Tensor, ...]) -> None:
+    def __init__(
+        self, gates: Gates, maps: tuple[Tensor, ...], is_before_norm: bool = False
+    ) -> None:
         self.gates = gates
         self.maps = maps
+        self.is_before_norm = is_before_norm
 
     @property
     def features(self) -> int:
@@ -65,14 +69,28 @@ class GateRef:
         """
         if not isinstance(repeat, int) or repeat < 1:
             raise ValueError(f"expand: expected a positive integer, got {repeat!r}")
-        return GateRef(self.gates, tuple(m.repeat_interleave(repeat) for m in self.maps))
+        maps = tuple(m.repeat_interleave(repeat) for m in self.maps)
+        return GateRef(self.gates, maps, self.is_before_norm)
+
+    def before_norm(self) -> GateRef:
+        """The same gates as factors of what the producer makes, before a BatchNorm that follows.
+
+        The producer, the norm and all readers need references made by it: see
+        ``l0kernels.nn.constants`` for what it means and when it is exact.
+
+        Raises:
+            ValueError: two gates meet on each feature.
+        """
+        if len(self.maps) > 1:
+            raise ValueError("before_norm: expected one gate per feature, got a product")
+        return GateRef(self.gates, self.maps, True)
 
     def __mul__(self, other: GateRef) -> GateRef:
         """Two gates on each feature: it is open where both are.
 
         Raises:
-            ValueError: the references differ in features or gates, or more than two gates
-                would meet on one feature.
+            ValueError: the references differ in features or gates, more than two gates would meet
+                on one feature, or one was made by ``before_norm``.
         """
         if not isinstance(other, GateRef):
             return NotImplemented
@@ -82,13 +100,20 @@ class GateRef:
             raise ValueError(
                 f"product of gates: expected {self.features} features, got {other.features}"
             )
+        _check_after_act("product of gates", self, other)
         maps = self.maps + other.maps
         if len(maps) > 2:
             raise ValueError(f"product of gates: expected at most 2 per feature, got {len(maps)}")
         return GateRef(self.gates, maps)
 
     def __repr__(self) -> str:
-        return f"GateRef(features={self.features}, gates_per_feature={len(self.maps)})"
+        place = ", before_norm" if self.is_before_norm else ""
+        return f"GateRef(features={self.features}, gates_per_feature={len(self.maps)}{place})"
+
+
+def _check_after_act(what: str, *refs: GateRef) -> None:
+    if any(ref.is_before_norm for ref in refs):
+        raise ValueError(f"{what}: expected gates that multiply what is read, got before_norm()")
 
 
 class WeightRef:
@@ -134,7 +159,8 @@ def cat(*parts: GateRef | int) -> GateRef:
             without a gate.
 
     Raises:
-        ValueError: no reference among the parts, or references into different gates.
+        ValueError: no reference among the parts, references into different gates, or one made by
+            ``before_norm``.
     """
     refs = [p for p in parts if isinstance(p, GateRef)]
     if not refs:
@@ -142,6 +168,7 @@ def cat(*parts: GateRef | int) -> GateRef:
     gates = refs[0].gates
     if any(r.gates is not gates for r in refs):
         raise ValueError("cat: expected references into the same gates")
+    _check_after_act("cat", *refs)
     ungated = gates.count
     depth = max(len(r.maps) for r in refs)
     rows: list[Tensor] = []

@@ -15,14 +15,16 @@ from l0kernels.gates.base import Gates
 from l0kernels.gates.draw import LEAST, Draw
 from l0kernels.gates.ref import GateRef
 from l0kernels.nn import packing
+from l0kernels.nn.constants import add_shared, left_out, take_off
 
 
 class GatedLayer(nn.Module):
     """Mix-in: a layer whose output features, input features or both have gates.
 
     Only ``in_gate`` multiplies (the layer's input, folded into its weights); ``out_gate`` says
-    which output features exist in a draw. ``plain_class`` is the class that a layer is swapped
-    from and back to.
+    which output features exist in a draw. Before a norm it is the other way round, and what is
+    closed is a constant: see ``l0kernels.nn.constants``. ``plain_class`` is the class that a layer
+    is swapped from and back to.
     """
 
     plain_class: ClassVar[type[nn.Module]] = nn.Module
@@ -41,6 +43,8 @@ class GatedLayer(nn.Module):
     rows: int = 0
     # Whether its parameters are not packed with those of other layers.
     packs_alone: ClassVar[bool] = False
+    # Whether its gates may have their place before a norm.
+    knows_constants: ClassVar[bool] = False
     # Whether the weight is stored [in, out, ...] instead of [out, in, ...].
     stored_in_out: bool = False
 
@@ -50,12 +54,27 @@ class GatedLayer(nn.Module):
         ref = self.in_gate if self.in_gate is not None else self.out_gate
         return None if ref is None else ref.gates
 
+    @property
+    def makes_constants(self) -> bool:
+        """Whether gates multiply what it makes, or normalises, before a norm."""
+        return self.out_gate is not None and self.out_gate.is_before_norm
+
+    @property
+    def reads_constants(self) -> bool:
+        """Whether it reads constants where gates before a norm are closed."""
+        return self.in_gate is not None and self.in_gate.is_before_norm
+
+    @property
+    def packs_together(self) -> bool:
+        """Whether its parameters may be packed with those of other layers, in one call."""
+        return not (self.packs_alone or self.makes_constants or self.reads_constants)
+
     def connect(self, in_gate: GateRef | None, out_gate: GateRef | None) -> None:
         """Set the references; ``gates.attach(model)`` makes them work.
 
         Raises:
-            ValueError: a reference has another number of features than the layer, or the two
-                belong to different gates.
+            ValueError: a reference has another number of features than the layer, the two belong
+                to different gates, or one is before a norm and the layer cannot be there.
         """
         for what, ref, width in (
             ("in_gate", in_gate, self._in_width()),
@@ -65,6 +84,11 @@ class GatedLayer(nn.Module):
                 raise ValueError(
                     f"{type(self).__name__}: expected {what} of {width} features, "
                     f"got {ref.features}"
+                )
+            if ref is not None and ref.is_before_norm and not self.knows_constants:
+                raise ValueError(
+                    f"{type(self).__name__}: expected gates that multiply what is read, got "
+                    f"{what} of before_norm()"
                 )
         if in_gate is not None and out_gate is not None and in_gate.gates is not out_gate.gates:
             raise ValueError(f"{type(self).__name__}: in_gate and out_gate need the same gates")
@@ -136,9 +160,42 @@ class GatedLayer(nn.Module):
 
     def mask_inputs(self, x: Tensor, dim: int, draw: Draw) -> Tensor:
         """Multiply every input feature by its gate (masked reference); ``dim`` is negative."""
-        if self.in_port < 0:
+        if self.in_port < 0 or self.reads_constants:
             return x
         return x * self.scale(draw).to(x.dtype).view(-1, *[1] * (-dim - 1))
+
+    def mask_outputs(self, y: Tensor, dim: int, draw: Draw) -> Tensor:
+        """Multiply every output feature by its gate before a norm (masked reference)."""
+        if not self.makes_constants:
+            return y
+        scale = _scale(self.gates, self.out_port, draw)
+        return y * scale.to(y.dtype).view(-1, *[1] * (-dim - 1))
+
+    def compute_packed(
+        self, input: Tensor, dim: int, draw: Draw, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """What the layer computes with packed features.
+
+        Args:
+            input: packed, see the layer.
+            dim: of its features, negative.
+            draw: says what is open.
+            args, kwargs: what else a forward takes.
+        """
+        x, constants = input, None
+        if self.reads_constants:
+            closed = self._in_width() - draw.index[self.in_port].shape[0]
+            if closed:
+                x, constants = take_off(input, dim, closed)
+        weight, bias = self.packed_parameters(draw)
+        x = self.select_inputs(x, dim, draw, weight)
+        if constants is None:
+            return self.compute(x, weight, bias, *args, **kwargs)
+        columns, _ = self._once(draw, ("closed", self.compute_dtype()), self._pack_closed)
+        shared = self.compute(constants, columns, bias, *args, **kwargs)
+        if shared.numel() == weight.shape[0]:  # one position
+            return self.compute(x, weight, shared.flatten(), *args, **kwargs)
+        return add_shared(self.compute(x, weight, None, *args, **kwargs), shared)
 
     def open_rows(self, draw: Draw) -> Tensor:
         """Which packed output features are really open, bool of shape [packed]."""
@@ -176,25 +233,47 @@ class GatedLayer(nn.Module):
     def _pack(self, draw: Draw) -> tuple[Tensor, Tensor | None]:
         gates = self.gates
         assert gates is not None
-        if not torch.compiler.is_compiling() and not gates.packs(self, draw):
-            return self.weight, self.bias
-        if gates.together:
-            return packing.take(self, gates, draw)
+        if not self.makes_constants and not self.reads_constants:
+            if not torch.compiler.is_compiling() and not gates.packs(self, draw):
+                return self.weight, self.bias
+            if gates.together:
+                return packing.take(self, gates, draw)
         dtype = self.compute_dtype()
         weight = self._pack_one(self._out_in(self.weight), draw, dtype, columns=True)
         bias = None if self.bias is None else self._pack_one(self.bias, draw, dtype, columns=False)
         return self._out_in(weight), bias
 
-    def _pack_one(self, full: Tensor, draw: Draw, dtype: torch.dtype, columns: bool) -> Tensor:
+    def _pack_closed(self, draw: Draw) -> tuple[Tensor, None]:
+        """The columns of features that are constants."""
+        closed = left_out(draw.index[self.in_port], self._in_width())
+        dtype = self.compute_dtype()
+        return self._pack_one(self.weight, draw, dtype, columns=True, closed=closed), None
+
+    def _pack_one(
+        self,
+        full: Tensor,
+        draw: Draw,
+        dtype: torch.dtype,
+        columns: bool,
+        closed: Tensor | None = None,
+    ) -> Tensor:
         gates = self.gates
         assert gates is not None
         rows = row_map = cols = col_map = None
         # A graph that depends on a width would serve one draw only.
         compiling = torch.compiler.is_compiling()
-        if self.out_port >= 0 and (compiling or gates.drops(self.out_port, draw)):
+        drops = compiling or self.makes_constants or gates.drops(self.out_port, draw)
+        if self.out_port >= 0 and drops:
             rows, row_map = draw.index[self.out_port], gates.port_maps[self.out_port]
-        if columns and self.in_port >= 0 and (compiling or self.in_port not in draw.dense):
-            cols, col_map = draw.index[self.in_port], gates.port_maps[self.in_port]
+        if closed is not None:
+            cols = closed
+        elif columns and self.in_port >= 0 and (compiling or self.in_port not in draw.dense):
+            cols = draw.index[self.in_port]
+            col_map = None if self.reads_constants else gates.port_maps[self.in_port]
+        if self.makes_constants:
+            packed = pack_weight(full, draw.z, rows, row_map, cols, col_map)
+            scale = _scale(gates, self.out_port, draw).index_select(0, draw.index[self.out_port])
+            return (packed * scale.view(-1, *[1] * (full.dim() - 1))).to(dtype)
         if rows is None and cols is None:
             return full
         return pack_weight(full, draw.z, rows, row_map, cols, col_map, dtype)
@@ -215,7 +294,7 @@ class GatedLayer(nn.Module):
                 gates.dense.note(self, x.numel() // max(1, x.shape[dim]))
             if not self.depthwise:
                 self._check_width(x.shape[dim], draw, weight)
-            if self.in_port in draw.dense:
+            if self.in_port in draw.dense and not self.reads_constants:
                 return gate_apply(x, draw.z, gates.port_maps[self.in_port], dim)
         if position is None:
             return x

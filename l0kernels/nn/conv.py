@@ -25,13 +25,15 @@ class _GatedConv(GatedLayer, nn.modules.conv._ConvNd):
         in_channels, out_channels, kernel_size, ...: as in the plain class; parameters keep their
             full shape.
         in_gate: gates that multiply the input channels.
-        out_gate: gates of the output channels; they are multiplied where the output is read.
+        out_gate: gates of the output channels; they are multiplied where the output is read, or
+            here if they stand before a norm.
 
     Shape: x [N, packed in_channels, ...]; y [N, packed out_channels, ...]; N may be left out.
+    Behind gates before a norm x has further examples, see ``l0kernels.nn.constants``.
 
     Raises:
         ValueError: a gate has another number of features than the layer, or the layer is grouped
-            but not depthwise, or depthwise with ``in_gate``.
+            but not depthwise, or depthwise with ``in_gate`` or gates before a norm.
     """
 
     def __init__(
@@ -48,11 +50,13 @@ class _GatedConv(GatedLayer, nn.modules.conv._ConvNd):
         self.connect(in_gate, out_gate)
 
     def connect(self, in_gate: GateRef | None, out_gate: GateRef | None) -> None:
-        if self.groups > 1 and (in_gate is not None or not self.depthwise):
+        before_norm = out_gate is not None and out_gate.is_before_norm
+        if self.groups > 1 and (in_gate is not None or before_norm or not self.depthwise):
             raise ValueError(
                 f"{type(self).__name__}: expected groups=1, or a depthwise convolution with "
-                f"out_gate only, got groups={self.groups}, in_channels={self.in_channels}, "
-                f"out_channels={self.out_channels}, in_gate={in_gate}"
+                f"out_gate only, not before a norm, got groups={self.groups}, "
+                f"in_channels={self.in_channels}, out_channels={self.out_channels}, "
+                f"in_gate={in_gate}, out_gate={out_gate}"
             )
         super().connect(in_gate, out_gate)
 
@@ -77,10 +81,9 @@ class _GatedConv(GatedLayer, nn.modules.conv._ConvNd):
             return super().forward(input, *args, **kwargs)
         draw, dim = self.current_draw(), self.feature_dim
         if current_impl() == "reference":
-            return super().forward(self.mask_inputs(input, dim, draw), *args, **kwargs)
-        weight, bias = self.packed_parameters(draw)
-        x = self.select_inputs(input, dim, draw, weight)
-        return self.compute(x, weight, bias, *args, **kwargs)
+            y = super().forward(self.mask_inputs(input, dim, draw), *args, **kwargs)
+            return self.mask_outputs(y, dim, draw)
+        return self.compute_packed(input, dim, draw, *args, **kwargs)
 
     @property
     def feature_dim(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -93,6 +96,7 @@ class _GatedConv(GatedLayer, nn.modules.conv._ConvNd):
 
 class _GatedForwardConv(_GatedConv):
     __doc__ = _GatedConv.__doc__
+    knows_constants = True
     _function: ClassVar[Callable[..., Tensor]]
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

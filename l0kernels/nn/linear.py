@@ -20,16 +20,19 @@ class GatedLinear(GatedLayer, nn.Linear):
         in_features, out_features, bias, device, dtype: as in ``nn.Linear``; parameters keep
             their full shape.
         in_gate: gates that multiply the input features.
-        out_gate: gates of the output features; they are multiplied where the output is read.
+        out_gate: gates of the output features; they are multiplied where the output is read, or
+            here if they stand before a norm.
 
     Shape: x [..., packed in_features], or [..., in_features] where no producer packs it;
-    y [..., packed out_features].
+    y [..., packed out_features]. Behind gates before a norm x has further examples, see
+    ``l0kernels.nn.constants``.
 
     Raises:
         ValueError: a gate has another number of features than the layer.
     """
 
     plain_class = nn.Linear
+    knows_constants = True
 
     def __init__(
         self,
@@ -58,9 +61,9 @@ class GatedLinear(GatedLayer, nn.Linear):
             return super().forward(input)
         draw = self.current_draw()
         if current_impl() == "reference":
-            return super().forward(self.mask_inputs(input, -1, draw))
-        weight, bias = self.packed_parameters(draw)
-        return self.compute(self.select_inputs(input, -1, draw, weight), weight, bias)
+            y = super().forward(self.mask_inputs(input, -1, draw))
+            return self.mask_outputs(y, -1, draw)
+        return self.compute_packed(input, -1, draw)
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return linear(x, weight, bias)

@@ -14,26 +14,31 @@ from l0kernels.functional import packed_norm
 from l0kernels.gates.draw import Draw
 from l0kernels.gates.ref import GateRef
 from l0kernels.nn.base import GatedLayer
+from l0kernels.nn.constants import append, left_out
 
 
 class _GatedBatchNorm(GatedLayer, nn.modules.batchnorm._BatchNorm):
     """Batch normalisation of the open features only.
 
     Running statistics of closed features are left as they are in that draw, in the packed run and
-    in the masked reference.
+    in the masked reference. With gates before the norm (``out_gate=g["a"].before_norm()``) closed
+    features are zeros that it normalises, statistics included: it packs what is constant behind it
+    into further examples, see ``l0kernels.nn.constants``.
 
     Args:
         num_features, eps, momentum, affine, track_running_stats, device, dtype: as in
             ``nn.BatchNorm1d`` / ``nn.BatchNorm2d``; parameters and buffers keep their full shape.
         out_gate: gates of the features, those of the layer that makes them.
 
-    Shape: x and y [N, packed features, ...].
+    Shape: x and y [N, packed features, ...]; with gates before the norm y has as many examples more
+    as closed features need.
 
     Raises:
         ValueError: the gate has another number of features than the layer.
     """
 
     packs_alone = True
+    knows_constants = True
 
     def __init__(
         self, num_features: int, *args: Any, out_gate: GateRef | None = None, **kwargs: Any
@@ -56,6 +61,8 @@ class _GatedBatchNorm(GatedLayer, nn.modules.batchnorm._BatchNorm):
         self._check_input_dim(input)
         draw = self.current_draw()
         masked = current_impl() == "reference"
+        if self.makes_constants:
+            return super().forward(input) if masked else self._with_constants(input, draw)
         if not masked and draw.packed is None and not torch.compiler.is_compiling():
             return self._in_one(input, draw)
         weight, bias = self.weight, self.bias
@@ -81,11 +88,7 @@ class _GatedBatchNorm(GatedLayer, nn.modules.batchnorm._BatchNorm):
 
     def _in_one(self, x: Tensor, draw: Draw) -> Tensor:
         """All of it as one operator, which reads parameters and statistics at their full shape."""
-        index = draw.index[self.out_port]
-        if x.shape[1] != index.numel():
-            raise ValueError(
-                f"{type(self).__name__}: expected {index.numel()} features, got {x.shape[1]}"
-            )
+        index = self._index(x, draw)
         assert self.gates is not None
         return packed_norm(
             x,
@@ -100,6 +103,80 @@ class _GatedBatchNorm(GatedLayer, nn.modules.batchnorm._BatchNorm):
             self._count_batch(),
             self.eps,
         )
+
+    def _index(self, x: Tensor, draw: Draw) -> Tensor:
+        """The features that are packed."""
+        index = draw.index[self.out_port]
+        if not torch.compiler.is_compiling() and x.shape[1] != index.numel():
+            raise ValueError(
+                f"{type(self).__name__}: expected {index.numel()} features, got {x.shape[1]}"
+            )
+        return index
+
+    def _with_constants(self, x: Tensor, draw: Draw) -> Tensor:
+        """Gates before the norm: normalise what is packed, append what closed features become.
+
+        What fills up the width is packed like open features: zeros, as they are multiplied by 0.
+        """
+        index = self._index(x, draw)
+        closed = left_out(index, self.num_features)
+        by_batch = self.training or self.running_mean is None
+        factor = self._count_batch()
+        constants = self._constants(closed, by_batch, x.dtype)
+        y = self._normalized(x, index, draw, by_batch, factor)
+        if factor and x.shape[0]:
+            self._decay_statistics(closed, factor)
+        return append(y, constants) if closed.shape[0] else y
+
+    def _normalized(
+        self, x: Tensor, index: Tensor, draw: Draw, by_batch: bool, factor: float
+    ) -> Tensor:
+        tensors = (self.weight, self.bias, self.running_mean, self.running_var)
+        if not torch.compiler.is_compiling():
+            gates = self.gates
+            assert gates is not None
+            no_gate = torch.full_like(gates.port_maps[self.out_port], gates.count)
+            z = draw.z.detach()
+            return packed_norm(x, *tensors, index, z, no_gate, by_batch, factor, self.eps)
+        weight, bias = self._pack(draw)
+        mean, var = (None if t is None else t.index_select(0, index) for t in tensors[2:])
+        y = F.batch_norm(x, mean, var, weight, bias, by_batch, factor, self.eps)
+        if factor:
+            with torch.no_grad():
+                for buffer, new in ((self.running_mean, mean), (self.running_var, var)):
+                    assert buffer is not None and new is not None
+                    buffer.index_copy_(0, index, new)
+        return y
+
+    def _pack(self, draw: Draw) -> tuple[Any, Tensor | None]:
+        if not self.makes_constants:
+            return super()._pack(draw)
+        # What closed features hold counts here.
+        index = draw.index[self.out_port]
+        weight, bias = (
+            None if t is None else t.index_select(0, index) for t in (self.weight, self.bias)
+        )
+        return weight, bias
+
+    def _constants(self, closed: Tensor, by_batch: bool, dtype: torch.dtype) -> Tensor:
+        """What the norm makes of zeros, for some features."""
+        weight, bias, mean, var = (
+            None if t is None else t.index_select(0, closed)
+            for t in (self.weight, self.bias, self.running_mean, self.running_var)
+        )
+        value = torch.zeros(closed.shape, dtype=dtype, device=closed.device)
+        if not by_batch:
+            assert mean is not None and var is not None
+            value = -mean * torch.rsqrt(var + self.eps)
+            value = value if weight is None else value * weight
+        return value if bias is None else value + bias
+
+    @torch.no_grad()
+    def _decay_statistics(self, closed: Tensor, factor: float) -> None:
+        """Zeros move running statistics towards mean and variance 0."""
+        for buffer in (self.running_mean, self.running_var):
+            assert buffer is not None
+            buffer.index_copy_(0, closed, buffer.index_select(0, closed) * (1 - factor))
 
     def _features(self, draw: Draw) -> tuple[Tensor, Tensor]:
         """The features of this run, packed or all, and which of them are open."""

@@ -55,7 +55,7 @@ def layers_of(root: nn.Module, gates: Gates) -> Members:
 
     found = weakref.WeakKeyDictionary()
     for module in root.modules():
-        if isinstance(module, GatedLayer) and module.gates is gates and not module.packs_alone:
+        if isinstance(module, GatedLayer) and module.gates is gates and module.packs_together:
             found[module] = {}
     return found
 
