@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from l0kernels._config import current_impl, use_impl
 from l0kernels.functional import GateLayout, OpenLists, open_lists, sample_gates
 from l0kernels.gates.dense import DenseGroups
-from l0kernels.gates.draw import LEAST, Draw, Graph
+from l0kernels.gates.draw import LEAST, Draw, Graph, on_host, raise_for
+from l0kernels.gates.examples import ExampleGates, mean_loss
 from l0kernels.gates.ref import GateRef
 from l0kernels.gates.rounding import Rounding
 
@@ -111,6 +112,9 @@ class Gates(nn.Module):
     """What ``convert`` may give gates of this method to."""
     l2: float = 0.0
     """Precision of the coupled L2, see ``l0kernels.penalty``; methods that have it set it."""
+    scope: str = "batch"
+    """Whether a training draw serves the ``"batch"`` or each ``"example"``; methods that can do
+    both set it."""
     # Of tests that run on a CPU what a GPU does; None: what the device asks for.
     _together: bool | None = None
     _multiple: int | None = None
@@ -208,6 +212,17 @@ class Gates(nn.Module):
         """
         return sample_gates(self.log_alpha, key, cost, self.layout, self.law)
 
+    def example_values(self, k: Tensor, law: str) -> Tensor:
+        """Values of all gates of some examples, [examples, gates], differentiable.
+
+        Only methods that set ``scope`` supply it.
+
+        Args:
+            k: the noise, integers from 0 to 2^23 - 1 of shape [examples, gates].
+            law: of the values, the method's own or what goes with it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no gates per example")
+
     def masks_of(self, values: Tensor) -> dict[str, Any]:
         """What masks the weight of each group of weight gates, with these gate values.
 
@@ -220,10 +235,11 @@ class Gates(nn.Module):
         """Estimator of the expected loss (0-d) under the current draw.
 
         Args:
-            closure: computes the loss with the model.
+            closure: computes the loss with the model, where ``scope`` is ``"example"`` maybe one
+                for each example.
             model: what the user called ``expected_loss`` with.
         """
-        return closure()
+        return mean_loss(closure())
 
     # Frozen gates.
 
@@ -601,6 +617,8 @@ class Gates(nn.Module):
         from l0kernels.nn.packing import layers_of
 
         self._drop_shares()
+        if self._draw is not None and self._draw.examples is not None:
+            self._draw.examples.begin_forward()
         if self.layers is None:
             self.layers = layers_of(root, self)
             weights = sum(layer.weight.numel() for layer in self.layers)
@@ -705,6 +723,11 @@ class Gates(nn.Module):
             if self.dense is not None:
                 self.dense.next_draw()
             z, expected, lists, key = self._sample(self._cost)
+            if self.scope == "example":
+                if min(on_host(lists.counts), default=0) < 0:
+                    raise_for((self.log_alpha, key))
+                self._set_draw(self._by_example(self.law, key, expected))
+                return
             dense = self._dense_ports(lists)
             self._set_draw(self._make_draw(z, lists, expected, (self.log_alpha, key), dense))
 
@@ -749,6 +772,18 @@ class Gates(nn.Module):
             widths = functools.partial(rounding.widths, multiples=multiples)
         mode = self.training, version
         return Draw(z, lists, *places, *mode, expected, drawn_from, widths, index, dense)
+
+    def _by_example(self, law: str, key: Tensor, expected: Tensor | None = None) -> Draw:
+        """The draw that gives each example its own gates: all features stay where they are."""
+        z = self.log_alpha.new_ones(self.count + 1)
+        lists = open_lists(z, self.layout)
+        dense = {
+            port: torch.arange(features.shape[1], device=z.device)
+            for port, features in enumerate(self.port_maps)
+        }
+        draw = self._make_draw(z, lists, expected, (self.log_alpha, key), dense)
+        draw.examples = ExampleGates(self, law, key, draw.graph)
+        return draw
 
     def _sample(self, cost: Tensor) -> tuple[Tensor, Tensor, OpenLists, Tensor]:
         """Values, expected cost and lists of the present step, and the key they came from."""
@@ -996,11 +1031,14 @@ def _keep_draws_out_of_graphs() -> None:
     """Make the hook's draw run eagerly, between graphs, under ``torch.compile``.
 
     Not at import: it loads the compiler, as the first optimizer does. Inside ``expected_loss``
-    and ``hold`` the draw is made before the model runs, and the model is one graph.
+    and ``hold`` the draw is made before the model runs, and the model is one graph; with gates per
+    example, drawn when a layer sees the batch, it is several.
     """
     global _draw
     if _draw is _draw_by_method:
-        _draw = torch.compiler.disable(_draw_by_method, reason="gates are drawn between graphs")
+        between = "gates are drawn between graphs"
+        _draw = torch.compiler.disable(_draw_by_method, reason=between)
+        ExampleGates.of = torch.compiler.disable(ExampleGates.of, reason=between)
 
 
 def _port_key(ref: GateRef) -> tuple[str, ...]:

@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from l0kernels.functional import OpenLists
 from l0kernels.ops.sample_gates.reference import check_draw
+
+if TYPE_CHECKING:
+    from l0kernels.gates.examples import ExampleGates
 
 LEAST = 2
 """Closed features fill up to this width. Only where a layer has one feature is it 1."""
@@ -88,7 +91,7 @@ class Draw:
         self.key = None if drawn_from is None else drawn_from[1]
         self.counts = on_host(lists.counts)
         if min(self.counts, default=0) < 0:
-            _raise_for(drawn_from)
+            raise_for(drawn_from)
         self.widths = list(self.counts) if widths is None else widths(self.counts)
         spans = list(zip(starts, self.widths, selects, strict=False))
         self._starts, self._lists = starts, lists
@@ -111,6 +114,8 @@ class Draw:
         self.masks: dict[str, Any] = {}
         # Of those weights what is to be computed with, where that is less than all.
         self.blocks: dict[str, OpenBlock] = {}
+        # Where every example has gates of its own; z is 1 then, and no port is packed.
+        self.examples: ExampleGates | None = None
         # Ran without gradients, as reentrant checkpointing does, and not yet again in backward.
         self.awaits_backward = False
         self.graph = Graph()
@@ -138,7 +143,8 @@ def on_host(counts: Tensor) -> list[int]:
     return host.tolist()
 
 
-def _raise_for(drawn_from: tuple[Tensor, Tensor] | None) -> NoReturn:
+def raise_for(drawn_from: tuple[Tensor, Tensor] | None) -> NoReturn:
+    """Say what is wrong with a draw whose counts are below zero."""
     if drawn_from is not None:
         log_alpha, key = drawn_from
         check_draw(log_alpha.detach(), key)

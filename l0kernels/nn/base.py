@@ -15,6 +15,7 @@ from l0kernels.gates.base import Gates
 from l0kernels.gates.draw import LEAST, Draw
 from l0kernels.gates.ref import GateRef
 from l0kernels.nn import packing
+from l0kernels.ops.gate_apply.reference import scale_along
 
 
 class GatedLayer(nn.Module):
@@ -138,7 +139,21 @@ class GatedLayer(nn.Module):
         """Multiply every input feature by its gate (masked reference); ``dim`` is negative."""
         if self.in_port < 0:
             return x
+        if draw.examples is not None:
+            assert self.gates is not None
+            z, made = self._example_gates(x, dim, draw)
+            return x * scale_along(x, z, made, x.dim() + dim).to(x.dtype)
         return x * self.scale(draw).to(x.dtype).view(-1, *[1] * (-dim - 1))
+
+    def _example_gates(self, x: Tensor, dim: int, draw: Draw) -> tuple[Tensor, Tensor]:
+        """Gates of every example of ``x``, and the map of its features to them."""
+        assert draw.examples is not None and self.gates is not None
+        if x.dim() + dim < 1:
+            raise ValueError(
+                f"{type(self).__name__}: expected a batch, whose examples have gates of their "
+                f"own, got an input of shape {list(x.shape)}"
+            )
+        return draw.examples.of(x.shape[0]), self.gates.port_maps[self.in_port]
 
     def open_rows(self, draw: Draw) -> Tensor:
         """Which packed output features are really open, bool of shape [packed]."""
@@ -203,6 +218,8 @@ class GatedLayer(nn.Module):
         Raises:
             ValueError: ``x`` has another width than the draw packs (not checked in compiled code).
         """
+        if draw.examples is not None and self.in_port >= 0:
+            return gate_apply(x, *self._example_gates(x, dim, draw), dim)
         position = None if self.in_port < 0 else draw.position[self.in_port]
         # A graph that depends on a width would serve one draw only.
         compiling = torch.compiler.is_compiling()
