@@ -50,8 +50,9 @@ class GroupRow:
             units that are expected to be open, and the rows that came in last, skipping would
             cost more than it saves), "dense, gates per example" (``scope="example"``: nothing is
             skipped in training, eval mode is packed), "masked reference" (asked for with
-            ``use_impl`` or ``L0K_IMPL``), or "masked weight by weight" (at most outputs and inputs are left out of
-            which all weights are closed; the units are the weights of one layer, its producer).
+            ``use_impl`` or ``L0K_IMPL``), or "masked weight by weight" (at most outputs and inputs
+            are left out of which all weights are closed; the units are the weights of one layer,
+            its producer).
     """
 
     name: str

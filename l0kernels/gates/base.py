@@ -1038,7 +1038,8 @@ def _keep_draws_out_of_graphs() -> None:
     if _draw is _draw_by_method:
         between = "gates are drawn between graphs"
         _draw = torch.compiler.disable(_draw_by_method, reason=between)
-        ExampleGates.of = torch.compiler.disable(ExampleGates.of, reason=between)
+        made = torch.compiler.disable(ExampleGates.of, reason=between)
+        ExampleGates.of = made  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _port_key(ref: GateRef) -> tuple[str, ...]:

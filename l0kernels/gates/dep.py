@@ -57,8 +57,8 @@ class DependentHardConcrete(HardConcrete):
     of these parameters.
 
     One draw serves the batch, so that closed channels can be skipped; the authors' code draws for
-    each example, as ``scope="example"`` does. Penalty, with p = P(z != 0), sums over layers k, their
-    outputs o and inputs i:
+    each example, as ``scope="example"`` does. Penalty, with p = P(z != 0), sums over layers k,
+    their outputs o and inputs i:
 
         (1 / n_train) sum_k numbers_k sum_o sum_i lam p_o p_i,
 
