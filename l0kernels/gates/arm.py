@@ -6,15 +6,18 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from l0kernels._config import current_impl
 from l0kernels.functional import OpenLists, arm_gradient, sample_gates
 from l0kernels.gates.base import Constant, Gates, droprates, engine, not_negative, one_of
 from l0kernels.gates.draw import Draw, on_host
 from l0kernels.gates.examples import SCOPES, mean_loss, mixes_examples, uniform
+from l0kernels.gates.prefix import Prefix
 
 Elementwise = Callable[[Tensor], Tensor]
 
@@ -259,14 +262,57 @@ class ARM(Gates):
         from l0kernels.convert.randomness import Generators
         from l0kernels.convert.tensors import KeptBuffers
 
+        draw, prefix = self._draw, self._common(other, model)
+        assert draw is not None
+        first = nullcontext() if prefix is None else prefix.recording(other)
         generators, buffers = Generators({self.log_alpha.device}), KeptBuffers(model)
         try:
-            with torch.no_grad(), self.instead(other):
+            with torch.no_grad(), self.instead(other), first:
                 again = closure()
         finally:
             buffers.restore()
             generators.restore()
-        return closure(), again
+        with nullcontext() if prefix is None else prefix.replaying(draw):
+            return closure(), again
+
+    def _common(self, other: Draw, model: nn.Module) -> Prefix | None:
+        """What the passes have in common; None where that is nothing, or cannot be told.
+
+        On a CPU only: to see an operator costs about as much as a GPU takes to start it.
+        """
+        from l0kernels.nn.base import GatedLayer
+
+        draw = self._draw
+        assert draw is not None
+        compiled = any(
+            m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in model.modules()
+        )
+        by_example, masked = draw.examples is not None, current_impl() == "reference"
+        if self.log_alpha.is_cuda or by_example or compiled or masked:
+            return None
+        gates = draw.z != other.z
+        first = next(m for m in model.modules() if m._parameters)
+        if isinstance(first, GatedLayer):
+            ports = (port for port in (first.in_port, first.out_port) if port >= 0)
+            if any(bool(gates[self.port_maps[port]].any()) for port in ports):
+                return None
+        return Prefix(self._differs(gates, draw, other), model)
+
+    def _differs(self, gates: Tensor, draw: Draw, other: Draw) -> list[bool]:
+        """For each port whether its gates or packed features differ between two draws.
+
+        Args:
+            gates: whether each gate does, shape [gates + 1].
+        """
+        ends = self.layout.port_offsets
+        features = gates[self.layout.maps].any(0) | (draw.whole_index != other.whole_index)
+        counts = torch.cat((ends.new_zeros(1), features.cumsum(0)))[ends].diff().tolist()
+        return [
+            count > 0
+            or draw.widths[port] != other.widths[port]
+            or (port in draw.dense) != (port in other.dense)
+            for port, count in enumerate(counts)
+        ]
 
 
 def _decided(pi: Tensor) -> Tensor:

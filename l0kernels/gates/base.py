@@ -636,8 +636,11 @@ class Gates(nn.Module):
 
     # Draws.
 
-    def current_draw(self) -> Draw:
+    def current_draw(self, ports: tuple[int, int] | None = None) -> Draw:
         """The draw that layers use now.
+
+        Args:
+            ports: of the layer that asks, input and output; None if it is none.
 
         Raises:
             RuntimeError: nothing was drawn yet, the draw is of another mode or of parameters that
@@ -656,6 +659,8 @@ class Gates(nn.Module):
                 self._check_recomputation(draw)
             elif draw.differentiable and not torch.is_grad_enabled():
                 draw.awaits_backward = True
+            if draw.prefix is not None:
+                draw.prefix.reach(ports)
         return draw
 
     def _check_mode(self, draw: Draw) -> None:

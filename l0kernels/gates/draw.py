@@ -15,6 +15,7 @@ from l0kernels.ops.sample_gates.reference import check_draw
 
 if TYPE_CHECKING:
     from l0kernels.gates.examples import ExampleGates
+    from l0kernels.gates.prefix import Prefix
 
 LEAST = 2
 """Closed features fill up to this width. Only where a layer has one feature is it 1."""
@@ -116,6 +117,8 @@ class Draw:
         self.blocks: dict[str, OpenBlock] = {}
         # Where every example has gates of its own; z is 1 then, and no port is packed.
         self.examples: ExampleGates | None = None
+        # What a pass under this draw has in common with one under another draw, while it runs.
+        self.prefix: Prefix | None = None
         # Ran without gradients, as reentrant checkpointing does, and not yet again in backward.
         self.awaits_backward = False
         self.graph = Graph()
@@ -123,6 +126,10 @@ class Draw:
             z.register_hook(self.graph.hold)
         if "torch._dynamo" in sys.modules:
             _mark_dynamic(self.index + [p for p in self.position if p is not None])
+
+    def tensors(self) -> list[Tensor]:
+        """All that layers and operators get from the draw."""
+        return [self.z, self.whole_index, *self._lists]
 
     def features(self, port: int) -> Tensor:
         """The packed features of a port in ascending order, without what rounds its width up."""

@@ -129,7 +129,7 @@ class GatedLayer(nn.Module):
             raise RuntimeError(
                 f"{type(self).__name__}: its gates are not attached; call gates.attach(model)"
             )
-        return gates.current_draw()
+        return gates.current_draw((self.in_port, self.out_port))
 
     def scale(self, draw: Draw) -> Tensor:
         """Gate values of all input features, shape [features] (masked reference)."""
