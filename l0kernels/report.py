@@ -28,6 +28,7 @@ PACKED = "packed"
 GATHERED = "gathered at the input"
 MASKED = "masked reference"
 DENSE = "dense"
+PER_EXAMPLE = "dense, gates per example"
 BY_WEIGHT = "masked weight by weight"
 
 
@@ -47,9 +48,11 @@ class GroupRow:
             the input" (units that no gated layer makes: the reader drops the closed ones),
             "dense" (all units are computed and what is read is multiplied by the gates: with the
             units that are expected to be open, and the rows that came in last, skipping would
-            cost more than it saves), "masked reference" (asked for with ``use_impl`` or
-            ``L0K_IMPL``), or "masked weight by weight" (at most outputs and inputs are left out of
-            which all weights are closed; the units are the weights of one layer, its producer).
+            cost more than it saves), "dense, gates per example" (``scope="example"``: nothing is
+            skipped in training, eval mode is packed), "masked reference" (asked for with
+            ``use_impl`` or ``L0K_IMPL``), or "masked weight by weight" (at most outputs and inputs
+            are left out of which all weights are closed; the units are the weights of one layer,
+            its producer).
     """
 
     name: str
@@ -187,6 +190,11 @@ def report(model: nn.Module, example_inputs: Inputs | None = None) -> Report:
     expected, test = gates.expected_open(), gates.open_now()
     speed = None
     if example_inputs is not None:
+        if gates.scope == "example":
+            raise ValueError(
+                "report: expected gates that a batch shares to time, got gates per example, which "
+                "skip nothing in training; leave example_inputs out"
+            )
         check_inputs("report", model, example_inputs)
         speed = measure(root, example_inputs)
     rows = tuple(
@@ -225,6 +233,8 @@ def _path(named: dict[str, GatedLayer], gates: Gates, group: int, where: slice) 
     """How the layers that use a range of gates run, from the ports that they work with."""
     if current_impl() == "reference":
         return MASKED
+    if gates.scope == "example":
+        return PER_EXAMPLE
     if gates.runs_dense(group, float(gates.open_probability()[where].mean())):
         return DENSE
     paths = set()

@@ -47,7 +47,9 @@ def expected_loss(model: nn.Module, closure: Callable[[], Tensor]) -> Tensor:
 
     Args:
         model: a converted model, or a wrapper around one.
-        closure: computes the loss (0-d) with the model.
+        closure: computes the loss (0-d) with the model. With ``scope="example"`` it may return
+            the losses of all examples, [examples], whose mean counts; ``"arm"`` then weighs every
+            example's noise by its own loss.
 
     Returns:
         A scalar whose backward gives weights and gates their gradients.
@@ -56,13 +58,17 @@ def expected_loss(model: nn.Module, closure: Callable[[], Tensor]) -> Tensor:
         ValueError: the model has no gates, or the closure does not return a scalar tensor.
     """
     gates = gates_of(model)
+    by_example = gates.scope == "example"
 
     def checked() -> Tensor:
         loss = closure()
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(f"expected_loss: expected a scalar tensor from the closure, got {got}")
-        return loss
+        if isinstance(loss, Tensor) and (loss.numel() == 1 or (by_example and loss.dim() == 1)):
+            return loss
+        got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        more = ", or one of losses of all examples" if by_example else ""
+        raise ValueError(
+            f"expected_loss: expected a scalar tensor from the closure{more}, got {got}"
+        )
 
     with gates.holding():
         return gates.estimate(checked, model)

@@ -6,14 +6,18 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from l0kernels._config import current_impl
 from l0kernels.functional import OpenLists, arm_gradient, sample_gates
 from l0kernels.gates.base import Constant, Gates, droprates, engine, not_negative, one_of
 from l0kernels.gates.draw import Draw, on_host
+from l0kernels.gates.examples import SCOPES, mean_loss, mixes_examples, uniform
+from l0kernels.gates.prefix import Prefix
 
 Elementwise = Callable[[Tensor], Tensor]
 
@@ -77,6 +81,13 @@ class ARM(Gates):
     dropout draws the same numbers, for other features where widths differ. It is not run if no
     gate differs. The closure runs once per pass; what it leaves behind is of the last, z1's.
 
+    With a draw for each example (``scope="example"``) u has a row for each of B examples and the
+    loss is the mean of f_b. If no example's loss depends on another's gates, the estimate is
+    c (1/B) sum_b (f_b(z2) - f_b(z1)) (u_b - 1/2). If one does, as where a batch norm is in
+    training mode, or if the closure returns only the mean f, it is
+    c (f(z2) - f(z1)) sum_b (u_b - 1/2), which is as exact and varies more. The authors' code has
+    the mean over u_b in place of this sum: 1/B of the gradient.
+
     Test gate: pi where pi >= 1/2, else 0 (``"soft"``, the authors'), or 1[pi >= 1/2].
     P(z != 0) = pi, so the penalty's gradient has the factor g'(phi).
 
@@ -98,6 +109,8 @@ class ARM(Gates):
         test_gate: ``"soft"`` or ``"binary"``.
         l2: precision of the coupled L2, see ``l0kernels.penalty``; the authors take n_train times
             the weight decay.
+        scope: ``"batch"``, one training draw for all examples, or ``"example"``, one for each;
+            then the closure returns the losses of all examples, [examples], or their mean.
 
     Raises:
         ValueError: an option is out of range.
@@ -120,8 +133,10 @@ class ARM(Gates):
         samples: int = 1,
         test_gate: str = "soft",
         l2: float = 0.0,
+        scope: str = "batch",
     ) -> None:
         super().__init__(groups, lam=lam, n_train=n_train, seed=seed, lam_warmup=lam_warmup)
+        self.scope = one_of("scope", scope, SCOPES)
         self.l2 = not_negative("l2", l2)
         rates = droprates(droprate, self.names)
         self.estimator = one_of("estimator", estimator, ESTIMATORS)
@@ -158,6 +173,11 @@ class ARM(Gates):
         expected = _Expected.apply(self.log_alpha, cost, pi, slope)
         return Constant.apply(self.log_alpha, z), expected, lists
 
+    def example_values(self, k: Tensor, law: str) -> Tensor:
+        pi, u = self.open_probability(), uniform(k)
+        z = (u if law == self.law else 1 - u) < pi
+        return Constant.apply(self.log_alpha, z.to(self.log_alpha.dtype))
+
     def _binary(
         self, pi: Tensor, cost: Tensor, key: Tensor, law: str
     ) -> tuple[Tensor, Tensor, OpenLists]:
@@ -169,7 +189,7 @@ class ARM(Gates):
         assert draw is not None
         learns = torch.is_grad_enabled() and self.log_alpha.requires_grad
         if draw.key is None or not learns:  # eval mode, frozen or given gates: no noise
-            return closure()
+            return mean_loss(closure())
         if self.samples > 1 and self._held > 1:
             raise RuntimeError(f"hold keeps one draw: expected samples=1, got {self.samples}")
         losses, gradient = [], torch.zeros_like(self.log_alpha)
@@ -192,31 +212,43 @@ class ARM(Gates):
                 "expected_loss: expected log_alpha as the gates were drawn from it, but it was "
                 "modified in place since; step the optimizer after the hold scope"
             )
-        key, pi = draw.key, self.open_probability()
+        pi = self.open_probability()
         if self.estimator == "ar":
-            loss = closure()
-            return loss, self._weighed(-2 * loss.detach().double(), pi, key)
-        other = self._antithetic(draw, pi, key)
-        if other is None:
-            return closure(), 0.0
-        loss, again = self._two_passes(closure, model, other)
-        return loss, self._weighed(again.double() - loss.detach().double(), pi, key)
+            losses = closure()
+            difference = -2 * losses.detach().double()
+        else:
+            other = self._antithetic(draw, pi, draw.key)
+            if other is None:
+                return mean_loss(closure()), 0.0
+            losses, again = self._two_passes(closure, model, other)
+            difference = again.double() - losses.detach().double()
+        if difference.numel() > 1 and mixes_examples(model):
+            difference = difference.mean()
+        return mean_loss(losses), self._weighed(difference, pi, draw)
 
-    def _weighed(self, difference: Tensor, pi: Tensor, key: Tensor) -> Tensor:
+    def _weighed(self, difference: Tensor, pi: Tensor, draw: Draw) -> Tensor:
         """c difference (u - 1/2) of every gate."""
+        assert draw.key is not None
         slope = self.gate.slope(self.alpha.detach().double())
-        decided = (pi <= LEAST_PROBABILITY) | (pi > 1 - LEAST_PROBABILITY)
-        factor = torch.where(decided, 0.0, slope / (pi * (1 - pi)))
+        factor = torch.where(_decided(pi), 0.0, slope / (pi * (1 - pi)))
         dtype = self.log_alpha.dtype
+        if draw.examples is not None:
+            noise = draw.examples.weigh_noise(difference)
+            return torch.where(factor == 0, 0.0, factor * noise).to(dtype)
         with engine():
-            return arm_gradient(difference.reshape(()).to(dtype), factor.to(dtype), key)
+            return arm_gradient(difference.reshape(()).to(dtype), factor.to(dtype), draw.key)
 
     @torch.no_grad()
     def _antithetic(self, draw: Draw, pi: Tensor, key: Tensor) -> Draw | None:
         """The draw from 1 - u, None where it is the one from u.
 
-        Before both passes, when the host has waited for the device anyway.
+        Before both passes, when the host has waited for the device anyway. How many examples there
+        are is not known then: with gates for each, None only where no noise decides.
         """
+        if draw.examples is not None:
+            if bool(_decided(pi).all()):
+                return None
+            return self._by_example("antithetic", key)
         with engine():
             z, _, lists = self._binary(pi, self._cost, key, "antithetic")
         if on_host((z != draw.z).sum().reshape(1)) == [0]:
@@ -230,14 +262,62 @@ class ARM(Gates):
         from l0kernels.convert.randomness import Generators
         from l0kernels.convert.tensors import KeptBuffers
 
+        draw, prefix = self._draw, self._common(other, model)
+        assert draw is not None
+        first = nullcontext() if prefix is None else prefix.recording(other)
         generators, buffers = Generators({self.log_alpha.device}), KeptBuffers(model)
         try:
-            with torch.no_grad(), self.instead(other):
+            with torch.no_grad(), self.instead(other), first:
                 again = closure()
         finally:
             buffers.restore()
             generators.restore()
-        return closure(), again
+        with nullcontext() if prefix is None else prefix.replaying(draw):
+            return closure(), again
+
+    def _common(self, other: Draw, model: nn.Module) -> Prefix | None:
+        """What the passes have in common; None where that is nothing, or cannot be told.
+
+        On a CPU only: to see an operator costs about as much as a GPU takes to start it.
+        """
+        from l0kernels.nn.base import GatedLayer
+
+        draw = self._draw
+        assert draw is not None
+        compiled = any(
+            m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in model.modules()
+        )
+        by_example, masked = draw.examples is not None, current_impl() == "reference"
+        if self.log_alpha.is_cuda or by_example or compiled or masked:
+            return None
+        gates = draw.z != other.z
+        first = next(m for m in model.modules() if m._parameters)
+        if isinstance(first, GatedLayer):
+            ports = (port for port in (first.in_port, first.out_port) if port >= 0)
+            if any(bool(gates[self.port_maps[port]].any()) for port in ports):
+                return None
+        return Prefix(self._differs(gates, draw, other), model)
+
+    def _differs(self, gates: Tensor, draw: Draw, other: Draw) -> list[bool]:
+        """For each port whether its gates or packed features differ between two draws.
+
+        Args:
+            gates: whether each gate does, shape [gates + 1].
+        """
+        ends = self.layout.port_offsets
+        features = gates[self.layout.maps].any(0) | (draw.whole_index != other.whole_index)
+        counts = torch.cat((ends.new_zeros(1), features.cumsum(0)))[ends].diff().tolist()
+        return [
+            count > 0
+            or draw.widths[port] != other.widths[port]
+            or (port in draw.dense) != (port in other.dense)
+            for port, count in enumerate(counts)
+        ]
+
+
+def _decided(pi: Tensor) -> Tensor:
+    """Where no noise changes the gate."""
+    return (pi <= LEAST_PROBABILITY) | (pi > 1 - LEAST_PROBABILITY)
 
 
 class _Probability(torch.autograd.Function):

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from l0kernels._config import current_impl, use_impl
 from l0kernels.functional import GateLayout, OpenLists, open_lists, sample_gates
 from l0kernels.gates.dense import DenseGroups
-from l0kernels.gates.draw import LEAST, Draw, Graph
+from l0kernels.gates.draw import LEAST, Draw, Graph, on_host, raise_for
+from l0kernels.gates.examples import ExampleGates, mean_loss
 from l0kernels.gates.ref import GateRef
 from l0kernels.gates.rounding import Rounding
 
@@ -113,6 +114,9 @@ class Gates(nn.Module):
     """What ``convert`` may give gates of this method to."""
     l2: float = 0.0
     """Precision of the coupled L2, see ``l0kernels.penalty``; methods that have it set it."""
+    scope: str = "batch"
+    """Whether a training draw serves the ``"batch"`` or each ``"example"``; methods that can do
+    both set it."""
     # Of tests that run on a CPU what a GPU does; None: what the device asks for.
     _together: bool | None = None
     _multiple: int | None = None
@@ -210,6 +214,17 @@ class Gates(nn.Module):
         """
         return sample_gates(self.log_alpha, key, cost, self.layout, self.law)
 
+    def example_values(self, k: Tensor, law: str) -> Tensor:
+        """Values of all gates of some examples, [examples, gates], differentiable.
+
+        Only methods that set ``scope`` supply it.
+
+        Args:
+            k: the noise, integers from 0 to 2^23 - 1 of shape [examples, gates].
+            law: of the values, the method's own or what goes with it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no gates per example")
+
     def masks_of(self, values: Tensor) -> dict[str, Any]:
         """What masks the weight of each group of weight gates, with these gate values.
 
@@ -222,10 +237,11 @@ class Gates(nn.Module):
         """Estimator of the expected loss (0-d) under the current draw.
 
         Args:
-            closure: computes the loss with the model.
+            closure: computes the loss with the model, where ``scope`` is ``"example"`` maybe one
+                for each example.
             model: what the user called ``expected_loss`` with.
         """
-        return closure()
+        return mean_loss(closure())
 
     # Frozen gates.
 
@@ -613,6 +629,8 @@ class Gates(nn.Module):
         from l0kernels.nn.packing import layers_of
 
         self._drop_shares()
+        if self._draw is not None and self._draw.examples is not None:
+            self._draw.examples.begin_forward()
         if self.layers is None:
             self.layers = layers_of(root, self)
             weights = sum(layer.weight.numel() for layer in self.layers)
@@ -630,8 +648,11 @@ class Gates(nn.Module):
 
     # Draws.
 
-    def current_draw(self) -> Draw:
+    def current_draw(self, ports: tuple[int, int] | None = None) -> Draw:
         """The draw that layers use now.
+
+        Args:
+            ports: of the layer that asks, input and output; None if it is none.
 
         Raises:
             RuntimeError: nothing was drawn yet, the draw is of another mode or of parameters that
@@ -650,6 +671,8 @@ class Gates(nn.Module):
                 self._check_recomputation(draw)
             elif draw.differentiable and not torch.is_grad_enabled():
                 draw.awaits_backward = True
+            if draw.prefix is not None:
+                draw.prefix.reach(ports)
         return draw
 
     def _check_mode(self, draw: Draw) -> None:
@@ -718,6 +741,11 @@ class Gates(nn.Module):
                 self.dense.next_draw()
             z, expected, lists, key = self._sample(self._cost)
             drawn_from = self.log_alpha, key
+            if self.scope == "example":
+                if min(on_host(lists.counts), default=0) < 0:
+                    raise_for(drawn_from)
+                self._set_draw(self._by_example(self.law, key, expected))
+                return
             self._set_draw(self._make_draw(z, lists, expected, drawn_from, self._dense_ports))
 
     @torch.no_grad()
@@ -761,6 +789,18 @@ class Gates(nn.Module):
             widths = functools.partial(rounding.widths, multiples=multiples)
         mode = self.training, version
         return Draw(z, lists, *places, *mode, expected, drawn_from, widths, index, dense)
+
+    def _by_example(self, law: str, key: Tensor, expected: Tensor | None = None) -> Draw:
+        """The draw that gives each example its own gates: all features stay where they are."""
+        z = self.log_alpha.new_ones(self.count + 1)
+        lists = open_lists(z, self.layout)
+        dense = {
+            port: torch.arange(features.shape[1], device=z.device)
+            for port, features in enumerate(self.port_maps)
+        }
+        draw = self._make_draw(z, lists, expected, (self.log_alpha, key), lambda _: dense)
+        draw.examples = ExampleGates(self, law, key, draw.graph)
+        return draw
 
     def _sample(self, cost: Tensor) -> tuple[Tensor, Tensor, OpenLists, Tensor]:
         """Values, expected cost and lists of the present step, and the key they came from."""
@@ -1009,11 +1049,15 @@ def _keep_draws_out_of_graphs() -> None:
     """Make the hook's draw run eagerly, between graphs, under ``torch.compile``.
 
     Not at import: it loads the compiler, as the first optimizer does. Inside ``expected_loss``
-    and ``hold`` the draw is made before the model runs, and the model is one graph.
+    and ``hold`` the draw is made before the model runs, and the model is one graph; with gates per
+    example, drawn when a layer sees the batch, it is several.
     """
     global _draw
     if _draw is _draw_by_method:
-        _draw = torch.compiler.disable(_draw_by_method, reason="gates are drawn between graphs")
+        between = "gates are drawn between graphs"
+        _draw = torch.compiler.disable(_draw_by_method, reason=between)
+        made = torch.compiler.disable(ExampleGates.of, reason=between)
+        ExampleGates.of = made  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _port_key(ref: GateRef) -> tuple[str, ...]:

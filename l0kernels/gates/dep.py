@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from l0kernels.functional import OpenLists, dep_chain, sample_gates
-from l0kernels.gates.base import Constant, Gates, engine, per_group
+from l0kernels.gates.base import Constant, Gates, engine, one_of, per_group
+from l0kernels.gates.examples import SCOPES
 from l0kernels.gates.hard_concrete import HardConcrete, probability
 
 DIRECTIONS = ("forward", "backward")
@@ -56,7 +57,8 @@ class DependentHardConcrete(HardConcrete):
     of these parameters.
 
     One draw serves the batch, so that closed channels can be skipped; the authors' code draws for
-    each example. Penalty, with p = P(z != 0), sums over layers k, their outputs o and inputs i:
+    each example, as ``scope="example"`` does. Penalty, with p = P(z != 0), sums over layers k,
+    their outputs o and inputs i:
 
         (1 / n_train) sum_k numbers_k sum_o sum_i lam p_o p_i,
 
@@ -78,6 +80,7 @@ class DependentHardConcrete(HardConcrete):
         direction: ``"forward"`` or ``"backward"``.
         bias: mean of the initial b, one number or one per group.
         widths: ``"connected"`` or ``"chain"``, see above.
+        scope: ``"batch"``, or ``"example"``, the published sampling, as in `HardConcrete`.
 
     Raises:
         ValueError: unknown direction or widths, values that are not finite or name other groups.
@@ -94,6 +97,7 @@ class DependentHardConcrete(HardConcrete):
         direction: str = "forward",
         bias: float | Mapping[str, float] = 3.0,
         widths: str = "connected",
+        scope: str = "batch",
     ) -> None:
         # Not those of HardConcrete, which has a parameter for each gate.
         Gates.__init__(self, groups, lam=lam, n_train=n_train, seed=seed, lam_warmup=lam_warmup)
@@ -103,6 +107,7 @@ class DependentHardConcrete(HardConcrete):
         ):
             if value not in known:
                 raise ValueError(f"{name}: expected one of {known}, got {value!r}")
+        self.scope = one_of("scope", scope, SCOPES)
         self.reverse, self.widths = direction == "backward", widths
         shift = 1 if self.reverse else -1
         ends = range(len(self.sizes))

@@ -5,13 +5,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from l0kernels.functional import OpenLists
 from l0kernels.ops.sample_gates.reference import check_draw
+
+if TYPE_CHECKING:
+    from l0kernels.gates.examples import ExampleGates
+    from l0kernels.gates.prefix import Prefix
 
 LEAST = 2
 """Closed features fill up to this width. Only where a layer has one feature is it 1."""
@@ -89,7 +93,7 @@ class Draw:
         self.key = None if drawn_from is None else drawn_from[1]
         self.counts = on_host(lists.counts)
         if min(self.counts, default=0) < 0:
-            _raise_for(drawn_from)
+            raise_for(drawn_from)
         self.widths = list(self.counts) if widths is None else widths(self.counts)
         self._starts, self._lists = starts, lists
         self.whole_index = lists.index if index is None else index
@@ -115,6 +119,10 @@ class Draw:
         self.masks: dict[str, Any] = {}
         # Of those weights what is to be computed with, where that is less than all.
         self.blocks: dict[str, OpenBlock] = {}
+        # Where every example has gates of its own; z is 1 then, and no port is packed.
+        self.examples: ExampleGates | None = None
+        # What a pass under this draw has in common with one under another draw, while it runs.
+        self.prefix: Prefix | None = None
         # Ran without gradients, as reentrant checkpointing does, and not yet again in backward.
         self.awaits_backward = False
         self.graph = Graph()
@@ -122,6 +130,10 @@ class Draw:
             z.register_hook(self.graph.hold)
         if "torch._dynamo" in sys.modules:
             _mark_dynamic(self.index + [p for p in self.position if p is not None])
+
+    def tensors(self) -> list[Tensor]:
+        """All that layers and operators get from the draw."""
+        return [self.z, self.whole_index, *self._lists]
 
     def features(self, port: int) -> Tensor:
         """The packed features of a port in ascending order, without what rounds its width up."""
@@ -142,7 +154,8 @@ def on_host(counts: Tensor) -> list[int]:
     return host.tolist()
 
 
-def _raise_for(drawn_from: tuple[Tensor, Tensor] | None) -> NoReturn:
+def raise_for(drawn_from: tuple[Tensor, Tensor] | None) -> NoReturn:
+    """Say what is wrong with a draw whose counts are below zero."""
     if drawn_from is not None:
         log_alpha, key = drawn_from
         check_draw(log_alpha.detach(), key)

@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from l0kernels._registry import once_differentiable
 from l0kernels.gates.base import Gates, droprates, not_negative, one_of
+from l0kernels.gates.examples import SCOPES
+from l0kernels.ops.sample_gates.reference import hard_concrete_decisions, hard_concrete_s
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 CLAMP = (math.log(0.01), math.log(100.0))
@@ -44,6 +47,9 @@ class HardConcrete(Gates):
         l2: precision of the coupled L2, see ``l0kernels.penalty``; the authors take n_train times
             the weight decay.
         test_gate: ``"mean"``, the authors', or ``"median"``.
+        scope: ``"batch"``, one training draw for all examples, or ``"example"``, one for each (the
+            authors' ``local_rep``): gradients vary less, but nothing is skipped in training.
+            Examples are in the first dimension of what layers get, see ``examples.ExampleGates``.
 
     Raises:
         ValueError: an option is out of range.
@@ -63,8 +69,10 @@ class HardConcrete(Gates):
         droprate: float | Mapping[str, float] = 0.5,
         l2: float = 0.0,
         test_gate: str = "mean",
+        scope: str = "batch",
     ) -> None:
         super().__init__(groups, lam=lam, n_train=n_train, seed=seed, lam_warmup=lam_warmup)
+        self.scope = one_of("scope", scope, SCOPES)
         self.l2 = not_negative("l2", l2)
         self.test_gate = one_of("test_gate", test_gate, tuple(TEST_GATES))
         rates = droprates(droprate, self.names)
@@ -85,8 +93,32 @@ class HardConcrete(Gates):
     def openness(self) -> Tensor:
         return probability(self.log_alpha)
 
+    def example_values(self, k: Tensor, law: str) -> Tensor:
+        return _Examples.apply(self.alpha, k)
+
     def project(self) -> None:
         self.log_alpha.clamp_(*CLAMP)
+
+
+class _Examples(torch.autograd.Function):
+    """Hard concrete gates [examples, gates] from logits [gates] and the noise of each example."""
+
+    @staticmethod
+    def forward(ctx: Any, log_alpha: Tensor, k: Tensor) -> Tensor:
+        law, la = (BETA, GAMMA, ZETA), log_alpha.double()
+        closed, full = hard_concrete_decisions(la, k, *law)
+        s = hard_concrete_s(la, k, BETA)
+        slope = (ZETA - GAMMA) / BETA * s * (1 - s)
+        # Not saved tensors: a draw that is held serves several backward passes.
+        ctx.slope = torch.where(closed | full, 0.0, slope).to(log_alpha.dtype)
+        # What the integers call half open stays so, whatever rounding says.
+        inside = (s * (ZETA - GAMMA) + GAMMA).clamp(torch.finfo(log_alpha.dtype).tiny, 1.0)
+        return torch.where(closed, 0.0, torch.where(full, 1.0, inside)).to(log_alpha.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
+        return (grad.double() * ctx.slope).sum(0).to(ctx.slope.dtype), None
 
 
 def probability(log_alpha: Tensor) -> Tensor:

@@ -38,11 +38,15 @@ class GateRef:
 
     @property
     def z(self) -> Tensor:
-        """Scale of every feature in the current draw, shape [features]."""
-        z = self.gates.current_draw().z
-        scale = z[self.maps[0].to(z.device)]
+        """Scale of every feature in the current draw, shape [features].
+
+        Where every example has its own, those of the latest forward, [examples, features].
+        """
+        draw = self.gates.current_draw()
+        z = draw.z if draw.examples is None else draw.examples.of_last()
+        scale = z[..., self.maps[0].to(z.device)]
         for extra in self.maps[1:]:
-            scale = scale * z[extra.to(z.device)]
+            scale = scale * z[..., extra.to(z.device)]
         return scale
 
     @property

@@ -16,6 +16,7 @@ from l0kernels.gates.draw import LEAST, Draw
 from l0kernels.gates.ref import GateRef
 from l0kernels.nn import packing
 from l0kernels.nn.constants import add_shared, left_out, take_off
+from l0kernels.ops.gate_apply.reference import scale_along
 
 
 class GatedLayer(nn.Module):
@@ -152,7 +153,7 @@ class GatedLayer(nn.Module):
             raise RuntimeError(
                 f"{type(self).__name__}: its gates are not attached; call gates.attach(model)"
             )
-        return gates.current_draw()
+        return gates.current_draw((self.in_port, self.out_port))
 
     def scale(self, draw: Draw) -> Tensor:
         """Gate values of all input features, shape [features] (masked reference)."""
@@ -162,6 +163,10 @@ class GatedLayer(nn.Module):
         """Multiply every input feature by its gate (masked reference); ``dim`` is negative."""
         if self.in_port < 0 or self.reads_constants:
             return x
+        if draw.examples is not None:
+            assert self.gates is not None
+            z, made = self._example_gates(x, dim, draw)
+            return x * scale_along(x, z, made, x.dim() + dim).to(x.dtype)
         return x * self.scale(draw).to(x.dtype).view(-1, *[1] * (-dim - 1))
 
     def mask_outputs(self, y: Tensor, dim: int, draw: Draw) -> Tensor:
@@ -196,6 +201,16 @@ class GatedLayer(nn.Module):
         if shared.numel() == weight.shape[0]:  # one position
             return self.compute(x, weight, shared.flatten(), *args, **kwargs)
         return add_shared(self.compute(x, weight, None, *args, **kwargs), shared)
+
+    def _example_gates(self, x: Tensor, dim: int, draw: Draw) -> tuple[Tensor, Tensor]:
+        """Gates of every example of ``x``, and the map of its features to them."""
+        assert draw.examples is not None and self.gates is not None
+        if x.dim() + dim < 1:
+            raise ValueError(
+                f"{type(self).__name__}: expected a batch, whose examples have gates of their "
+                f"own, got an input of shape {list(x.shape)}"
+            )
+        return draw.examples.of(x.shape[0]), self.gates.port_maps[self.in_port]
 
     def open_rows(self, draw: Draw) -> Tensor:
         """Which packed output features are really open, bool of shape [packed]."""
@@ -284,6 +299,8 @@ class GatedLayer(nn.Module):
         Raises:
             ValueError: ``x`` has another width than the draw packs (not checked in compiled code).
         """
+        if draw.examples is not None and self.in_port >= 0:
+            return gate_apply(x, *self._example_gates(x, dim, draw), dim)
         position = None if self.in_port < 0 else draw.position[self.in_port]
         # A graph that depends on a width would serve one draw only.
         compiling = torch.compiler.is_compiling()

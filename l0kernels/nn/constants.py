@@ -147,7 +147,8 @@ def check_places(gates: Gates, layers: Iterable[Any]) -> None:
 
     Raises:
         ValueError: a group has its place before a norm in some references only, has not exactly
-            one producer and one norm there, or is not alone and in order in a reference.
+            one producer and one norm there, or is not alone and in order in a reference; or each
+            example has gates of its own.
     """
     refs = [
         (layer, side, ref)
@@ -160,6 +161,10 @@ def check_places(gates: Gates, layers: Iterable[Any]) -> None:
         before = [use for use in mine if use[2].is_before_norm]
         if not before:
             continue
+        if gates.scope == "example":
+            raise ValueError(
+                f"group {name!r}: expected scope='batch' with gates before a norm, got 'example'"
+            )
         if len(before) < len(mine):
             raise ValueError(
                 f"group {name!r}: expected its gates before the norm in every reference, got "

@@ -47,6 +47,7 @@ class Case:
         granularity: of the gates.
         budget: added to the loss.
         l2: the coupled one, of hard concrete gates.
+        scope: of the gates; of ``"example"`` the closure returns every example's loss.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
@@ -66,6 +67,7 @@ class Case:
     granularity: str = "unit"
     budget: bool = False
     l2: float = 0.0
+    scope: str = "batch"
 
 
 UNUSED, STATIC = {"find_unused_parameters": True}, {"static_graph": True}
@@ -109,6 +111,10 @@ CASES: dict[str, Case] = {
     "ARM, checkpointed": Case(checkpointed=True, method="arm"),
     "ARM, open rows": Case(steps=20, open_rows=True, method="arm"),
     "ARM, norms in training mode": Case(steps=20, norms_train=True, method="arm"),
+    "gates per example": Case(scope="example"),
+    "gates per example, ARM": Case(steps=20, scope="example", method="arm"),
+    "gates per example, ARM, static graph": Case(STATIC, scope="example", method="arm"),
+    "gates per example, Dep-L0, accumulated": Case(parts=2, scope="example", method="dep"),
     "scores of units": Case(method="cs"),
     "scores of weights": Case(method="cs", **WEIGHTS),
     "scores of weights, find unused": Case(UNUSED, method="cs", **WEIGHTS),
@@ -143,7 +149,7 @@ def prepare(case: Case, seed: int) -> nn.Module:
     if case.closed:
         with torch.no_grad():
             net.l0.log_alpha[next(net.l0.slices())[1]] = -100.0
-    net.l0.l2 = case.l2
+    net.l0.l2, net.l0.scope = case.l2, case.scope
     if case.budget:
         # Its buffers are the model's then: DDP sends those of rank 0. The target is out of reach.
         net.budget = l0.Budget(net, 0.01, lr=0.2, warmup=2)
@@ -159,7 +165,7 @@ def train(case: Case, net: nn.Module, model: nn.Module, rank: int, ranks: int) -
         if case.method == "cs":
             net.l0.set_progress(step / case.steps)
         torch.manual_seed(1000 * rank + step)  # users' seeds may differ
-        x, y = (t.chunk(ranks)[rank] for t in batch(seed=step))
+        x, y = (t[rank::ranks] for t in batch(seed=step))  # as DistributedSampler deals out
         optimizer.zero_grad()
         with l0.use_impl(case.impl):
             backward(case, net, model, x.double(), y)
@@ -196,7 +202,8 @@ def backward(case: Case, net: nn.Module, model: nn.Module, x: Tensor, y: Tensor)
         accumulate(case, model, x, y)
         return
     if case.scoped:
-        loss = l0.expected_loss(model, lambda: F.cross_entropy(model(x), y))
+        how = "none" if case.scope == "example" else "mean"
+        loss = l0.expected_loss(model, lambda: F.cross_entropy(model(x), y, reduction=how))
     else:
         loss = F.cross_entropy(model(x), y)
     if case.penalty:
