@@ -325,6 +325,8 @@ def test_bad_arguments():
         l0.convert(Chain(), "arm", example_inputs=x, place="before")
     with pytest.raises(ValueError, match="place: expected 'after_act' with 'input' gates"):
         l0.convert(Chain(), "arm", example_inputs=x, place="before_norm", granularity="input")
+    with pytest.raises(ValueError, match="expected scope='batch' with gates before a norm"):
+        l0.convert(Chain(), "arm", example_inputs=x, place="before_norm", scope="example")
     with pytest.raises(ValueError, match="nothing can be gated"):
         l0.convert(
             nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2)),
