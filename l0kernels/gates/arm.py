@@ -17,7 +17,7 @@ from l0kernels.functional import OpenLists, arm_gradient, sample_gates
 from l0kernels.gates.base import Constant, Gates, droprates, engine, not_negative, one_of
 from l0kernels.gates.draw import Draw, on_host
 from l0kernels.gates.examples import SCOPES, mean_loss, mixes_examples, uniform
-from l0kernels.gates.prefix import Prefix
+from l0kernels.gates.prefix import Prefix, has_compiled
 
 Elementwise = Callable[[Tensor], Tensor]
 
@@ -80,8 +80,8 @@ class ARM(Gates):
     mode, from the same buffers and states of the random generators, which are then put back; so
     dropout draws the same numbers, for other features where widths differ. It is not run if no
     gate differs; what both passes compute before the first layer whose gates differ is computed
-    once on a CPU (see ``prefix``), for models that are not compiled. The closure runs once per
-    pass; what it leaves behind is of the last, z1's.
+    once on a CPU, unless anything in the process is compiled (see ``prefix``). The closure runs
+    once per pass; what it leaves behind is of the last, z1's.
 
     With a draw for each example (``scope="example"``) u has a row for each of B examples and the
     loss is the mean of f_b. If no example's loss depends on another's gates, the estimate is
@@ -293,9 +293,7 @@ class ARM(Gates):
 
         draw = self._draw
         assert draw is not None
-        compiled = any(
-            m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in model.modules()
-        )
+        compiled = has_compiled()
         by_example, masked = draw.examples is not None, current_impl() == "reference"
         if self.log_alpha.is_cuda or by_example or compiled or masked:
             return None
