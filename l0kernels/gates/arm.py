@@ -17,7 +17,7 @@ from l0kernels.functional import OpenLists, arm_gradient, sample_gates
 from l0kernels.gates.base import Constant, Gates, droprates, engine, not_negative, one_of
 from l0kernels.gates.draw import Draw, on_host
 from l0kernels.gates.examples import SCOPES, mean_loss, mixes_examples, uniform
-from l0kernels.gates.prefix import Prefix
+from l0kernels.gates.prefix import Prefix, has_compiled
 
 Elementwise = Callable[[Tensor], Tensor]
 
@@ -79,7 +79,9 @@ class ARM(Gates):
     (with several samples, the mean). The pass of z2 runs before it, without gradients, in the same
     mode, from the same buffers and states of the random generators, which are then put back; so
     dropout draws the same numbers, for other features where widths differ. It is not run if no
-    gate differs. The closure runs once per pass; what it leaves behind is of the last, z1's.
+    gate differs; what both passes compute before the first layer whose gates differ is computed
+    once on a CPU, unless anything in the process is compiled (see ``prefix``). The closure runs
+    once per pass; what it leaves behind is of the last, z1's.
 
     With a draw for each example (``scope="example"``) u has a row for each of B examples and the
     loss is the mean of f_b. If no example's loss depends on another's gates, the estimate is
@@ -147,6 +149,8 @@ class ARM(Gates):
         if not 0 < k < math.inf:
             raise ValueError(f"k: expected a positive number, got {k!r}")
         self.gate = _gate_function(gate, float(k))
+        # logit(pi) of the latest sampled draw.
+        self._logits: Tensor | None = None
         kept = torch.tensor([1 - rates[name] for name in self.names], dtype=torch.float64)
         mean = _inverse(self.gate.value, kept).repeat_interleave(torch.tensor(self.sizes))
         generator = torch.Generator().manual_seed(int(self.seed))
@@ -168,10 +172,15 @@ class ARM(Gates):
     def sample(self, cost: Tensor, key: Tensor) -> tuple[Tensor, Tensor, OpenLists]:
         pi = self.open_probability()
         slope = self.gate.slope(self.alpha.detach().double())
-        z, _, lists = self._binary(pi, cost, key, self.law)
+        logits = torch.logit(pi).to(self.log_alpha.dtype)
+        z, _, lists = self._binary(logits, cost, key, self.law)
+        self._logits = logits.detach()
         # The graph of a draw reaches the parameter: DDP looks for it there.
         expected = _Expected.apply(self.log_alpha, cost, pi, slope)
         return Constant.apply(self.log_alpha, z), expected, lists
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_logits": None}
 
     def example_values(self, k: Tensor, law: str) -> Tensor:
         pi, u = self.open_probability(), uniform(k)
@@ -179,9 +188,8 @@ class ARM(Gates):
         return Constant.apply(self.log_alpha, z.to(self.log_alpha.dtype))
 
     def _binary(
-        self, pi: Tensor, cost: Tensor, key: Tensor, law: str
+        self, logits: Tensor, cost: Tensor, key: Tensor, law: str
     ) -> tuple[Tensor, Tensor, OpenLists]:
-        logits = torch.logit(pi).to(self.log_alpha.dtype)
         return sample_gates(logits, key, cost, self.layout, law)
 
     def estimate(self, closure: Callable[[], Tensor], model: nn.Module) -> Tensor:
@@ -250,7 +258,8 @@ class ARM(Gates):
                 return None
             return self._by_example("antithetic", key)
         with engine():
-            z, _, lists = self._binary(pi, self._cost, key, "antithetic")
+            assert self._logits is not None
+            z, _, lists = self._binary(self._logits, self._cost, key, "antithetic")
         if on_host((z != draw.z).sum().reshape(1)) == [0]:
             return None
         return self._make_draw(z, lists, dense=self._dense_ports)
@@ -284,9 +293,7 @@ class ARM(Gates):
 
         draw = self._draw
         assert draw is not None
-        compiled = any(
-            m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in model.modules()
-        )
+        compiled = has_compiled()
         by_example, masked = draw.examples is not None, current_impl() == "reference"
         if self.log_alpha.is_cuda or by_example or compiled or masked:
             return None

@@ -16,6 +16,7 @@ arguments, ends the prefix, and so does whatever else than a layer asks for the 
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -237,6 +238,17 @@ class _Replaying(_Pass):
     def _take(self, result: Made) -> Tensor:
         # An alias: autograd writes into what an operator returns.
         return self.prefix.made.pop(result.number)[0].detach()
+
+
+def has_compiled() -> bool:
+    """Whether ``torch.compile`` was called in this process.
+
+    Compiled code and modes that see operators do not go together, and a closure does not say what
+    it calls.
+    """
+    frames = sys.modules.get("torch._dynamo.eval_frame")
+    # None stands for functions that are kept out of graphs.
+    return frames is not None and any(b is not None for b in frames.cached_backends.values())
 
 
 def _map(value: Any, function: Any, kind: type = Tensor) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -130,6 +131,12 @@ class Hooked(Plain):
 
 
 NETS = [Plain, InPlace, WrittenLater, Twice, Noisy, Decides, Checkpointed, Reentrant, Hooked]
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> None:
+    """Other tests in this process may have compiled something."""
+    torch._dynamo.reset()
 
 
 def make(net: type[nn.Module] = Plain, differs: str = "fc1", **options) -> nn.Module:
@@ -329,6 +336,19 @@ def test_nothing_is_seen_where_the_first_layer_differs(monkeypatch: pytest.Monke
     l0.convert(net, "arm", example_inputs=(torch.randn(2, 3),))
     monkeypatch.setattr(prefix.Prefix, "__init__", None)
     l0.expected_loss(net, lambda: net(torch.randn(4, 3)).square().mean()).backward()
+
+
+def test_where_something_is_compiled_both_passes_are_whole(monkeypatch: pytest.MonkeyPatch):
+    net, plain, count = make().double(), make().double(), Count(monkeypatch)
+    x = X.double()
+    l0.expected_loss(plain, lambda: plain(x).square().mean()).backward()
+    assert count.taken > 0
+    count.taken = 0
+    compiled = torch.compile(net, backend="aot_eager")
+    l0.expected_loss(net, lambda: compiled(x).square().mean()).backward()
+    assert count.taken == 0
+    for a, b in zip(net.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-12, rtol=1e-10)
 
 
 def test_after_an_error_no_mode_is_left():
