@@ -95,13 +95,13 @@ def test_measurements_leave_no_trace(
     batch = (plan.images.train_x[:30], plan.images.train_y[:30])
     arm.step(*batch)
     before = {key: value.clone() for key, value in tensors(net).items()}
-    moments = [dict(state) for state in arm.optimizer.state.values()]
+    moments = [dict(state) for state in arm.optimizers[0].state.values()]
     kept = [{k: v.clone() for k, v in state.items()} for state in moments]
     measure.warm_up(arm, [batch])
     assert measure.fastest_layout(arm, [batch]) in LAYOUTS
     assert measure.step_memory(arm, batch) > 0
     assert all(torch.equal(value, before[key]) for key, value in tensors(net).items())
-    for state, old in zip(arm.optimizer.state.values(), kept, strict=True):
+    for state, old in zip(arm.optimizers[0].state.values(), kept, strict=True):
         assert all(torch.equal(value, old[key]) for key, value in state.items())
 
 

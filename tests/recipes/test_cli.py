@@ -32,7 +32,9 @@ def test_ends_with_table_plot_and_checkpoint(
     assert len(rows) == 3
     assert rows[1].startswith("| 0 | masked (nchw) |")
     widths = {line.count("|") for line in table.splitlines() if line.startswith("|")}
-    assert widths == {8}
+    assert widths == {6, 8}
+    assert "| lam per layer | 98.40 | 266-88-33 |  | quoted in the paper on RigL |" in table
+    assert "| 98.20 (not confirmed) | 266-88-33 (not confirmed) | 10.01 (not confirmed) |" in table
     assert (out / "curves.png").read_bytes().startswith(PNG)
     assert (out / "curves.png").stat().st_size > 10_000
     for seed in (0, 3):
@@ -64,14 +66,14 @@ def test_list_names_settings_sources_and_doubts(capsys: pytest.CaptureFixture[st
     assert "arXiv:1712.01312" in text
     assert "ours, not published" in text
     assert "not confirmed" in text
-    assert "lam        10, 0.5, 0.1, 10" in text
+    assert "lam            10, 0.5, 0.1, 10" in text
 
 
 BAD = {
     "no recipe": (
         [],
         "expected a recipe, one of lenet5-hc, mlp-hc, lenet5-arm, mlp-arm, "
-        "lenet5-ar, mlp-ar, or --list",
+        "lenet5-ar, mlp-ar, resnet20-cs,",
     ),
     "recipe": (["vgg"], "unknown recipe 'vgg': expected one of lenet5-hc, mlp-hc"),
     "folder": (["mlp-hc", "--data", "nowhere"], "nowhere: expected a folder with IDX files"),
