@@ -25,9 +25,13 @@ from l0kernels.recipes.errors import InputError
 from l0kernels.recipes.images import Images
 from l0kernels.recipes.loop import Plan, Run
 from l0kernels.recipes.recipe import Recipe, Settings
+from l0kernels.report import report
 
 INTERRUPTED = 130
 LINES_WITHOUT_BAR = 10
+FILTERS = "filters.png"
+# Weights of a network that is drawn.
+MOST_DRAWN = 1_000_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -103,6 +107,7 @@ def run(args: argparse.Namespace) -> int:
             except KeyboardInterrupt:
                 print(_interrupted(current), file=sys.stderr)
                 return INTERRUPTED
+            _draw_filters(current)
             results.append(summary.Result(plan, current.history, current.layout))
     _finish(results, chosen[0].folder.parent, args.json)
     return 0
@@ -323,6 +328,13 @@ def _interrupted(current: Run) -> str:
     )
 
 
+def _draw_filters(current: Run) -> None:
+    """Draw the weights of a network that is small enough to be looked at."""
+    described = report(current.arms[0].net)
+    if described.weights["total"] <= MOST_DRAWN:
+        described.plot_filters(current.plan.folder / FILTERS)
+
+
 def _finish(results: list[summary.Result], out: Path, as_json: bool) -> None:
     numbers = json.dumps(summary.to_dict(results), indent=2)
     table = summary.markdown(results)
@@ -331,4 +343,6 @@ def _finish(results: list[summary.Result], out: Path, as_json: bool) -> None:
     plot.draw(results, out / "curves.png")
     print(numbers if as_json else table)
     kept = "table.md, summary.json, curves.png, seed-*/checkpoint.pt, seed-*/epochs.jsonl"
+    if all((result.plan.folder / FILTERS).exists() for result in results):
+        kept += f", seed-*/{FILTERS}"
     print(f"written to {out}: {kept}", file=sys.stderr)

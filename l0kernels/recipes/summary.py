@@ -12,6 +12,7 @@ import torch
 from l0kernels._version import __version__
 from l0kernels.recipes.arm import MASKED, PACKED
 from l0kernels.recipes.loop import Plan
+from l0kernels.recipes.recipe import Recipe
 
 MIB = 2**20
 MOST_GROUPS = 16
@@ -54,7 +55,7 @@ def arm_summary(result: Result, arm: str) -> dict[str, Any]:
     measured = [m for m in result.series(arm, "step_memory") if m is not None]
     return {
         "accuracy": last["accuracy"],
-        "open_units": _units(last["open_units"]),
+        "open_units": _units(last["open_units"], result.plan.recipe),
         "weights_total": total,
         "left_expected": last["weights_expected"] / total,
         "left_realised": last["weights_realised"] / total,
@@ -69,7 +70,9 @@ def arm_summary(result: Result, arm: str) -> dict[str, Any]:
     }
 
 
-def _units(counts: list[int]) -> str:
+def _units(counts: list[int], recipe: Recipe) -> str:
+    if recipe.options.get("granularity") == "weight":
+        return f"{sum(counts):,} weights"
     return "-".join(map(str, counts)) if len(counts) <= MOST_GROUPS else f"{sum(counts):,}"
 
 

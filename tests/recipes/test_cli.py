@@ -39,6 +39,7 @@ def test_ends_with_table_plot_and_checkpoint(
     assert (out / "curves.png").stat().st_size > 10_000
     for seed in (0, 3):
         assert (out / f"seed-{seed}" / "checkpoint.pt").exists()
+        assert (out / f"seed-{seed}" / "filters.png").read_bytes().startswith(PNG)
         assert len((out / f"seed-{seed}" / "epochs.jsonl").read_text().splitlines()) == 2
 
 

@@ -72,6 +72,8 @@ def test_twenty_steps(
         assert math.isfinite(arm["loss"])
         assert 0 <= arm["accuracy"] <= 100
         assert 0 < arm["left_test"] <= 1
+        single = recipe.options.get("granularity") == "weight"
+        assert arm["open_units"].endswith("weights") == single
         assert [phase["phase"] for phase in run["phases"]] == PHASES.get(name, ["training"])
     assert len(found["published"]) == len(recipe.rows)
     table = (tmp_path / "out" / "table.md").read_text()
