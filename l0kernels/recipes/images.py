@@ -35,6 +35,7 @@ class Images:
         std: divides what is left.
         crops: pixels by which training images are padded with black, to be cropped anywhere and
             mirrored or not; 0: they stay as they are.
+        part_of: training images of the data set that these are a part of; 0: they are all.
     """
 
     name: str
@@ -47,6 +48,12 @@ class Images:
     mean: Sequence[float] = ()
     std: Sequence[float] = ()
     crops: int = 0
+    part_of: int = 0
+
+    @property
+    def whole(self) -> int:
+        """Training images of the whole data set, by which penalties are divided."""
+        return self.part_of or len(self.train_y)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -104,9 +111,12 @@ class Images:
             part = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))[:count]
             kept += [x[part], y[part]]
         digest = hashlib.sha256(f"{self.fingerprint} {train} {test}".encode())
-        name = f"part of {self.name}"
         return replace(
-            self, name=name, **dict(zip(PARTS, kept, strict=True)), fingerprint=digest.hexdigest()
+            self,
+            name=f"part of {self.name}",
+            part_of=self.whole,
+            fingerprint=digest.hexdigest(),
+            **dict(zip(PARTS, kept, strict=True)),
         )
 
     def _normalised(self, x: Tensor) -> Tensor:

@@ -250,7 +250,7 @@ class Run:
 
     def _make_arms(self, layout: str | None) -> None:
         plan = self.plan
-        count, classes = len(plan.images.train_y), plan.images.classes
+        count, classes = plan.images.whole, plan.images.classes
         net = gated_network(plan.recipe, plan.settings, count, plan.seed, classes)
         self.arms = [Arm(PACKED, net, plan.settings, PACKED_LAYOUT)]
         if plan.compare:

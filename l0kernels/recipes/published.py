@@ -48,7 +48,7 @@ def _describe(recipe: Recipe) -> str:
 
 def _value(value: Any) -> str:
     if value is None:
-        return "size of the training set"
+        return "size of the whole training set"
     if isinstance(value, tuple):
         return ", ".join(f"{v:g}" for v in value)
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -29,7 +29,8 @@ class Settings:
         gate_lr: learning rate of the gates.
         lam: weight of the penalty, one number per group of gates, or one for all.
         droprate: initial dropout rate, likewise; none where the method has no such option.
-        penalty_n: the penalty is divided by this; None stands for the size of the training set.
+        penalty_n: the penalty is divided by this; None stands for the size of the training
+            set, the whole one where a subset is used.
         optimizer: ``"adam"``, ``"sgd"`` (momentum .9) or ``"nesterov"`` (the same, Nesterov's).
         gate_optimizer: ``"same"`` (one for weights and gates) or ``"adam"``.
         weight_decay: of all parameters but the gates, by the optimizer.

@@ -191,7 +191,7 @@ def _heading(plan: Plan) -> str:
         f"**{plan.recipe.name}** on {plan.images.name}: {len(plan.images.train_y):,} train, "
         f"{len(plan.images.test_y):,} test; {plan.epochs} epochs of {plan.steps} steps, "
         f"batch {settings.batch}, lr {settings.lr:g}, gate lr {settings.gate_lr:g}, "
-        f"lam {_numbers(settings.lam)} / {settings.penalty_n or len(plan.images.train_y):,}; "
+        f"lam {_numbers(settings.lam)} / {settings.penalty_n or plan.images.whole:,}; "
         f"l0kernels {machine['l0kernels']}, torch {machine['torch']}, "
         f"{machine['threads']} threads"
     )

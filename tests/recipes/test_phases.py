@@ -245,6 +245,9 @@ def test_the_penalty_decays_gated_filters_of_wide_networks(make: Callable[..., P
     assert [group["weight_decay"] for group in (decayed, free, gates)] == [5e-4, 0, 0]
     assert gates_of(net).l2 == pytest.approx(40 * 5e-4 / 0.7)
     assert gates_of(net).n_train == 40
+    part = Run(replace(plan, images=plan.images.subset(10)))
+    part.start()
+    assert gates_of(part.arms[0].net).n_train == 40
     expected = {p for p in net.parameters() if p not in filters} - set(gates["params"])
     assert set(decayed["params"]) == expected
 

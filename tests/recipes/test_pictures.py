@@ -133,6 +133,7 @@ def test_subsets_are_chosen_once_and_for_all(tmp_path: Path) -> None:
     assert (len(part.train_y), len(part.test_y), part.name) == (12, 5, "part of CIFAR-10")
     assert part.fingerprint == images.subset(12, 5).fingerprint != images.fingerprint
     assert part.fingerprint != images.subset(12).fingerprint
+    assert (images.whole, part.whole, part.subset(3).whole) == (TRAIN, TRAIN, TRAIN)
     assert len(images.subset(12).test_y) == TEST
     whole = [x.numpy().tobytes() for x in images.train_x]
     places = [whole.index(x.numpy().tobytes()) for x in part.train_x]
