@@ -126,6 +126,7 @@ def plans(args: argparse.Namespace) -> list[Plan]:
     if args.save_every < 1:
         raise InputError(f"--save-every: expected a positive integer, got {args.save_every}")
     settings = _settings(args, recipe, recipe.settings(_settings_name(args, recipe)))
+    variants = _variants(args, settings)
     images = load(Path(args.data) if args.data else None, recipe.shape)
     if args.subset is not None:
         images = images.subset(*_subset(args.subset))
@@ -142,7 +143,7 @@ def plans(args: argparse.Namespace) -> list[Plan]:
             folder=out / "-".join(filter(None, (f"seed-{seed}", name.replace(" ", "-")))),
             variant=name,
         )
-        for name, variant in _variants(args, settings).items()
+        for name, variant in variants.items()
         for seed in seeds
     ]
 
@@ -205,6 +206,8 @@ def _settings(args: argparse.Namespace, recipe: Recipe, start: Settings) -> Sett
     for key in ("rounds", "rewind"):
         if key in given and not start.rounds:
             raise InputError(f"--{key}: expected a recipe with rounds, got {recipe.name}")
+    if given.get("rounds", 1) < 1:
+        raise InputError(f"--rounds: expected a positive integer, got {args.rounds}")
     if args.epochs is not None:
         given.update(start.at_length(args.epochs))
     if args.lam is not None:

@@ -185,6 +185,26 @@ def test_pruned_rounds_train_the_masked_network(make: Callable[..., Plan]) -> No
     assert all(start["frozen"] for start in run.starts)
 
 
+@pytest.mark.parametrize(
+    "name", ["resnet20-cs", "resnet20-imp", "resnet20-scl", "resnet56-dep", "wrn-28-10-hc"]
+)
+def test_packed_and_masked_train_alike(make: Callable[..., Plan], name: str) -> None:
+    more = {"rounds": 2, "rewind": 1} if name in ("resnet20-cs", "resnet20-imp") else {}
+    if name == "resnet20-cs":
+        # From 0, rounding would decide which of the scores that hardly move end above it.
+        more["initial"] = 0.1
+    plan = make(name, epochs=2, lr=0.01, **more)
+    run = Run(replace(plan, compare=True, reference_layout="channels_last"))
+    run.start()
+    run.train()
+    for record in run.history:
+        packed, masked = record["arms"]["packed"], record["arms"]["masked"]
+        assert packed["data_loss"] == pytest.approx(masked["data_loss"], rel=1e-3)
+        assert packed["weights_realised"] == pytest.approx(masked["weights_realised"], rel=1e-3)
+        assert packed["weights_test"] == pytest.approx(masked["weights_test"], rel=1e-3)
+    assert len(run.history) == plan.epochs
+
+
 @pytest.mark.parametrize("name", ["resnet20-cs", "resnet20-imp"])
 def test_resume_in_every_phase_gives_the_same_bits(make: Callable[..., Plan], name: str) -> None:
     changes = {"epochs": 2, "rounds": 2, "rewind": 1}
