@@ -179,8 +179,8 @@ def run(args: argparse.Namespace) -> int:
 def command(args: argparse.Namespace) -> str:
     """Return the command line that repeats a run; where the data lie is no part of it."""
     given = {"data": "DIR"} if args.data else {}
-    for name in ("settings", "epochs", "batch", "lr", "gate_lr", "lam", "seed", "seeds", "threads"):
-        given[name] = getattr(args, name)
+    names = "settings subset epochs batch lr gate_lr lam initial seed seeds threads"
+    given.update({name: getattr(args, name) for name in names.split()})
     options = [f"--{name.replace('_', '-')} {v}" for name, v in given.items() if v is not None]
     return " ".join(["l0kernels bench run", args.recipe, *options])
 

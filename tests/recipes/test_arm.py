@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from l0kernels.recipes import measure
+from l0kernels.recipes import measure, published
 from l0kernels.recipes.arm import (
     LAYOUTS,
     MASKED,
@@ -20,7 +20,7 @@ from l0kernels.recipes.arm import (
 )
 from l0kernels.recipes.loop import Plan
 from l0kernels.recipes.models import LeNet5, build
-from l0kernels.training import gates_of
+from l0kernels.training import gates_of, penalty
 
 SHUT, OPEN = -10.0, 10.0
 
@@ -59,6 +59,19 @@ def test_recipe_gates_have_the_published_widths(net: nn.Module) -> None:
         "fc1": 500,
     }
     assert open_units(net) == [20, 50, 800, 500]
+
+
+def test_the_mlp_by_arm_has_the_coupled_l2_of_all_weights() -> None:
+    recipe = published.find("mlp-arm")
+    settings = recipe.settings("published")
+    net = gated_network(recipe, settings, 60_000, 0)
+    assert gates_of(net).l2 == pytest.approx(60_000 * 5e-4)
+    p = dict(zip(gates_of(net).names, gates_of(net).openness().split([784, 300, 100]), strict=True))
+    weights = {"fc1.in": net.fc1.weight, "fc1": net.fc2.weight, "fc2": net.fc3.weight}
+    with torch.no_grad():
+        found = float(penalty(net) - gates_of(net).penalty())
+        expected = sum(float((p[n] * w.square().sum(0)).sum()) for n, w in weights.items())
+    assert found == pytest.approx(5e-4 / 2 * expected, rel=1e-4)
 
 
 def test_inputs_of_closed_channels_are_not_open(net: nn.Module) -> None:
