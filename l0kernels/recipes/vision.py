@@ -88,8 +88,8 @@ def _sparsification(network: str) -> Recipe:
         notes=(
             special[network],
             "epochs are those of a round; rounds, then the ticket, take (rounds + 1) as many",
-            "weights are kept before epoch rewind + 1 of round 1, as read in the authors' code; "
-            "that the ticket takes as many epochs as a round is read there too",
+            "weights are kept when rewind epochs of round 1 are over: the authors rewind to epoch "
+            "2; that they count from 0, and train the ticket as long as a round, is not confirmed",
             TEST_GATES_NOTE,
             TRAINED_ON,
             IMAGES_NOTE,
@@ -329,7 +329,8 @@ RECIPES = (
         _RESNET_DEP,
         1e-6,
         "27 groups, 1,008 gates: the authors gate the stem too, whose units meet a residual "
-        "stream; that the gates' learning rate never drops is not confirmed",
+        "stream; batch and weight decay, those of VGG-16, and that the gates' learning rate never "
+        "drops are not confirmed",
     ),
     _resnet50_dep(),
     _wide(
