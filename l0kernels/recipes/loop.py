@@ -231,7 +231,9 @@ class Run:
 
     def _check_history(self, history: list[Any]) -> None:
         for number, record in enumerate(history, 1):
+            phase = self._place(number - 1)[0].name
             whole = isinstance(record, dict) and record.get("epoch") == number
+            whole = whole and record.get("phase") == phase
             arms = record.get("arms") if whole else None
             if not isinstance(arms, dict) or any(
                 set(arms.get(arm.name, ())) != set(ENTRY) for arm in self.arms

@@ -107,7 +107,7 @@ def _sparsification(network: str) -> Recipe:
 def _magnitude(network: str, rounds: int) -> Recipe:
     title, make = NETWORKS[network]
     settings = replace(
-        _CS, lam=(0.0,), gate_decay=1.0, gate_lr=0.1, initial=1.0, rounds=rounds, prune=0.2
+        _CS, lam=(0.0,), gate_decay=1.0, gate_lr=0.1, initial=None, rounds=rounds, prune=0.2
     )
     source = (
         "ours, not published: the schedule of Continuous Sparsification, a fifth of the weights "
@@ -129,7 +129,7 @@ def _magnitude(network: str, rounds: int) -> Recipe:
         ),
         shape=COLOUR,
         method="cs",
-        options={**SINGLE, "rescale": False},
+        options={**SINGLE, "rescale": False, "initial": 1.0},
         course=phases.magnitude,
         init=nn.init.xavier_normal_,
     )

@@ -116,6 +116,7 @@ LIES: dict[str, tuple[Callable[[Any], None], str]] = {
     "no arms": (lambda c: c.pop("arms"), "expected 'arms' to be a dict, got NoneType"),
     "layout": (lambda c: c.update(reference_layout="x"), "expected reference_layout in"),
     "history": (lambda c: c["history"][0].update(epoch=3), "expected a whole record of epoch 1"),
+    "phase": (lambda c: c["history"][0].pop("phase"), "expected a whole record of epoch 1"),
     "gates": (_drop_gates, r"expected entries \['l0.log_alpha'\], got none"),
     "weights": (_narrow_layer, "one that does not fit: .*fc1.weight"),
     "optimizer": (_narrow_moment, r"exp_avg: expected shape \(300, 784\), got \(3,\)"),

@@ -118,6 +118,7 @@ BAD = {
         "--subset: expected 1 to 450 test images, got 451",
     ),
     "initial": (["mlp-hc", "--initial", "1"], "--initial: expected a recipe whose gates start"),
+    "initial of pruning": (["vgg16-imp", "--initial", "1"], "--initial: expected a recipe whose"),
     "initial text": (
         ["resnet20-cs", "--initial", "a"],
         "--initial: expected numbers like .1 or 10,.5,.1,10, got 'a'",
