@@ -28,8 +28,6 @@ from l0kernels.training import gates_of
 from .figures import markdown, write_texts
 from .timing import environment, require_passive_wait
 
-IMAGE = (1, 28, 28)
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -59,7 +57,7 @@ class Outcome:
         return self.speedup * self.work_left
 
 
-def operations_per_weight(net: nn.Module) -> dict[str, int]:
+def operations_per_weight(net: nn.Module, shape: tuple[int, ...]) -> dict[str, int]:
     """Return how often a step multiplies by each weight of a layer, per example.
 
     At every output position once in forward, once for the gradient of the weight, and once for
@@ -67,6 +65,7 @@ def operations_per_weight(net: nn.Module) -> dict[str, int]:
 
     Args:
         net: the plain network.
+        shape: of an image.
     """
     found: dict[str, int] = {}
 
@@ -82,7 +81,7 @@ def operations_per_weight(net: nn.Module) -> dict[str, int]:
         for name, layer in net.named_modules()
         if isinstance(layer, nn.Conv2d | nn.Linear)
     ]
-    net(torch.zeros(2, *IMAGE))
+    net(torch.zeros(2, *shape))
     for handle in handles:
         handle.remove()
     return found
@@ -97,7 +96,7 @@ class WorkLeft:
 
     def __init__(self, plan: Plan):
         net = plan.recipe.make()
-        self.cost = operations_per_weight(net)
+        self.cost = operations_per_weight(net, plan.recipe.shape)
         self.full = drawn_weights(net, self.cost)
         self.fractions: list[float] = []
         self.step = 0
@@ -123,7 +122,7 @@ def train_one(plan: Plan, bar: Any) -> tuple[Outcome, summary.Result]:
     assert current.arms[0].name == PACKED
     current.train()
     result = summary.Result(plan, current.history, current.layout)
-    expected = plan.settings.epochs * plan.steps
+    expected = plan.epochs * plan.steps
     if len(work.fractions) != expected:
         raise RuntimeError(f"expected {expected} draws, got {len(work.fractions)}")
     ours, masked = (summary.arm_summary(result, arm) for arm in ("packed", "masked"))
@@ -157,9 +156,11 @@ def run(args: argparse.Namespace) -> int:
     require_passive_wait()
     args.compare = True
     plans = train.plans(args)
+    if len(plans[0].phases) > 1:
+        raise ValueError(f"expected a recipe of one phase, got {plans[0].recipe.name}")
     plot.need()
     before = environment()
-    total = sum(2 * plan.settings.epochs * plan.steps for plan in plans)
+    total = sum(2 * plan.epochs * plan.steps for plan in plans)
     with tqdm(total=total, desc=plans[0].recipe.name, unit="step", disable=None) as bar:
         found = [train_one(plan, bar) for plan in plans]
     where = {**before, "load_average_after": environment()["load_average"]}
@@ -178,8 +179,8 @@ def run(args: argparse.Namespace) -> int:
 def command(args: argparse.Namespace) -> str:
     """Return the command line that repeats a run; where the data lie is no part of it."""
     given = {"data": "DIR"} if args.data else {}
-    for name in ("settings", "epochs", "batch", "lr", "gate_lr", "lam", "seed", "seeds", "threads"):
-        given[name] = getattr(args, name)
+    names = "settings subset epochs batch lr gate_lr lam initial seed seeds threads"
+    given.update({name: getattr(args, name) for name in names.split()})
     options = [f"--{name.replace('_', '-')} {v}" for name, v in given.items() if v is not None]
     return " ".join(["l0kernels bench run", args.recipe, *options])
 

@@ -6,15 +6,18 @@ from __future__ import annotations
 import importlib
 import re
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from l0kernels._files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from l0kernels.report import GroupRow, Report
+    from l0kernels.report import Filters, GroupRow, Report
 
 # Okabe and Ito's blue and vermilion are told apart with any colour vision.
 EXPECTED, TEST, CLOSED = "#0072B2", "#D55E00", "#e3e6ea"
@@ -29,6 +32,16 @@ AXIS = 0.45
 NOTE_ROW = 0.17
 LETTER = 0.061
 NUMBERS = 1.75
+
+# Of pictures of weights; pixels.
+NEGATIVE, POSITIVE, GREY = (0, 114, 178), (213, 94, 0), (184, 184, 184)
+DOTS = 100
+LONGEST_SIDE = 640
+LARGEST_SQUARE = 12
+TITLE = 26
+EDGE = 12
+# Of the open weights, the part that is shown in full colour or less.
+FULL = 0.99
 
 LONGEST_NAME = 52
 LONGEST_NOTE = 150
@@ -62,10 +75,81 @@ def draw(report: Report) -> Figure:
     return figure
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure in the format of the path's suffix (PNG where it has none)."""
+def save(figure: Figure, path: Path, dots: int = 150) -> None:
+    """Write a figure in the format of the path's suffix (PNG where it has none).
+
+    Args:
+        figure: what to write.
+        path: the file; it is replaced.
+        dots: per inch.
+    """
     kind = path.suffix[1:] or "png"
-    write_whole(path, lambda file: figure.savefig(file, format=kind, dpi=150))
+    write_whole(path, lambda file: figure.savefig(file, format=kind, dpi=dots))
+
+
+def draw_filters(layers: Sequence[Filters]) -> Figure:
+    """One picture per layer, below each other, each weight a square of whole pixels at ``DOTS``.
+
+    Args:
+        layers: what to draw.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    pictures = [_tiles(layer) for layer in layers]
+    sizes = [(p.shape[0] * s, p.shape[1] * s) for p in pictures for s in [_square(p)]]
+    width = max([LONGEST_SIDE, *(across for _, across in sizes)]) + 2 * EDGE
+    height = sum(down + TITLE for down, _ in sizes) + EDGE
+    figure_module = _matplotlib("matplotlib.figure")
+    figure = figure_module.Figure(figsize=(width / DOTS, height / DOTS), dpi=DOTS)
+    top = height
+    for layer, picture, (down, across) in zip(layers, pictures, sizes, strict=True):
+        title = {"fontsize": 8, "color": INK, "va": "center"}
+        figure.text(EDGE / width, (top - TITLE / 2) / height, _caption(layer), **title)
+        top -= TITLE + down
+        box = (EDGE / width, top / height, across / width, down / height)
+        axes = figure.add_axes(box)
+        axes.set_axis_off()
+        axes.imshow(picture, interpolation="nearest", aspect="auto")
+    return figure
+
+
+def _square(picture: np.ndarray) -> int:
+    """Pixels of a weight's side."""
+    return max(1, min(LARGEST_SQUARE, LONGEST_SIDE // max(picture.shape[:2])))
+
+
+def _across(layer: Filters) -> bool:
+    """Whether outputs go across, and inputs down."""
+    outputs, inputs, height, width = layer.weight.shape
+    return outputs * width >= inputs * height
+
+
+def _caption(layer: Filters) -> str:
+    outputs, inputs = (int(layer.is_open.flatten(2).any(2).any(d).sum()) for d in (1, 0))
+    total_out, total_in = layer.weight.shape[:2]
+    way = ("across", "down") if _across(layer) else ("down", "across")
+    return (
+        f"{layer.name}: {outputs:,} of {total_out:,} outputs ({way[0]}), "
+        f"{inputs:,} of {total_in:,} inputs ({way[1]}) open"
+    )
+
+
+def _tiles(layer: Filters) -> np.ndarray:
+    """Colours of all weights, uint8 [rows, columns, 3], a white line between filters."""
+    weight, is_open = layer.weight.float().numpy(), layer.is_open.numpy()
+    size = np.abs(weight)
+    full = np.quantile(size[is_open], FULL) if is_open.any() else 1.0
+    strength = np.minimum(size / max(full, np.finfo(np.float32).tiny), 1)[..., None]
+    end = np.where(weight[..., None] < 0, NEGATIVE, POSITIVE)
+    colours = np.where(is_open[..., None], 255 + (end - 255) * strength, GREY).round()
+    if max(weight.shape[2:]) > 1:
+        room = [(0, 0), (0, 0), (0, 1), (0, 1), (0, 0)]
+        colours = np.pad(colours, room, constant_values=255)
+    order = (1, 2, 0, 3, 4) if _across(layer) else (0, 2, 1, 3, 4)
+    tiles = colours.transpose(order).astype(np.uint8)
+    rows, height, columns, width, _ = tiles.shape
+    return tiles.reshape(rows * height, columns * width, 3)
 
 
 def _matplotlib(module: str) -> Any:

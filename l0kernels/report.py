@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +65,21 @@ class GroupRow:
     path: str
 
 
+class Filters(NamedTuple):
+    """The weights of a gated layer, and which are open at test.
+
+    Args:
+        name: of the layer.
+        weight: [outputs, inputs, height, width], of linear layers [outputs, inputs, 1, 1]; inputs
+            are those of a group where the layer is grouped.
+        is_open: bool, of the same shape.
+    """
+
+    name: str
+    weight: Tensor
+    is_open: Tensor
+
+
 @dataclass(frozen=True)
 class Report:
     """See :func:`report`.
@@ -73,12 +89,14 @@ class Report:
         ungated: layer -> why it has no gates.
         weights: see :meth:`weights_open`.
         speed: of a step, predicted and measured; None without inputs.
+        model: without wrappers around it, for `plot_filters`.
     """
 
     groups: tuple[GroupRow, ...]
     ungated: dict[str, str]
     weights: dict[str, float]
     speed: Speed | None = None
+    model: nn.Module | None = field(default=None, repr=False, compare=False)
 
     def weights_open(self) -> dict[str, float]:
         """Weights of convolutions and linear layers (no biases): ``expected`` open under the
@@ -114,6 +132,53 @@ class Report:
         if path is not None:
             save(figure, Path(path))
         return figure
+
+    def plot_filters(
+        self, path: str | PathLike[str] | None = None, layers: Sequence[str] | None = None
+    ) -> Figure:
+        """Draw the weights of gated layers as they are now, with those that are closed in grey.
+
+        One picture per layer, the longer side across: every filter of a convolution, one tile for
+        each output and input, every neuron of a linear layer as a line of its inputs. Negative
+        weights are blue, positive ones orange, by their size among the open ones of the layer. In
+        a saved file a weight is a square of whole pixels.
+
+        Args:
+            path: where to save it too; the suffix names the format (.png, .svg, .pdf).
+            layers: names of the layers to draw; None for all that gates close outputs, inputs or
+                weights of.
+
+        Returns:
+            A matplotlib figure.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            ValueError: unknown names, matplotlib does not write the format, or the report was not
+                made from a model.
+        """
+        from l0kernels._report_plot import DOTS, draw_filters, save
+
+        figure = draw_filters(self._filters(layers))
+        if path is not None:
+            save(figure, Path(path), DOTS)
+        return figure
+
+    def _filters(self, layers: Sequence[str] | None) -> list[Filters]:
+        if self.model is None:
+            raise ValueError("plot_filters: expected the report of a model, got one made by hand")
+        gated = {
+            name: layer
+            for name, layer in self.model.named_modules()
+            if isinstance(layer, GatedLayer) and _has_open_weights(layer)
+        }
+        unknown = sorted(set(layers or ()) - set(gated))
+        if unknown:
+            raise ValueError(f"layers: expected names among {list(gated)}, got {unknown}")
+        gates = gates_of(self.model)
+        with torch.no_grad():
+            z = torch.cat((gates.deterministic().cpu() != 0, torch.ones(1, dtype=torch.bool)))
+            names = [name for name in gated if layers is None or name in layers]
+            return [_filters_of(name, gated[name], z) for name in names]
 
     def __str__(self) -> str:
         lines = [
@@ -209,7 +274,7 @@ def report(model: nn.Module, example_inputs: Inputs | None = None) -> Report:
         )
         for group, (name, where) in enumerate(gates.slices())
     )
-    return Report(rows, dict(gates.refused), _count_weights(root, gates), speed)
+    return Report(rows, dict(gates.refused), _count_weights(root, gates), speed, root)
 
 
 def _users(named: dict[str, GatedLayer], side: str, where: slice) -> tuple[str, ...]:
@@ -290,7 +355,44 @@ def _open_weights(module: GatedLayer, openness: Tensor) -> float:
 
 
 def _open_features(maps: tuple[Tensor, ...], openness: Tensor) -> float:
+    return float(_are_open(maps, openness).sum())
+
+
+def _are_open(maps: tuple[Tensor, ...], openness: Tensor) -> Tensor:
     features = openness[maps[0]]
     for extra in maps[1:]:
         features = features * openness[extra]
-    return float(features.sum())
+    return features
+
+
+def _has_open_weights(layer: GatedLayer) -> bool:
+    """Whether gates close weights of a layer that has a matrix of them."""
+    weight = layer._parameters.get("weight")
+    gated = layer.in_gate is not None or layer.out_gate is not None
+    if isinstance(layer, MaskedLayer):
+        gated = layer.gate is not None
+    return gated and weight is not None and weight.dim() > 1
+
+
+def _filters_of(name: str, layer: GatedLayer, z: Tensor) -> Filters:
+    """The weights of a layer.
+
+    Args:
+        name: of the layer.
+        layer: with gates.
+        z: which gates are open, and True for what has none, bool [gates + 1].
+    """
+    weight = layer._out_in(layer.weight).detach().cpu()
+    outputs, inputs, *kernel = weight.shape
+    is_open = torch.ones_like(weight, dtype=torch.bool)
+    if isinstance(layer, MaskedLayer) and layer.gate is not None:
+        start = layer.gate.gates.starts[layer.gate.name]
+        is_open = z[start : start + weight.numel()].view(weight.shape)
+    if layer.out_gate is not None:
+        rows = _are_open(layer.out_gate.maps, z).view(-1, *[1] * (weight.dim() - 1))
+        is_open = is_open & rows
+    if layer.in_gate is not None:
+        columns = _are_open(layer.in_gate.maps, z).view(1, -1, *[1] * len(kernel))
+        is_open = is_open & columns
+    shape = outputs, inputs, *[1] * (2 - len(kernel)), *kernel
+    return Filters(name, weight.reshape(shape), is_open.reshape(shape))

@@ -6,9 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 import l0kernels as l0
@@ -20,6 +22,7 @@ from l0kernels.nn import (
     GatedLinear,
     GatedPReLU,
 )
+from l0kernels.recipes.models import LeNet5
 from l0kernels.report import GroupRow, Report
 
 
@@ -242,3 +245,133 @@ class TestPicture:
             "before … (residual stream)",
             "stem: it is frozen",
         ]
+
+
+class TestFilters:
+    @pytest.fixture(autouse=True)
+    def needs_matplotlib(self):
+        pytest.importorskip("matplotlib")
+
+    @pytest.fixture
+    def lenet(self) -> nn.Module:
+        """LeNet-5 with gates on units and input features, some of each group closed."""
+        net = LeNet5()
+        x = torch.rand(2, 1, 28, 28)
+        l0.convert(net, "hard_concrete", example_inputs=(x,), granularity="input")
+        with torch.no_grad():
+            net.l0.log_alpha.fill_(5.0)
+            for name, where in net.l0.slices():
+                net.l0.log_alpha[where][SHUT[name]] = -5.0
+            for parameter in (net.conv1.weight, net.conv2.weight, net.fc1.weight, net.fc2.weight):
+                # Nothing is so small that it looks white.
+                parameter.copy_(torch.where(parameter < 0, -1.0, 1.0) * (0.5 + torch.rand(())))
+        return net
+
+    def test_every_weight_has_its_colour(self, lenet: nn.Module, tmp_path: Path):
+        path = tmp_path / "filters.png"
+        figure = l0.report(lenet).plot_filters(path)
+        page = np.asarray(Image.open(path).convert("RGB"))
+        assert page.shape[:2] == tuple(int(round(v)) for v in figure.bbox.size[::-1])
+        for axes, name in zip(figure.axes, ("conv1", "conv2", "fc1", "fc2"), strict=True):
+            weight = getattr(lenet, name).weight.detach()
+            outputs, inputs = weight.shape[:2]
+            is_open = torch.ones(outputs, inputs, dtype=torch.bool)
+            is_open[OUTPUTS[name]] = False
+            is_open[:, INPUTS[name]] = False
+            colours = _colours(page, axes, weight.reshape(outputs, inputs, *_kernel(weight)))
+            grey = (colours == np.array((184, 184, 184))).all(-1)
+            assert np.array_equal(grey, ~np.broadcast_to(_as_kernel(is_open), grey.shape))
+            # Blue where negative, orange where positive.
+            negative = (weight < 0).reshape(grey.shape).numpy() & ~grey
+            positive = ~negative & ~grey
+            assert (colours[negative][:, 2] > colours[negative][:, 0] + 50).all()
+            assert (colours[positive][:, 0] > colours[positive][:, 2] + 50).all()
+            assert negative.any() and positive.any() and grey.any()
+
+    def test_single_weights_are_greyed_one_by_one(self, tmp_path: Path):
+        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 10))
+        x = torch.rand(2, 3, 8, 8)
+        l0.convert(net, "cs", example_inputs=(x,), granularity="weight")
+        is_open = torch.rand(net.l0.count) < 0.5
+        with torch.no_grad():
+            net.l0.log_alpha.copy_(torch.where(is_open, 1.0, -1.0))
+            for layer in (net[0], net[2]):
+                layer.weight.fill_(1.0)
+        figure = l0.report(net).plot_filters(tmp_path / "filters.png")
+        page = np.asarray(Image.open(tmp_path / "filters.png").convert("RGB"))
+        sizes = [net[0].weight.numel(), net[2].weight.numel()]
+        for axes, layer, part in zip(
+            figure.axes, (net[0], net[2]), is_open.split(sizes), strict=True
+        ):
+            shape = (*layer.weight.shape[:2], *_kernel(layer.weight))
+            colours = _colours(page, axes, layer.weight.detach().reshape(shape))
+            grey = (colours == np.array((184, 184, 184))).all(-1)
+            assert np.array_equal(grey, ~part.view(shape).numpy())
+
+    def test_layers_can_be_chosen(self, lenet: nn.Module):
+        figure = l0.report(lenet).plot_filters(layers=["fc2", "conv1"])
+        titles = [text.get_text() for text in figure.texts]
+        assert titles == [
+            "conv1: 18 of 20 outputs (across), 1 of 1 inputs (down) open",
+            "fc2: 10 of 10 outputs (down), 497 of 500 inputs (across) open",
+        ]
+        with pytest.raises(ValueError, match=r"layers: expected names among .* got \['conv9'\]"):
+            l0.report(lenet).plot_filters(layers=["conv9"])
+        with pytest.raises(ValueError, match="expected the report of a model"):
+            many(2, {}).plot_filters()
+
+    def test_all_kinds_of_layers(self, net: Net):
+        figure = l0.report(net).plot_filters()
+        names = [text.get_text().split(":")[0] for text in figure.texts]
+        assert names == ["conv", "depth", "up", "last", "gate", "value", "out"]
+        figure.canvas.draw()
+        boxes = [axes.get_window_extent() for axes in figure.axes]
+        boxes += [text.get_window_extent() for text in figure.texts]
+        page = figure.bbox
+        for box in boxes:
+            assert page.x0 <= box.x0 and box.x1 <= page.x1
+            assert page.y0 <= box.y0 and box.y1 <= page.y1
+
+    def test_all_closed_and_all_open(self, lenet: nn.Module):
+        for value, grey_share in ((-5.0, 1.0), (5.0, 0.0)):
+            with torch.no_grad():
+                lenet.l0.log_alpha.fill_(value)
+            figure = l0.report(lenet).plot_filters(layers=["fc1"])
+            picture = figure.axes[0].images[0].get_array()
+            assert (picture == 184).all(-1).mean() == grey_share
+
+
+SHUT = {"conv1": [3, 19], "conv2": [0, 7, 49], "fc1.in": [20, 21, 799], "fc1": [0, 250, 499]}
+OUTPUTS = {"conv1": [3, 19], "conv2": [0, 7, 49], "fc1": [0, 250, 499], "fc2": []}
+INPUTS = {
+    "conv1": [],
+    "conv2": [3, 19],
+    # Channels 0, 7 and 49 of conv2 are 16 inputs each.
+    "fc1": [*range(16), *range(112, 128), *range(784, 800), 20, 21],
+    "fc2": [0, 250, 499],
+}
+
+
+def _kernel(weight: Tensor) -> tuple[int, int]:
+    return tuple(weight.shape[2:]) or (1, 1)  # pyright: ignore
+
+
+def _as_kernel(is_open: Tensor) -> np.ndarray:
+    return is_open.numpy()[:, :, None, None]
+
+
+def _colours(page: np.ndarray, axes, weight: Tensor) -> np.ndarray:
+    """Colours of the pixels in the middle of each weight, by output, input, row and column."""
+    outputs, inputs, height, width = weight.shape
+    gap = int(max(height, width) > 1)
+    o, i, r, c = (torch.arange(n) for n in weight.shape)
+    o, i, r, c = o.view(-1, 1, 1, 1), i.view(-1, 1, 1), r.view(-1, 1), c
+    across = outputs * width >= inputs * height
+    x = (o if across else i) * (width + gap) + c
+    y = (i if across else o) * (height + gap) + r
+    x, y = (value.expand(weight.shape).numpy() for value in (x, y))
+    points = np.stack((x.ravel(), y.ravel()), 1)
+    places = axes.transData.transform(points)
+    columns = np.floor(places[:, 0]).astype(int)
+    rows = np.floor(len(page) - places[:, 1]).astype(int)
+    return page[rows, columns].reshape(*weight.shape, 3).astype(int)

@@ -13,7 +13,7 @@ from l0kernels._files import write_whole
 from l0kernels.recipes.errors import InputError
 
 FORMAT = "l0kernels train"
-VERSION = 1
+VERSION = 2
 KINDS: dict[str, type] = {
     "recipe": str,
     "seed": int,

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data sets of the recipes: 28x28 images of ten classes, values in [0, 1]."""
+"""Readers of data sets, by the shape of image that a recipe takes."""
 
 from __future__ import annotations
 
 import gzip
-import hashlib
 import zlib
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,7 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from l0kernels.recipes.cifar import COLOUR, load_cifar
 from l0kernels.recipes.errors import InputError, optional
+from l0kernels.recipes.folder import load_folder
+from l0kernels.recipes.images import Images, digest
 
 SIDE = 28
 CLASSES = 10
@@ -31,34 +33,29 @@ DIGITS_SPLIT_SEED = 1797
 CHUNK = 1 << 20
 
 
-@dataclass(frozen=True)
-class Images:
-    """A data set in memory.
+def load(folder: Path | None, shape: tuple[int, ...] = (1, SIDE, SIDE)) -> Images:
+    """Images of the shape that a recipe takes.
+
+    28x28 grey: the IDX files of a folder (itself or its ``mnist`` folder), or without one the
+    embedded digits. 32x32 in colour: CIFAR, see `cifar.load_cifar`. Larger: a folder of pictures
+    for each class, see `folder.load_folder`.
 
     Args:
-        name: as it appears in tables.
-        train_x: fp32 in [0, 1], shape [N, 1, 28, 28].
-        train_y: int64 labels 0 to 9, shape [N].
-        test_x: as train_x.
-        test_y: as train_y.
-        fingerprint: SHA-256 of all of it, so that a run is resumed on the data it began with.
-    """
-
-    name: str
-    train_x: Tensor
-    train_y: Tensor
-    test_x: Tensor
-    test_y: Tensor
-    fingerprint: str
-
-
-def load(folder: Path | None) -> Images:
-    """The embedded digits, or the IDX files of a folder (itself or its ``mnist`` folder).
+        folder: where the data are.
+        shape: of an image.
 
     Raises:
         InputError: the folder or a file is missing, truncated or not what it says it is.
     """
-    return load_digits() if folder is None else load_idx(folder)
+    if shape == (1, SIDE, SIDE):
+        return load_digits() if folder is None else load_idx(folder)
+    if folder is None:
+        raise InputError(f"--data: expected a folder with images of {_size(shape)}, got none")
+    return load_cifar(folder) if shape == COLOUR else load_folder(folder, shape[-1])
+
+
+def _size(shape: Sequence[int]) -> str:
+    return f"{shape[1]}x{shape[2]} in {'colour' if shape[0] == 3 else 'grey'}"
 
 
 def load_digits() -> Images:
@@ -192,8 +189,5 @@ def _path(asked: Path, home: Path, name: str) -> Path:
 
 
 def _images(name: str, *tensors: Tensor) -> Images:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.contiguous().numpy().data)
     train_x, train_y, test_x, test_y = tensors
-    return Images(name, train_x, train_y, test_x, test_y, digest.hexdigest())
+    return Images(name, train_x, train_y, test_x, test_y, digest(*tensors))

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
+import math
 import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from torch import Tensor
 from l0kernels._files import write_whole
 from l0kernels.recipes import checkpoint, measure
 from l0kernels.recipes.arm import (
+    EVAL_PIXELS,
     MASKED,
     PACKED,
     Arm,
@@ -27,9 +30,11 @@ from l0kernels.recipes.arm import (
     open_units,
     weights_left,
 )
-from l0kernels.recipes.data import Images
 from l0kernels.recipes.errors import InputError
-from l0kernels.recipes.published import Recipe, Settings
+from l0kernels.recipes.images import Batch, Images
+from l0kernels.recipes.phases import Phase
+from l0kernels.recipes.recipe import Recipe, Settings
+from l0kernels.training import gates_of
 
 CHECKPOINT = "checkpoint.pt"
 PREVIOUS = "checkpoint.previous.pt"
@@ -65,6 +70,7 @@ class Plan:
         reference_layout: memory format of the reference; None measures which is faster.
         save_every: epochs between two checkpoints; the last epoch is always saved.
         folder: where the checkpoint and the log go.
+        variant: what tells it from other runs of the same seed.
     """
 
     recipe: Recipe
@@ -75,6 +81,22 @@ class Plan:
     reference_layout: str | None
     save_every: int
     folder: Path
+    variant: str = ""
+
+    @property
+    def label(self) -> str:
+        """As it is called in tables."""
+        return f"{self.seed}, {self.variant}" if self.variant else str(self.seed)
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """The parts of the run."""
+        return self.recipe.course(self.settings)
+
+    @property
+    def epochs(self) -> int:
+        """Of all phases."""
+        return sum(phase.epochs for phase in self.phases)
 
     @property
     def checkpoint(self) -> Path:
@@ -84,7 +106,7 @@ class Plan:
     @property
     def steps(self) -> int:
         """Steps per epoch and arm."""
-        return -(-len(self.images.train_x) // self.settings.batch)
+        return -(-len(self.images.train_y) // self.settings.batch)
 
 
 def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
@@ -156,10 +178,10 @@ class Run:
         checkpoint.same(path, "data", plan.images.fingerprint, content["data"])
         names = [PACKED, MASKED] if plan.compare else [PACKED]
         checkpoint.same(path, "networks", names, list(content["arms"]))
-        if content["epoch"] > plan.settings.epochs:
+        if content["epoch"] > plan.epochs:
             raise InputError(
                 f"--epochs: expected at least {content['epoch']}, the epochs that {path} has, "
-                f"got {plan.settings.epochs}"
+                f"got {plan.epochs}"
             )
         layout = content.get("reference_layout")
         if plan.compare and layout not in measure.LAYOUTS:
@@ -182,14 +204,14 @@ class Run:
     def train(self) -> None:
         """Run the epochs that are left, saving as planned."""
         plan = self.plan
-        if self.epoch < plan.settings.epochs:
+        if self.epoch < plan.epochs:
             batches = self._sample()
             for arm in self.arms:
                 measure.warm_up(arm, batches)
-        while self.epoch < plan.settings.epochs:
+        while self.epoch < plan.epochs:
             self._train_epoch()
             self.on_epoch()
-            if self.epoch % plan.save_every == 0 or self.epoch == plan.settings.epochs:
+            if self.epoch % plan.save_every == 0 or self.epoch == plan.epochs:
                 self.save()
 
     def save(self) -> None:
@@ -209,7 +231,9 @@ class Run:
 
     def _check_history(self, history: list[Any]) -> None:
         for number, record in enumerate(history, 1):
+            phase = self._place(number - 1)[0].name
             whole = isinstance(record, dict) and record.get("epoch") == number
+            whole = whole and record.get("phase") == phase
             arms = record.get("arms") if whole else None
             if not isinstance(arms, dict) or any(
                 set(arms.get(arm.name, ())) != set(ENTRY) for arm in self.arms
@@ -220,38 +244,51 @@ class Run:
                 )
 
     def _settings(self) -> dict[str, Any]:
-        # There is no schedule: a finished run may go on with more epochs.
         settings = self.plan.settings.to_dict()
-        del settings["epochs"]
+        if len(self.plan.phases) == 1:
+            # Milestones are compared by themselves; else a finished run may go on.
+            del settings["epochs"]
         return settings
 
     def _make_arms(self, layout: str | None) -> None:
         plan = self.plan
-        net = gated_network(plan.recipe, plan.settings, len(plan.images.train_x), plan.seed)
+        count, classes = plan.images.whole, plan.images.classes
+        net = gated_network(plan.recipe, plan.settings, count, plan.seed, classes)
         self.arms = [Arm(PACKED, net, plan.settings, PACKED_LAYOUT)]
         if plan.compare:
             twin = Arm(MASKED, copy.deepcopy(net), plan.settings, PACKED_LAYOUT)
             chosen = layout or measure.fastest_layout(twin, self._sample())
             self.arms.append(Arm(MASKED, twin.net, plan.settings, chosen))
 
-    def _parts(self, epoch: int) -> tuple[Tensor, ...]:
-        count = len(self.plan.images.train_x)
-        return epoch_order(self.plan.seed, epoch, count).split(self.plan.settings.batch)
+    def _batches(self, epoch: int) -> Iterator[Batch]:
+        plan = self.plan
+        order = epoch_order(plan.seed, epoch, len(plan.images.train_y))
+        for number, part in enumerate(order.split(plan.settings.batch)):
+            yield plan.images.train_batch(part, (plan.seed, epoch, number))
 
-    def _batch(self, part: Tensor) -> measure.Batch:
-        return self.plan.images.train_x[part], self.plan.images.train_y[part]
-
-    def _sample(self) -> list[measure.Batch]:
+    def _sample(self) -> list[Batch]:
         """A few batches for measurements."""
-        return [self._batch(part) for part in self._parts(0)[: measure.ROUNDS]]
+        return [*itertools.islice(self._batches(0), measure.BATCHES)]
+
+    def _place(self, epoch: int) -> tuple[Phase, int]:
+        """The phase of an epoch, from 0 on, and its number there, from 0 on."""
+        for phase in self.plan.phases:
+            if epoch < phase.epochs:
+                return phase, epoch
+            epoch -= phase.epochs
+        raise ValueError(f"expected one of {self.plan.epochs} epochs")
 
     def _train_epoch(self) -> None:
+        phase, number = self._place(self.epoch)
+        for arm in self.arms:
+            _begin_epoch(arm, phase, number)
         epoch = self.epoch + 1
         # Turns alternate, so that neither arm always runs on the warmer or cooler machine.
         turns = self.arms if epoch % 2 else self.arms[::-1]
         entries = {arm.name: self._train_arm(arm, epoch) for arm in turns}
         record = {
             "epoch": epoch,
+            "phase": phase.name,
             "first": turns[0].name,
             "arms": {arm.name: entries[arm.name] for arm in self.arms},
         }
@@ -263,23 +300,23 @@ class Run:
         images = self.plan.images
         times: list[float] = []
         loss = data_loss = drawn = 0.0
-        for part in self._parts(epoch):
-            batch = self._batch(part)
-            step = arm.step(arm.place(batch[0]), batch[1])
-            share = len(part) / len(images.train_x)
+        for x, y in self._batches(epoch):
+            step = arm.step(arm.place(x), y)
+            share = len(y) / len(images.train_y)
             times.append(step.seconds)
             data_loss += float(step.data_loss) * share
             loss += float(step.data_loss + step.penalty) * share
             drawn += drawn_weights(arm.net) * share
             self.on_step()
         left = weights_left(arm.net)
-        measured = epoch in (1, self.plan.settings.epochs)
+        measured = epoch in (1, self.plan.epochs)
+        tests = images.test_batches(max(1, EVAL_PIXELS // math.prod(images.shape[1:])))
         return {
             "loss": loss,
             "data_loss": data_loss,
             "seconds": sum(times),
             "step_ms": 1e3 * statistics.median(times),
-            "accuracy": arm.accuracy(images.test_x, images.test_y),
+            "accuracy": arm.accuracy(tests),
             "open_units": open_units(arm.net),
             "weights_total": int(left["total"]),
             "weights_expected": left["expected"],
@@ -291,3 +328,20 @@ class Run:
     def _write_log(self) -> None:
         text = "".join(json.dumps(record) + "\n" for record in self.history)
         write_whole(self.plan.folder / LOG, lambda file: file.write(text.encode()))
+
+
+def _begin_epoch(arm: Arm, phase: Phase, number: int) -> None:
+    """Bring an arm to where an epoch of a phase begins.
+
+    Args:
+        arm: as the epoch before left it.
+        phase: the phase.
+        number: of the epoch in it, from 0 on.
+    """
+    if number == 0:
+        phase.begin(arm)
+    if number == phase.keep_after:
+        arm.keep()
+    arm.set_learning_rates(phase.passed + number)
+    if phase.hardens:
+        gates_of(arm.net).set_progress(phase.progress(number))

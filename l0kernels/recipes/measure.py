@@ -10,14 +10,14 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from l0kernels.recipes.arm import LAYOUTS, Arm
+from l0kernels.recipes.images import Batch
 
 WARM_UP = 10
 ROUNDS = 15
-Batch = tuple[Tensor, Tensor]
+BATCHES = 2
 
 
 def warm_up(arm: Arm, batches: list[Batch]) -> None:
@@ -73,7 +73,7 @@ def step_memory(arm: Arm, batch: Batch) -> int:
     images, labels = copy.place(batch[0]), batch[1]
     copy.step(images, labels)
     # Drop what the first step left behind: its gradients, and its draw, as evaluation does.
-    copy.optimizer.zero_grad()
+    copy.zero_grad()
     with copy.evaluating():
         pass
     return allocated(lambda: copy.step(images, labels))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,9 @@ def draw(results: list[Result], path: Path) -> None:
             }
             losses.plot(epochs, result.series(arm, "loss"), **look)
             times.plot(epochs, result.series(arm, "step_ms"), **look)
+        for start in _starts(result):
+            for axes in (losses, opened, times):
+                axes.axvline(start + 0.5, color="#cccccc", linewidth=0.8, zorder=0)
         for key, (label, colour, style) in OPEN.items():
             total = result.history[0]["arms"][PACKED]["weights_total"]
             left = [value / total for value in result.series(PACKED, key)]
@@ -75,8 +79,14 @@ def _finish(axes: Any, label: str, log: bool) -> None:
     axes.legend(frameon=False)
 
 
+def _starts(result: Result) -> list[int]:
+    """Epochs after which a new phase begins."""
+    lengths = [phase.epochs for phase in result.plan.phases]
+    return [*itertools.accumulate(lengths)][:-1]
+
+
 def _title(results: list[Result]) -> str:
     plan = results[0].plan
-    seeds = ", ".join(str(result.plan.seed) for result in results)
+    seeds = ", ".join(result.plan.label for result in results)
     word = "seed" if len(results) == 1 else "seeds"
     return f"{plan.recipe.name} on {plan.images.name}, {word} {seeds}"

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -12,8 +12,10 @@ import torch
 from l0kernels._version import __version__
 from l0kernels.recipes.arm import MASKED, PACKED
 from l0kernels.recipes.loop import Plan
+from l0kernels.recipes.recipe import Recipe
 
 MIB = 2**20
+MOST_GROUPS = 16
 TITLES = {PACKED: "packed", MASKED: "masked"}
 
 
@@ -53,7 +55,7 @@ def arm_summary(result: Result, arm: str) -> dict[str, Any]:
     measured = [m for m in result.series(arm, "step_memory") if m is not None]
     return {
         "accuracy": last["accuracy"],
-        "open_units": "-".join(str(n) for n in last["open_units"]),
+        "open_units": _units(last["open_units"], result.plan.recipe),
         "weights_total": total,
         "left_expected": last["weights_expected"] / total,
         "left_realised": last["weights_realised"] / total,
@@ -66,6 +68,12 @@ def arm_summary(result: Result, arm: str) -> dict[str, Any]:
         "step_memory_first": measured[0],
         "step_memory_last": measured[-1],
     }
+
+
+def _units(counts: list[int], recipe: Recipe) -> str:
+    if recipe.options.get("granularity") == "weight":
+        return f"{sum(counts):,} weights"
+    return "-".join(map(str, counts)) if len(counts) <= MOST_GROUPS else f"{sum(counts):,}"
 
 
 def comparison(result: Result) -> dict[str, float]:
@@ -94,6 +102,29 @@ def comparison(result: Result) -> dict[str, float]:
     }
 
 
+def phases(result: Result) -> list[dict[str, Any]]:
+    """How each phase of a run ended, plain values.
+
+    Args:
+        result: a finished run.
+    """
+    found = []
+    for phase in result.plan.phases:
+        entries = [r["arms"][PACKED] for r in result.history if r["phase"] == phase.name]
+        last = entries[-1]
+        found.append(
+            {
+                "phase": phase.name,
+                "epochs": phase.epochs,
+                "accuracy": last["accuracy"],
+                "left_test": last["weights_test"] / last["weights_total"],
+                "step_ms": last["step_ms"],
+                "seconds": sum(entry["seconds"] for entry in entries),
+            }
+        )
+    return found
+
+
 def _largest_difference(result: Result, key: str) -> float:
     pairs = zip(result.series(PACKED, key), result.series(MASKED, key), strict=True)
     return max(abs(p - m) / abs(m) if m else abs(p) for p, m in pairs)
@@ -105,34 +136,30 @@ def to_dict(results: list[Result]) -> dict[str, Any]:
     return {
         "recipe": plan.recipe.name,
         "data": plan.images.name,
-        "n_train": len(plan.images.train_x),
-        "n_test": len(plan.images.test_x),
+        "n_train": len(plan.images.train_y),
+        "n_test": len(plan.images.test_y),
         "settings": plan.settings.to_dict(),
         "machine": _machine(),
         "seeds": [
             {
                 "seed": result.plan.seed,
+                "initial": result.plan.settings.initial,
                 "reference_layout": result.layout,
                 "arms": {arm: arm_summary(result, arm) for arm in _arms(result)},
+                "phases": phases(result),
                 **({"compared": comparison(result)} if result.compared else {}),
             }
             for result in results
         ],
+        "published": [asdict(row) for row in plan.recipe.rows],
     }
 
 
 def markdown(results: list[Result]) -> str:
-    """The table at the end of a run."""
+    """The tables at the end of a run."""
     plan = results[0].plan
-    settings = plan.settings
-    machine = _machine()
     lines = [
-        f"**{plan.recipe.name}** on {plan.images.name}: {len(plan.images.train_x):,} train, "
-        f"{len(plan.images.test_x):,} test; {settings.epochs} epochs of {plan.steps} steps, "
-        f"batch {settings.batch}, lr {settings.lr:g}, gate lr {settings.gate_lr:g}, "
-        f"lam {_numbers(settings.lam)} / {settings.penalty_n or len(plan.images.train_x):,}; "
-        f"l0kernels {machine['l0kernels']}, torch {machine['torch']}, "
-        f"{machine['threads']} threads",
+        _heading(plan),
         "",
         "| seed | arm | test accuracy % | open units | weights left % expected / drawn / test "
         "| ms per step first / last epoch | step memory MiB first / last epoch |",
@@ -147,7 +174,52 @@ def markdown(results: list[Result]) -> str:
             "|---:|---:|---:|---:|---:|---:|---:|",
         ]
         lines += [_comparison_row(result) for result in results]
-    return "\n".join([*lines, "", _legend(results[0])])
+    if len(plan.phases) > 1:
+        lines += [
+            "",
+            "| seed | phase | epochs | test accuracy % at its end | weights left % test "
+            "| ms per step, last epoch | seconds |",
+            "|---:|---|---:|---:|---:|---:|---:|",
+        ]
+        lines += [row for result in results for row in _phase_rows(result)]
+    return "\n".join([*lines, "", *_published(plan), "", _legend(results[0])])
+
+
+def _heading(plan: Plan) -> str:
+    settings, machine = plan.settings, _machine()
+    return (
+        f"**{plan.recipe.name}** on {plan.images.name}: {len(plan.images.train_y):,} train, "
+        f"{len(plan.images.test_y):,} test; {plan.epochs} epochs of {plan.steps} steps, "
+        f"batch {settings.batch}, lr {settings.lr:g}, gate lr {settings.gate_lr:g}, "
+        f"lam {_numbers(settings.lam)} / {settings.penalty_n or plan.images.whole:,}; "
+        f"l0kernels {machine['l0kernels']}, torch {machine['torch']}, "
+        f"{machine['threads']} threads"
+    )
+
+
+def _phase_rows(result: Result) -> list[str]:
+    return [
+        f"| {result.plan.label} | {p['phase']} | {p['epochs']} | {p['accuracy']:.2f} "
+        f"| {100 * p['left_test']:.1f} | {p['step_ms']:.2f} | {p['seconds']:.0f} |"
+        for p in phases(result)
+    ]
+
+
+def _published(plan: Plan) -> list[str]:
+    """The published figures as a table, or that there are none."""
+    if not plan.recipe.rows:
+        return ["No published result of this recipe is at hand."]
+    lines = [
+        "| published | test accuracy % | open units | weights left % | source |",
+        "|---|---:|---|---:|---|",
+    ]
+    for row in plan.recipe.rows:
+        doubt = "" if row.confirmed else " (not confirmed)"
+        accuracy = "" if row.accuracy is None else f"{row.accuracy:.2f}{doubt}"
+        left = "" if row.left is None else f"{row.left:.2f}{doubt}"
+        units = row.units and f"{row.units}{doubt}"
+        lines.append(f"| {row.what} | {accuracy} | {units} | {left} | {row.source} |")
+    return lines
 
 
 def _arms(result: Result) -> list[str]:
@@ -161,7 +233,7 @@ def _arm_row(result: Result, arm: str) -> str:
     steps = f"{s['step_ms_first']:.2f} / {s['step_ms_last']:.2f}"
     memory = f"{s['step_memory_first'] / MIB:.1f} / {s['step_memory_last'] / MIB:.1f}"
     return (
-        f"| {result.plan.seed} | {title} | {s['accuracy']:.2f} | {s['open_units']} | {left} "
+        f"| {result.plan.label} | {title} | {s['accuracy']:.2f} | {s['open_units']} | {left} "
         f"| {steps} | {memory} |"
     )
 
@@ -169,7 +241,7 @@ def _arm_row(result: Result, arm: str) -> str:
 def _comparison_row(result: Result) -> str:
     c = comparison(result)
     return (
-        f"| {result.plan.seed} | {c['speed_up_first']:.2f} | {c['speed_up_last']:.2f} "
+        f"| {result.plan.label} | {c['speed_up_first']:.2f} | {c['speed_up_last']:.2f} "
         f"| {c['speed_up_best']:.2f} | {c['speed_up']:.2f} "
         f"| {100 * c['loss_difference']:.2f} / {100 * c['data_loss_difference']:.2f} / "
         f"{c['data_loss_difference_absolute']:.4f} "

@@ -10,19 +10,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from l0kernels.bench import run
 from l0kernels.cli import main
-from l0kernels.recipes import published
+from l0kernels.recipes import mnist, published
 from l0kernels.recipes.arm import PACKED, Arm, drawn_weights, gated_network
 from l0kernels.recipes.data import Images
 from l0kernels.recipes.loop import Plan
 from l0kernels.training import gates_of
 
+MNIST = (1, 28, 28)
 
-@pytest.mark.parametrize("name", published.RECIPES)
+
+@pytest.mark.parametrize("name", [recipe.name for recipe in mnist.RECIPES])
 def test_work_is_what_pytorch_counts(name: str):
     net = published.find(name).make()
-    cost = run.operations_per_weight(net)
+    cost = run.operations_per_weight(net, MNIST)
     with FlopCounterMode(display=False) as counter:
-        net(torch.zeros(3, *run.IMAGE)).sum().backward()
+        net(torch.zeros(3, *MNIST)).sum().backward()
     assert 2 * 3 * drawn_weights(net, cost) == counter.get_total_flops()
     assert all(not layer._forward_hooks for layer in net.modules())
 
@@ -30,14 +32,14 @@ def test_work_is_what_pytorch_counts(name: str):
 def test_closed_gates_leave_less_work():
     recipe = published.find("mlp-hc")
     net = gated_network(recipe, recipe.settings("digits"), 100, 0).train()
-    cost, gates = run.operations_per_weight(recipe.make()), gates_of(net)
+    cost, gates = run.operations_per_weight(recipe.make(), MNIST), gates_of(net)
     full = drawn_weights(recipe.make(), cost)
     assert full == 2 * 784 * 300 + 3 * (300 * 100 + 100 * 10)  # the data get no gradient
     widths = dict(zip(gates.names, gates.sizes, strict=True))
     for share in (1.0, 0.5, 0.0):
         is_open = [torch.arange(size) < share * size for size in widths.values()]
         with gates.using(torch.cat(is_open).float()):
-            net(torch.zeros(2, *run.IMAGE))
+            net(torch.zeros(2, *MNIST))
             left = drawn_weights(net, cost)
         first, second, third = (int(share * widths[name]) for name in ("fc1.in", "fc1", "fc2"))
         assert left == 2 * first * second + 3 * (second * third + third * 10)
@@ -83,7 +85,7 @@ def test_every_draw_counts_once():
     work = run.WorkLeft(plan)
     arm = Arm(PACKED, gated_network(recipe, settings, 10, 0), settings, None)
     for draws in (1, 2):
-        arm.net.train()(torch.zeros(2, *run.IMAGE))
+        arm.net.train()(torch.zeros(2, *MNIST))
         for _ in range(3):
             work.note(arm)
         assert len(work.fractions) == draws

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from l0kernels.recipes import measure
+from l0kernels.recipes import measure, published
 from l0kernels.recipes.arm import (
     LAYOUTS,
     MASKED,
@@ -20,7 +20,7 @@ from l0kernels.recipes.arm import (
 )
 from l0kernels.recipes.loop import Plan
 from l0kernels.recipes.models import LeNet5, build
-from l0kernels.training import gates_of
+from l0kernels.training import gates_of, penalty
 
 SHUT, OPEN = -10.0, 10.0
 
@@ -61,6 +61,19 @@ def test_recipe_gates_have_the_published_widths(net: nn.Module) -> None:
     assert open_units(net) == [20, 50, 800, 500]
 
 
+def test_the_mlp_by_arm_has_the_coupled_l2_of_all_weights() -> None:
+    recipe = published.find("mlp-arm")
+    settings = recipe.settings("published")
+    net = gated_network(recipe, settings, 60_000, 0)
+    assert gates_of(net).l2 == pytest.approx(60_000 * 5e-4)
+    p = dict(zip(gates_of(net).names, gates_of(net).openness().split([784, 300, 100]), strict=True))
+    weights = {"fc1.in": net.fc1.weight, "fc1": net.fc2.weight, "fc2": net.fc3.weight}
+    with torch.no_grad():
+        found = float(penalty(net) - gates_of(net).penalty())
+        expected = sum(float((p[n] * w.square().sum(0)).sum()) for n, w in weights.items())
+    assert found == pytest.approx(5e-4 / 2 * expected, rel=1e-4)
+
+
 def test_inputs_of_closed_channels_are_not_open(net: nn.Module) -> None:
     # Channel 0 of conv2 makes inputs 0-15 of fc1; input 16 is shut by its own gate.
     _set_gates(net, {"conv1": [1], "conv2": [0], "fc1.in": [3, 16], "fc1": [0, 1, 2]})
@@ -95,13 +108,13 @@ def test_measurements_leave_no_trace(
     batch = (plan.images.train_x[:30], plan.images.train_y[:30])
     arm.step(*batch)
     before = {key: value.clone() for key, value in tensors(net).items()}
-    moments = [dict(state) for state in arm.optimizer.state.values()]
+    moments = [dict(state) for state in arm.optimizers[0].state.values()]
     kept = [{k: v.clone() for k, v in state.items()} for state in moments]
     measure.warm_up(arm, [batch])
     assert measure.fastest_layout(arm, [batch]) in LAYOUTS
     assert measure.step_memory(arm, batch) > 0
     assert all(torch.equal(value, before[key]) for key, value in tensors(net).items())
-    for state, old in zip(arm.optimizer.state.values(), kept, strict=True):
+    for state, old in zip(arm.optimizers[0].state.values(), kept, strict=True):
         assert all(torch.equal(value, old[key]) for key, value in state.items())
 
 

@@ -101,21 +101,22 @@ def _narrow_layer(content: Any) -> None:
 
 
 def _narrow_moment(content: Any) -> None:
-    content["arms"]["masked"]["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
+    content["arms"]["masked"]["optimizers"][0]["state"][0]["exp_avg"] = torch.zeros(3)
 
 
 def _no_moments(content: Any) -> None:
-    content["arms"]["packed"]["optimizer"]["state"] = {}
+    content["arms"]["packed"]["optimizers"][0]["state"] = {}
 
 
 LIES: dict[str, tuple[Callable[[Any], None], str]] = {
     "format": (lambda c: c.update(format="other"), "checkpoint of 'l0kernels train'"),
-    "version": (lambda c: c.update(version=99), "expected version 1, got 99"),
+    "version": (lambda c: c.update(version=99), "expected version 2, got 99"),
     "epoch": (lambda c: c.update(epoch=7), "expected a history of 7 epochs, got 1"),
     "epoch type": (lambda c: c.update(epoch="1"), "expected 'epoch' to be a int, got str"),
     "no arms": (lambda c: c.pop("arms"), "expected 'arms' to be a dict, got NoneType"),
     "layout": (lambda c: c.update(reference_layout="x"), "expected reference_layout in"),
     "history": (lambda c: c["history"][0].update(epoch=3), "expected a whole record of epoch 1"),
+    "phase": (lambda c: c["history"][0].pop("phase"), "expected a whole record of epoch 1"),
     "gates": (_drop_gates, r"expected entries \['l0.log_alpha'\], got none"),
     "weights": (_narrow_layer, "one that does not fit: .*fc1.weight"),
     "optimizer": (_narrow_moment, r"exp_avg: expected shape \(300, 784\), got \(3,\)"),

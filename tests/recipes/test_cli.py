@@ -32,11 +32,14 @@ def test_ends_with_table_plot_and_checkpoint(
     assert len(rows) == 3
     assert rows[1].startswith("| 0 | masked (nchw) |")
     widths = {line.count("|") for line in table.splitlines() if line.startswith("|")}
-    assert widths == {8}
+    assert widths == {6, 8}
+    assert "| lam per layer | 98.40 | 266-88-33 |  | quoted in the paper on RigL |" in table
+    assert "| 98.20 (not confirmed) | 266-88-33 (not confirmed) | 10.01 (not confirmed) |" in table
     assert (out / "curves.png").read_bytes().startswith(PNG)
     assert (out / "curves.png").stat().st_size > 10_000
     for seed in (0, 3):
         assert (out / f"seed-{seed}" / "checkpoint.pt").exists()
+        assert (out / f"seed-{seed}" / "filters.png").read_bytes().startswith(PNG)
         assert len((out / f"seed-{seed}" / "epochs.jsonl").read_text().splitlines()) == 2
 
 
@@ -57,6 +60,21 @@ def test_json_and_more_epochs(
     assert more["seeds"][0]["arms"]["packed"]["seconds"] > arm["seconds"]
 
 
+def test_recipes_are_listed_with_what_is_unconfirmed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--list"]) == 0
+    parts = {part.split(":")[0]: part for part in capsys.readouterr().out.split("\n\n")}
+    assert list(parts) == list(RECIPES)
+    for name, recipe in RECIPES.items():
+        assert "not confirmed" in parts[name], name
+        assert ("published results: none at hand" in parts[name]) == (not recipe.rows)
+        for row in recipe.rows:
+            line = next(line for line in parts[name].splitlines() if str(row) in line)
+            assert ("(not confirmed)" in line) == (not row.confirmed)
+    assert "settings ours: ours, not published, and not tuned" in parts["resnet20-scl"]
+    assert "    milestones     60, 120, 180, 240\n" in parts["vgg16-dep"]
+    assert "    gate_optimizer adam\n" in parts["vgg16-dep"]
+
+
 def test_list_names_settings_sources_and_doubts(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--list"]) == 0
     text = capsys.readouterr().out
@@ -64,14 +82,14 @@ def test_list_names_settings_sources_and_doubts(capsys: pytest.CaptureFixture[st
     assert "arXiv:1712.01312" in text
     assert "ours, not published" in text
     assert "not confirmed" in text
-    assert "lam        10, 0.5, 0.1, 10" in text
+    assert "lam            10, 0.5, 0.1, 10" in text
 
 
 BAD = {
     "no recipe": (
         [],
         "expected a recipe, one of lenet5-hc, mlp-hc, lenet5-arm, mlp-arm, "
-        "lenet5-ar, mlp-ar, or --list",
+        "lenet5-ar, mlp-ar, resnet20-cs,",
     ),
     "recipe": (["vgg"], "unknown recipe 'vgg': expected one of lenet5-hc, mlp-hc"),
     "folder": (["mlp-hc", "--data", "nowhere"], "nowhere: expected a folder with IDX files"),
@@ -88,6 +106,32 @@ BAD = {
     "settings": (
         ["mlp-hc", "--settings", "x"],
         "--settings: expected one of published, digits, short, got 'x'",
+    ),
+    "data": (
+        ["vgg16-dep"],
+        "--data: expected a folder with images of 32x32 in colour, got none",
+    ),
+    "other data": (["vgg16-dep", "--data", "."], "expected one of data_batch_1.bin, train.bin"),
+    "subset": (["mlp-hc", "--subset", "a"], "--subset: expected one or two numbers like 1000,500"),
+    "subset size": (
+        ["mlp-hc", "--subset", "10,451"],
+        "--subset: expected 1 to 450 test images, got 451",
+    ),
+    "initial": (["mlp-hc", "--initial", "1"], "--initial: expected a recipe whose gates start"),
+    "initial of pruning": (["vgg16-imp", "--initial", "1"], "--initial: expected a recipe whose"),
+    "initial text": (
+        ["resnet20-cs", "--initial", "a"],
+        "--initial: expected numbers like .1 or 10,.5,.1,10, got 'a'",
+    ),
+    "initial size": (
+        ["resnet20-cs", "--initial", "inf"],
+        "--initial: expected finite numbers, got inf",
+    ),
+    "rounds": (["mlp-hc", "--rounds", "2"], "--rounds: expected a recipe with rounds, got mlp-hc"),
+    "no rounds": (["resnet20-cs", "--rounds", "0"], "--rounds: expected a positive integer, got 0"),
+    "rewind": (
+        ["resnet20-cs", "--epochs", "2"],
+        "--rewind: expected fewer than the 2 epochs of a round, got 2",
     ),
     "save": (["mlp-hc", "--save-every", "0"], "--save-every: expected a positive integer, got 0"),
     "resume": (["mlp-hc", "--resume"], "--resume: expected runs/mlp-hc-digits/seed-0/checkpoint"),

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from l0kernels.recipes import checkpoint, published
+from l0kernels.recipes import checkpoint, mnist
 from l0kernels.recipes.loop import CHECKPOINT, LOG, PREVIOUS, Plan, Run, epoch_order
 
 CLOCK = ("seconds", "step_ms", "step_memory")
@@ -59,7 +59,7 @@ def test_order_depends_on_seed_and_epoch_alone() -> None:
     assert not any(torch.equal(other, order) for other in others)
 
 
-@pytest.mark.parametrize("recipe", published.RECIPES)
+@pytest.mark.parametrize("recipe", [recipe.name for recipe in mnist.RECIPES])
 def test_packed_and_masked_train_alike(make_plan: Callable[..., Plan], recipe: str) -> None:
     history = _train(make_plan(recipe, epochs=3)).history
     for record in history:

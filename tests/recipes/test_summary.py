@@ -40,7 +40,12 @@ def result(make_plan: Callable[..., Plan]) -> summary.Result:
         _entry(1.0, 2.0, 98.0, 4 << 20),
     ]
     history = [
-        {"epoch": number, "first": "packed", "arms": {"packed": p, "masked": m}}
+        {
+            "epoch": number,
+            "phase": "training",
+            "first": "packed",
+            "arms": {"packed": p, "masked": m},
+        }
         for number, (p, m) in enumerate(zip(packed, masked, strict=True), 1)
     ]
     return summary.Result(make_plan(), history, "channels_last")
