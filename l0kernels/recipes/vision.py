@@ -276,7 +276,7 @@ _WIDE = Settings(
     gate_decay=0.2,
 )
 WIDE_NOTES = (
-    "gates stand after norm and activation; the published ones stand before the norm",
+    "gates stand before the norm, as the published ones",
     "coupled L2 of gated filters is 5e-4 / .7, as in the authors' code",
     "no averaging of parameters",
     IMAGES_NOTE,
@@ -306,6 +306,7 @@ def _wide(
         notes=(*notes, *WIDE_NOTES),
         shape=COLOUR,
         method=method,
+        options={"place": "before_norm"},
         rows=rows,
     )
 
