@@ -9,11 +9,16 @@ from pathlib import Path
 
 from .figures import OURS, Figure, Sheet, markdown, put_between, shown
 from .memory import BASE, peaks_of
+from .timing import interval_of_median, middle_run, ratios_of_middle_run
 
 BEGIN, END = "<!-- bench: begin -->\n", "<!-- bench: end -->\n"
 NOTHING = "No file of the suite has been recorded yet.\n"
 STEPS = ("masked-nchw", "masked-best", "dense", "oracle", "oracle-onednn", "index-select")
 OPERATORS = ("plain", "reference", "oracle")
+# From this open fraction on hardly anything can be skipped.
+NEARLY_ALL = 0.9
+# Of the speed-up over the masked network at its best, what counts as not slower.
+NOT_SLOWER = 0.98
 
 
 def sheets(folder: Path) -> list[Sheet]:
@@ -33,14 +38,16 @@ def tables(folder: Path) -> str:
     steps = [row for sheet in found for row in step_rows(sheet)]
     others = [row for sheet in found for row in operator_rows(sheet)]
     peaks = [row for sheet in found for row in memory_rows(sheet)]
-    runs = list(run_rows(folder))
+    runs, nearly = list(run_rows(folder)), list(nearly_open_rows(folder))
     last = ("faster than ours", "command")
     step = ("network", "dtype", "open", "ours [ms]", *over(STEPS), *last)
     op = ("operator", "pass", "shape", "dtype", "open", "ours [ms]", *over(OPERATORS), *last)
     memory = ("network", "variant", "open", "peak [MB]", f"/ {BASE}", "command")
+    never = ("network", "open", "masked-best / ours", "95 % interval", "not slower")
     run = ("recipe", "seed", "speed-up", "work left", "eta_run", "losses", "command")
     kinds = (
         ("Training steps", 2, steps, step),
+        (f"Never slower ({NOT_SLOWER} or an interval that reaches it)", 1, nearly, never),
         ("Operators", 4, others, op),
         ("Peak memory of a step", 2, peaks, memory),
         ("Whole runs", 1, runs, run),
@@ -84,6 +91,28 @@ def step_rows(sheet: Sheet) -> Iterator[tuple[str, ...]]:
                 *(shown(ratios.get(name), ".2f") for name in STEPS),
                 ", ".join(name for name, ratio in ratios.items() if ratio < 1),
                 f"`{sheet.command}`",
+            )
+
+
+def nearly_open_rows(folder: Path) -> Iterator[tuple[str, ...]]:
+    """Return a row per network and open fraction of at least `NEARLY_ALL`, from steps' rounds."""
+    for path in sorted(folder.rglob("step.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        setting = found["setting"]
+        if not {"masked-best", "ours"} <= set(found["variants"]):
+            continue
+        for row in found["rows"]:
+            if row["keep"] < NEARLY_ALL:
+                continue
+            arms = row["times"], "masked-best", "ours"
+            median = middle_run(*arms).median
+            low, high = interval_of_median(ratios_of_middle_run(*arms))
+            yield (
+                f"{setting['model']} batch {setting['batch']}",
+                f"{row['keep']:g}",
+                f"{median:.3f}",
+                f"{low:.3f} - {high:.3f}",
+                "yes" if max(median, high) >= NOT_SLOWER else "no",
             )
 
 

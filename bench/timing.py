@@ -48,8 +48,7 @@ def spread(values: Sequence[float]) -> Spread:
 
 def paired(times: Mapping[str, Sequence[float]], over: str, under: str) -> Spread:
     """Return the spread of times[over] / times[under], taken round by round."""
-    pairs = zip(times[over], times[under], strict=True)
-    return spread([a / b for a, b in pairs])
+    return spread(ratios_in(times, over, under))
 
 
 def middle(values: Sequence[float]) -> int:
@@ -63,10 +62,34 @@ def middle(values: Sequence[float]) -> int:
     return sorted(range(len(values)), key=values.__getitem__)[(len(values) - 1) // 2]
 
 
+def ratios_in(times: Mapping[str, Sequence[float]], over: str, under: str) -> list[float]:
+    """Return times[over] / times[under], round by round."""
+    return [a / b for a, b in zip(times[over], times[under], strict=True)]
+
+
+def ratios_of_middle_run(runs: Runs, over: str, under: str) -> list[float]:
+    """Return `ratios_in` the run whose median ratio is the middle one."""
+    ratios = [ratios_in(times, over, under) for times in runs]
+    return ratios[middle([spread(found).median for found in ratios])]
+
+
 def middle_run(runs: Runs, over: str, under: str) -> Spread:
     """Return `paired` of the run whose median ratio is the middle one."""
-    ratios = [paired(times, over, under) for times in runs]
-    return ratios[middle([ratio.median for ratio in ratios])]
+    return spread(ratios_of_middle_run(runs, over, under))
+
+
+def interval_of_median(values: Sequence[float], resamples: int = 4000) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval of a sample's median (percentiles; the same every time).
+
+    Raises:
+        ValueError: there are no values.
+    """
+    if not values:
+        raise ValueError("expected at least one value, got none")
+    sample = np.asarray(values, dtype=float)
+    drawn = np.random.default_rng(0).choice(sample, (resamples, len(sample)))
+    low, high = np.percentile(np.median(drawn, axis=1), [2.5, 97.5])
+    return float(low), float(high)
 
 
 def require_passive_wait() -> None:

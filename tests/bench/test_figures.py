@@ -99,6 +99,28 @@ def test_readme_tables_have_commands_and_losses(tmp_path: Path):
         put_between("no markers", "new", readme.BEGIN, readme.END)
 
 
+def test_steps_with_nearly_all_open_are_listed(tmp_path: Path):
+    def row(keep: float, *masked: float) -> dict:
+        ours = [1.0] * len(masked)
+        return {"keep": keep, "times": [{"masked-best": list(masked), "ours": ours}]}
+
+    rows = [row(1, 0.9, 0.9, 0.9), row(0.95, 0.9, 0.97, 1.1), row(0.9, 1.2, 1.2), row(0.5, 2.0)]
+    report = {
+        "setting": {"model": "net", "batch": 3},
+        "variants": ["masked-best", "ours"],
+        "rows": rows,
+    }
+    (tmp_path / "step.json").write_text(json.dumps(report))
+    found = list(readme.nearly_open_rows(tmp_path))
+    assert found == [
+        ("net batch 3", "1", "0.900", "0.900 - 0.900", "no"),
+        ("net batch 3", "0.95", "0.970", "0.900 - 1.100", "yes"),
+        ("net batch 3", "0.9", "1.200", "1.200 - 1.200", "yes"),
+    ]
+    (tmp_path / "step.json").write_text(json.dumps({**report, "variants": ["ours"]}))
+    assert not list(readme.nearly_open_rows(tmp_path))
+
+
 def test_figures_in_the_readme_are_those_that_were_recorded():
     if not (ROOT / "bench" / "results").is_dir():
         pytest.skip("bench/results is not part of a source distribution")

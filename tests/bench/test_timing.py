@@ -2,6 +2,7 @@
 """Rounds are paired and rotated, statistics are right, spinning threads are refused."""
 
 import gc
+import math
 import os
 from collections.abc import Callable
 
@@ -58,6 +59,17 @@ def test_last_steps_end_every_round_and_are_prepared_outside_the_clock(
     assert calls == ["b", "a", *end, "a", "b", *end, "b", "a", *end]
     assert times == {name: [1e3, 1e3] for name in "xabc"}
     assert list(times) == list("xabc")
+
+
+def test_interval_of_a_median():
+    """Of a normal sample it is as wide as theory says: 1.96 sqrt(pi / 2 / n) to each side."""
+    assert timing.interval_of_median([2.0] * 7) == (2.0, 2.0)
+    values = torch.randn(2001, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    low, high = timing.interval_of_median(values.tolist())
+    assert low < values.median() < high
+    assert (high - low) / 2 == pytest.approx(1.96 * math.sqrt(math.pi / 2 / 2001), rel=0.25)
+    with pytest.raises(ValueError, match="expected at least one value, got none"):
+        timing.interval_of_median([])
 
 
 @pytest.mark.parametrize(("ticks", "times"), [(100, 1), (50, 1), (49, 2), (10, 5), (1, 50)])
