@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from nn.draws import PATTERNS, gate_values
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
@@ -27,7 +28,6 @@ from l0kernels.nn import (
     GatedPReLU,
 )
 
-PATTERNS = ("closed", "open", "one", "half")
 Ref = l0.gates.GateRef
 
 
@@ -127,17 +127,6 @@ def shaken(net: nn.Sequential) -> nn.Sequential:
 
 def inputs_of(case: str, batch: int = 4) -> Tensor:
     return torch.randn(batch, *CASES[case][1], dtype=torch.float64)
-
-
-def gate_values(pattern: str, units: int) -> Tensor:
-    z = torch.linspace(0.3, 1.0, units, dtype=torch.float64)
-    if pattern == "closed":
-        z.zero_()
-    if pattern == "one":
-        z[torch.arange(units) != units // 2] = 0.0
-    if pattern == "half":
-        z[::2] = 0.0
-    return z
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from nn.draws import PATTERNS, gate_values
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
@@ -21,7 +22,6 @@ from l0kernels.nn import (
     gated_class,
 )
 
-PATTERNS = ("closed", "open", "one", "half")
 Layers = Callable[[l0.gates.HardConcrete, int], list[nn.Module]]
 
 
@@ -126,17 +126,6 @@ def make(case: str, units: int, device: torch.device | str = "cpu") -> nn.Sequen
 
 def inputs_of(case: str, batch: int = 3) -> Tensor:
     return torch.randn(batch, *CASES[case][1], dtype=torch.float64)
-
-
-def gate_values(pattern: str, units: int) -> Tensor:
-    z = torch.linspace(0.3, 1.0, units, dtype=torch.float64)
-    if pattern == "closed":
-        z.zero_()
-    if pattern == "one":
-        z[torch.arange(units) != units // 2] = 0.0
-    if pattern == "half":
-        z[::2] = 0.0
-    return z
 
 
 def plain_copy(net: nn.Sequential) -> nn.Sequential:
