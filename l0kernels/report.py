@@ -255,7 +255,7 @@ def report(model: nn.Module, example_inputs: Inputs | None = None) -> Report:
     expected, test = gates.expected_open(), gates.open_now()
     speed = None
     if example_inputs is not None:
-        if gates.scope == "example":
+        if gates.scope == "example" and not gates.frozen:
             raise ValueError(
                 "report: expected gates that a batch shares to time, got gates per example, which "
                 "skip nothing in training; leave example_inputs out"
@@ -298,7 +298,7 @@ def _path(named: dict[str, GatedLayer], gates: Gates, group: int, where: slice) 
     """How the layers that use a range of gates run, from the ports that they work with."""
     if current_impl() == "reference":
         return MASKED
-    if gates.scope == "example":
+    if gates.scope == "example" and not gates.frozen:
         return PER_EXAMPLE
     if gates.runs_dense(group, float(gates.open_probability()[where].mean())):
         return DENSE

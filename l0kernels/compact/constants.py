@@ -44,13 +44,14 @@ def watching_constants(whole: nn.Module) -> Iterator[dict[str, Tensor]]:
     """What layers read in every feature, by name, NaN where it varies; filled by a forward."""
     found: dict[str, Tensor] = {}
 
-    def note(name: str, layer: Any, args: tuple[Tensor, ...]) -> None:
-        least, most = args[0].movedim(layer.feature_dim, 0).flatten(1).aminmax(dim=1)
+    def note(name: str, layer: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        x = next(iter((*args, *kwargs.values())))
+        least, most = x.movedim(layer.feature_dim, 0).flatten(1).aminmax(dim=1)
         same = most - least <= SAME * most.abs()
         found[name] = torch.where(same, most, torch.nan)
 
     handles = [
-        module.register_forward_pre_hook(partial(note, name))
+        module.register_forward_pre_hook(partial(note, name), with_kwargs=True)
         for name, module in whole.named_modules()
         if isinstance(module, GatedLayer) and module.reads_constants
     ]
@@ -78,6 +79,8 @@ def find_folds(
     folds = {}
     for name, layer in whole.named_modules():
         if not isinstance(layer, GatedLayer) or not layer.reads_constants:
+            continue
+        if name not in constants:  # not called in eval mode
             continue
         closed = z[gates.port_maps[layer.in_port][0]] == 0
         values = torch.where(closed, constants[name].to(z), 0.0)

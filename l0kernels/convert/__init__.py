@@ -106,7 +106,7 @@ def convert(
         TypeError: ``model`` is not a module, or ``example_inputs`` neither a tuple nor a mapping.
     """
     _check_arguments(model, method, example_inputs, select, granularity)
-    _check_place(place, granularity)
+    _check_place(place, granularity, options.get("scope", "batch"))
     options.update(lam=lam, n_train=n_train, seed=seed)
     device, _ = _place_of(model)
     buffers = KeptBuffers(model)
@@ -234,11 +234,13 @@ def _check_arguments(
         raise ValueError(f"convert: expected finite parameters, got NaN or Inf in {broken[:3]}")
 
 
-def _check_place(place: str, granularity: str) -> None:
+def _check_place(place: str, granularity: str, scope: str) -> None:
     if place not in PLACES:
         raise ValueError(f"place: expected one of {PLACES}, got {place!r}")
     if place != "after_act" and granularity != "unit":
         raise ValueError(f"place: expected 'after_act' with {granularity!r} gates, got {place!r}")
+    if place != "after_act" and scope == "example":
+        raise ValueError(f"place: expected 'after_act' with scope='example', got {place!r}")
 
 
 def _refuse_empty(plan: Plan) -> None:

@@ -220,6 +220,8 @@ class ARM(Gates):
                 "expected_loss: expected log_alpha as the gates were drawn from it, but it was "
                 "modified in place since; step the optimizer after the hold scope"
             )
+        if draw.examples is not None:
+            draw.examples.begin_estimate()
         pi = self.open_probability()
         if self.estimator == "ar":
             losses = closure()

@@ -30,6 +30,8 @@ CPU_MULTIPLES = (16, 8)
 MOST_ADDED = 1 / 8  # of a group
 # Units of a group without convolutions for which MKL's odd widths cost more than to sort.
 LEAST_ROUNDED = 1024
+# Attributes that steps set.
+OF_A_STEP = frozenset(("_draw", "_awaiting", "_held"))
 # Numbers in the weights of a model for which a call costs more than keeping packed gradients.
 FEW_WEIGHTS = 1 << 22
 
@@ -470,8 +472,8 @@ class Gates(nn.Module):
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # A module looks for parameters in all that is set, some of it several times in a step.
-        if name in self.__dict__:
+        # A module looks for parameters in all that is set: not in what is set in every step.
+        if name in OF_A_STEP:
             self.__dict__[name] = value
         else:
             super().__setattr__(name, value)

@@ -42,6 +42,11 @@ class ExampleGates:
         self._made: dict[tuple[int, bool], Tensor] = {}
         self.examples: int | None = None
         """Of the forward that runs, or ran last; None before a layer has seen them."""
+        self._sizes: set[int] = set()  # of all forwards of an estimate
+
+    def begin_estimate(self) -> None:
+        """What runs from now on belongs to another estimate."""
+        self._sizes.clear()
 
     def begin_forward(self) -> None:
         """The next batch may have another size."""
@@ -64,6 +69,9 @@ class ExampleGates:
             ValueError: another layer of the same forward has seen another number.
             RuntimeError: parameters have changed since the draw.
         """
+        key = (examples, torch.is_grad_enabled())
+        if torch._C._current_graph_task_id() != -1 and key in self._made:
+            return self._made[key]  # one of several forwards is recomputed in backward
         if self.examples is None:
             self.examples = examples
         if examples != self.examples:
@@ -71,7 +79,7 @@ class ExampleGates:
                 f"gates per example: expected {self.examples} examples in the first dimension, "
                 f"got {examples}; scope='example' needs layers that keep examples there"
             )
-        key = (examples, torch.is_grad_enabled())
+        self._sizes.add(examples)
         if key not in self._made:
             self._made[key] = self._make(examples)
         return self._made[key]
@@ -89,17 +97,19 @@ class ExampleGates:
 
         Args:
             differences: float64 numbers d_b, one for each example: (1 / B) sum_b d_b (u_b - 1/2);
-                or one number d for all: d sum_b (u_b - 1/2).
+                or one number d for all: d sum_b (u_b - 1/2), over the largest forward.
 
         Raises:
-            ValueError: there are other numbers of examples in the latest forward.
+            ValueError: a forward of the estimate had another number of examples than there are
+                losses.
         """
-        if self.examples is None or differences.numel() not in (1, self.examples):
+        sizes = sorted(self._sizes)
+        if not sizes or (differences.numel() > 1 and sizes != [differences.numel()]):
             raise ValueError(
-                f"expected_loss: expected one loss or {self.examples} from the closure, one for "
-                f"each example of the forward, got {differences.numel()}"
+                f"expected_loss: expected one loss or one for each example of the forward, of "
+                f"which there were {sizes}, got {differences.numel()}"
             )
-        centred = uniform(self.noise(self.examples)) - 0.5
+        centred = uniform(self.noise(sizes[-1])) - 0.5
         if differences.numel() == 1:
             return differences.reshape(()) * centred.sum(0)
         return (differences[:, None] * centred).mean(0)

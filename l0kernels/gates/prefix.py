@@ -10,7 +10,9 @@ are the same and so is what they are given.
 Computed in both passes are operators that write (norms count batches, activations work in place),
 draw random numbers, give views, or pack weights. What is written to in the first pass is recorded
 as it was before. An operator of the second pass that is not the recorded one, or has other
-arguments, ends the prefix, and so does whatever else than a layer asks for the draw.
+arguments, ends the prefix, and so does whatever else than a layer asks for the draw. Not noticed
+is what a forward writes past autograd, through ``.data`` or numpy, into results of the prefix or
+into what it reads.
 """
 
 from __future__ import annotations
@@ -184,7 +186,8 @@ class _Recording(_Pass):
             self._keep(args[place] if place < len(args) else kwargs.get(name))
         result = func(*args, **kwargs)
         tensors = _tensors(result)
-        again = _runs_again(func) or not all(map(self._is_new, tensors))
+        shares = len(set(map(_storage, tensors))) < len(tensors)
+        again = _runs_again(func) or shares or not all(map(self._is_new, tensors))
         results = self.name_results(result)
         if not again:
             for tensor in tensors:

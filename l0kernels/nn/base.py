@@ -311,7 +311,7 @@ class GatedLayer(nn.Module):
                 gates.dense.note(self, x.numel() // max(1, x.shape[dim]))
             if not self.depthwise:
                 self._check_width(x.shape[dim], draw, weight)
-            if self.in_port in draw.dense and not self.reads_constants:
+            if self.in_port in draw.dense:
                 return gate_apply(x, draw.z, gates.port_maps[self.in_port], dim)
         if position is None:
             return x

@@ -113,9 +113,9 @@ def test_steps_with_nearly_all_open_are_listed(tmp_path: Path):
     (tmp_path / "step.json").write_text(json.dumps(report))
     found = list(readme.nearly_open_rows(tmp_path))
     assert found == [
-        ("net batch 3", "1", "0.900", "0.900 - 0.900", "no"),
-        ("net batch 3", "0.95", "0.970", "0.900 - 1.100", "yes"),
-        ("net batch 3", "0.9", "1.200", "1.200 - 1.200", "yes"),
+        ("net batch 3", "1", "0.900", "0.900 - 0.900", "yes"),
+        ("net batch 3", "0.95", "0.970", "0.900 - 1.100", "no"),
+        ("net batch 3", "0.9", "1.200", "1.200 - 1.200", "no"),
     ]
     (tmp_path / "step.json").write_text(json.dumps({**report, "variants": ["ours"]}))
     assert not list(readme.nearly_open_rows(tmp_path))

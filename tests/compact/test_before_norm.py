@@ -100,6 +100,31 @@ def test_constants_that_are_zero_leave_nothing():
     torch.testing.assert_close(small(x), masked(net, x), atol=1e-5, rtol=1e-5)
 
 
+class Awkward(nn.Module):
+    """One reader is called by keyword, one in training mode only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.b, self.head = nn.Conv2d(8, 2, 3), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        h = torch.sigmoid(self.norm(self.a(x)))
+        y = self.b(input=h)
+        return (y, self.head(h)) if self.training else y
+
+
+def test_readers_called_by_keyword_or_in_training_only():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    net = converted(Awkward().double(), x, 0.5)
+    assert set(l0.report(net).groups[0].consumers) == {"b", "head"}
+    small = l0.compact(net, (x,))
+    assert small.a.out_channels == net.l0.open_now()["a"] + 1
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), masked(net, x), atol=1e-10, rtol=1e-10)
+
+
 def test_padding_behind_the_norm_is_refused():
     torch.manual_seed(0)
     x = torch.randn(2, 3, 8, 8)

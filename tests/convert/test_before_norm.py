@@ -325,8 +325,10 @@ def test_bad_arguments():
         l0.convert(Chain(), "arm", example_inputs=x, place="before")
     with pytest.raises(ValueError, match="place: expected 'after_act' with 'input' gates"):
         l0.convert(Chain(), "arm", example_inputs=x, place="before_norm", granularity="input")
-    with pytest.raises(ValueError, match="expected scope='batch' with gates before a norm"):
-        l0.convert(Chain(), "arm", example_inputs=x, place="before_norm", scope="example")
+    net = Chain()
+    with pytest.raises(ValueError, match="place: expected 'after_act' with scope='example'"):
+        l0.convert(net, "arm", example_inputs=x, place="before_norm", scope="example")
+    assert not any(isinstance(m, GatedLayer) for m in net.modules())
     with pytest.raises(ValueError, match="nothing can be gated"):
         l0.convert(
             nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2)),

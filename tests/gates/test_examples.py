@@ -217,6 +217,23 @@ def test_checkpointed_layers_are_recomputed_under_their_draw(method: str, reentr
         torch.testing.assert_close(gradients(net)[name], grad, atol=1e-12, rtol=1e-10, msg=name)
 
 
+def test_forwards_of_two_sizes_are_recomputed_under_hold():
+    found = []
+    for checkpointed in (False, True):
+        net = make()
+
+        def run(x: Tensor, net: nn.Module = net, checkpointed: bool = checkpointed) -> Tensor:
+            x = x.clone().requires_grad_()
+            return checkpoint(net, x, use_reentrant=False) if checkpointed else net(x)
+
+        net.norm.eval()  # statistics would move twice
+        with l0.hold(net):
+            (run(X).square().sum() + run(X[:3]).square().sum()).backward()
+        found.append(gradients(net))
+    for name, grad in found[0].items():
+        torch.testing.assert_close(found[1][name], grad, atol=1e-12, rtol=1e-10, msg=name)
+
+
 def test_recomputation_after_another_draw_is_noticed():
     net = make()
 
@@ -312,6 +329,8 @@ def test_the_report_says_that_nothing_is_skipped():
     assert l0.compact(net, (X,)).conv1.out_channels < 9
     with pytest.raises(ValueError, match="to time, got gates per example"):
         l0.report(net, (X,))
+    net.l0.freeze()  # one test gate for all examples
+    assert [row.path for row in l0.report(net).groups] == ["packed"] * 3
 
 
 # ---- ARM and AR ----
@@ -461,9 +480,30 @@ def test_inputs_without_examples():
         net.l0["conv1"].z  # noqa: B018
 
 
+@pytest.mark.parametrize("estimator", ["arm", "ar"])
+def test_one_loss_of_forwards_of_two_sizes(estimator: str):
+    """The noise of all examples counts, whichever forward runs last."""
+    found = []
+    for first, last in ((X, X[:2]), (X[:2], X)):
+        net = make("arm", estimator=estimator)
+        net.norm.eval()
+        loss = lambda x, net=net: net(x).square().sum() * (len(x) == len(X))  # noqa: E731
+        l0.expected_loss(net, lambda f=first, t=last, loss=loss: loss(f) + loss(t)).backward()
+        found.append(net.l0.log_alpha.grad)
+    assert found[0].abs().max() > 0
+    torch.testing.assert_close(found[0], found[1], atol=1e-12, rtol=1e-10)
+    net = make("arm")
+    net.norm.eval()  # or all losses depend on all gates
+    losses = lambda: net(X).square().sum(1) + net(X[:2]).sum()  # noqa: E731
+    with pytest.raises(ValueError, match=r"of which there were \[2, 6\], got 6"):
+        l0.expected_loss(net, losses)
+
+
 def test_losses_of_other_examples():
     net, x, y = tiny(4, 3, False)
-    with pytest.raises(ValueError, match="expected one loss or 4 from the closure, .* got 3"):
+    with pytest.raises(
+        ValueError, match=r"expected one loss or one for each example .* were \[4\], got 3"
+    ):
         l0.expected_loss(net, lambda: F.cross_entropy(net(x), y, reduction="none")[:3])
     with pytest.raises(ValueError, match=r"or one of losses of all examples, got \(4, 4\)"):
         l0.expected_loss(net, lambda: net(x))

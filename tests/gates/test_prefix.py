@@ -71,6 +71,14 @@ class WrittenLater(Plain):
         return self.fc2(torch.tanh(hidden)) + y.mean((1, 2, 3)).view(-1, 1)
 
 
+class Halves(Plain):
+    """An operator that gives two results in one storage, and does not say so."""
+
+    def start(self, x: Tensor) -> Tensor:
+        left, right = torch.unsafe_chunk(x, 2, 3)
+        return super().start(torch.cat([left, right.abs()], 3))
+
+
 class Twice(Plain):
     """One layer runs twice, and views of one tensor are written to."""
 
@@ -130,7 +138,7 @@ class Hooked(Plain):
         self.norm1.register_forward_pre_hook(lambda module, x: (x[0] + 1,))
 
 
-NETS = [Plain, InPlace, WrittenLater, Twice, Noisy, Decides, Checkpointed, Reentrant, Hooked]
+NETS = [Plain, InPlace, WrittenLater, Halves, Twice, Noisy, Decides, Checkpointed, Reentrant, Hooked]
 
 
 @pytest.fixture(autouse=True)

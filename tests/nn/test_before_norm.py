@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import l0kernels as l0
-from l0kernels.gates.dense import DenseGroups
 from l0kernels.nn import (
     GatedBatchNorm1d,
     GatedBatchNorm2d,
@@ -386,18 +385,6 @@ def trained(impl: str) -> dict[str, Tensor]:
 def test_training_steps_as_masked():
     """Draws of their own, SGD with momentum and decay, several steps."""
     assert_same(trained("reference"), trained("auto"))
-
-
-def test_dense_groups_as_masked(monkeypatch: pytest.MonkeyPatch):
-    seen = []
-
-    def all_dense(self: DenseGroups, counts: Any, layers: Any) -> dict[int, Tensor]:
-        seen.append(counts)
-        return {port: features for port, (_, features) in self.ports.items()}
-
-    monkeypatch.setattr(DenseGroups, "of_draw", all_dense)
-    assert_same(trained("reference"), trained("auto"))
-    assert len(seen) == 10
 
 
 def test_rows_of_closed_units_may_wait():
