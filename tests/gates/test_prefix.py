@@ -138,7 +138,18 @@ class Hooked(Plain):
         self.norm1.register_forward_pre_hook(lambda module, x: (x[0] + 1,))
 
 
-NETS = [Plain, InPlace, WrittenLater, Halves, Twice, Noisy, Decides, Checkpointed, Reentrant, Hooked]
+NETS = [
+    Plain,
+    InPlace,
+    WrittenLater,
+    Halves,
+    Twice,
+    Noisy,
+    Decides,
+    Checkpointed,
+    Reentrant,
+    Hooked,
+]
 
 
 @pytest.fixture(autouse=True)
