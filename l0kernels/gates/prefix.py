@@ -127,6 +127,18 @@ class _Pass(TorchDispatchMode):
         for tensor in draw.tensors():
             self.number(tensor)
 
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.over or func in UNSEEN:
+            return func(*args, **kwargs)
+        return self.see(func, args, kwargs)
+
+    def see(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Call an operator of this pass, or do without."""
+        raise NotImplementedError
+
     def begin(self) -> None:
         self.__enter__()
         self._inside = True
@@ -172,12 +184,7 @@ class _Pass(TorchDispatchMode):
 
 
 class _Recording(_Pass):
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if self.over or func in UNSEEN:
-            return func(*args, **kwargs)
+    def see(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if not isinstance(func, OpOverload) or _has_generator(args, kwargs):
             self.over = True
             return func(*args, **kwargs)
@@ -215,12 +222,7 @@ class _Replaying(_Pass):
         super().__init__(prefix, draw)
         self._calls = iter(prefix.calls)
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if self.over or func in UNSEEN:
-            return func(*args, **kwargs)
+    def see(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         call = next(self._calls, None)
         if call is None or not self._can_follow(call, func, args, kwargs):
             self.over = True

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from nn.draws import PATTERNS, gate_values
+from nn.draws import PATTERNS, STRIDES, gate_values, upstream
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
@@ -227,16 +227,12 @@ def test_closed_channels_are_skipped():
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("strides", ["expanded", "transposed", "sliced"])
+@pytest.mark.parametrize("strides", STRIDES)
 def test_any_upstream_gradient(case: str, strides: str):
     net = make(case, 6)
     z, x = gate_values("half", 6), inputs_of(case)
     shape = run_gated(net, z, x)["out"].shape
-    grad = torch.randn(*shape, 2, dtype=torch.float64)[..., 1]
-    if strides == "expanded":
-        grad = torch.randn((), dtype=torch.float64).expand(shape)
-    if strides == "transposed":
-        grad = torch.randn(*reversed(shape), dtype=torch.float64).permute(*range(len(shape))[::-1])
+    grad = upstream(strides, shape)
     assert_same(run_plain(net, z, x, grad), run_gated(net, z, x, grad=grad))
 
 
@@ -261,11 +257,10 @@ def test_channels_last_stays():
     assert_same(run_plain(net, z, x.detach()), run_gated(net, z, x.detach()))
 
 
-@pytest.mark.parametrize("case", CASES)
+# PyTorch takes no statistics of an empty batch: one case has no others.
+@pytest.mark.parametrize("case", [c for c in CASES if make(c, 5)[1].running_mean is not None])
 def test_empty_batch(case: str):
     net = make(case, 5).eval()
-    if net[1].running_mean is None:
-        pytest.skip("no statistics of an empty batch")
     z, x = gate_values("half", 5), inputs_of(case, 0)
     assert_same(run_plain(net, z, x), run_gated(net, z, x))
 

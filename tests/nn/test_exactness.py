@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from nn.draws import PATTERNS, gate_values
+from nn.draws import PATTERNS, STRIDES, gate_values, upstream
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
@@ -241,16 +241,12 @@ def test_without_batch(case: str):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("strides", ["expanded", "transposed", "sliced"])
+@pytest.mark.parametrize("strides", STRIDES)
 def test_any_upstream_gradient(case: str, strides: str):
     net = make(case, 6)
     z, x = gate_values("half", 6), inputs_of(case)
     shape = run_gated(net, z, x)["out"].shape
-    grad = torch.randn(*shape, 2, dtype=torch.float64)[..., 1]
-    if strides == "expanded":
-        grad = torch.randn((), dtype=torch.float64).expand(shape)
-    if strides == "transposed":
-        grad = torch.randn(*reversed(shape), dtype=torch.float64).permute(*range(len(shape))[::-1])
+    grad = upstream(strides, shape)
     assert_same(run_plain(net, z, x, grad), run_gated(net, z, x, grad=grad))
 
 
