@@ -45,7 +45,7 @@ CHANNELS_LAST_FROM = 32
 
 def convert(
     model: nn.Module,
-    method: str,
+    method: str | type[Gates],
     *,
     example_inputs: Inputs,
     select: Select = "inner",
@@ -69,7 +69,7 @@ def convert(
     Args:
         model: any module; converted in place.
         method: a name in ``gates.METHODS``: ``"hard_concrete"``, ``"arm"``, ``"dep"``, ``"cs"``
-            or ``"scl"``.
+            or ``"scl"``; or a class derived from ``gates.Gates``.
         example_inputs: arguments of the forward, positional (a tuple) or by keyword (a mapping);
             a batch of 2 to 4 is enough.
         select: ``"inner"`` (units made by one layer, or by the layers of a product, and read only
@@ -105,7 +105,8 @@ def convert(
             already converted, non-finite parameters, or nothing that can be gated.
         TypeError: ``model`` is not a module, or ``example_inputs`` neither a tuple nor a mapping.
     """
-    _check_arguments(model, method, example_inputs, select, granularity)
+    kind = _kind(method)
+    _check_arguments(model, kind, example_inputs, select, granularity)
     _check_place(place, granularity, options.get("scope", "batch"))
     options.update(lam=lam, n_train=n_train, seed=seed)
     device, _ = _place_of(model)
@@ -115,12 +116,12 @@ def convert(
         with torch.inference_mode(False), torch.enable_grad(), autocast:
             inputs = own_copy(example_inputs)
             if granularity == "weight":
-                _gate_weights(model, METHODS[method], inputs, select, options)
+                _gate_weights(model, kind, inputs, select, options)
                 return model
             how = select, granularity, place
-            plan, found = _find(model, METHODS[method], inputs, *how, options)
+            plan, found = _find(model, kind, inputs, *how, options)
             kept = {name: _for_groups(value, plan) for name, value in options.items()}
-            gates = _like(model, METHODS[method](plan.groups, **kept))
+            gates = _like(model, kind(plan.groups, **kept))
             _prefer_channels_last(model, plan, found)
             install(model, gates, plan, found)
     finally:
@@ -190,19 +191,28 @@ def revert(model: nn.Module) -> nn.Module:
     return model
 
 
+def _kind(method: Any) -> type[Gates]:
+    """The class of a method that is named or given."""
+    if isinstance(method, type) and issubclass(method, Gates):
+        return method
+    if not isinstance(method, str) or method not in METHODS:
+        raise ValueError(
+            f"method: expected one of {sorted(METHODS)} or a class of gates, got {method!r}"
+        )
+    return METHODS[method]
+
+
 def _check_arguments(
-    model: Any, method: str, example_inputs: Any, select: Select, granularity: str
+    model: Any, method: type[Gates], example_inputs: Any, select: Select, granularity: str
 ) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if method not in METHODS:
-        raise ValueError(f"method: expected one of {sorted(METHODS)}, got {method!r}")
     if granularity not in GRANULARITIES:
         raise ValueError(f"granularity: expected one of {GRANULARITIES}, got {granularity!r}")
-    if granularity not in METHODS[method].granularities:
-        allowed = METHODS[method].granularities
+    if granularity not in method.granularities:
         raise ValueError(
-            f"granularity: expected one of {allowed} for {method}, got {granularity!r}"
+            f"granularity: expected one of {method.granularities} for {method.__name__}, "
+            f"got {granularity!r}"
         )
     if not isinstance(example_inputs, (tuple, Mapping)):
         raise TypeError(

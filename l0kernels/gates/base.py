@@ -100,8 +100,9 @@ class Follower(Protocol):
 class Gates(nn.Module):
     """All gates of a model in one flat vector ``log_alpha``, drawn together.
 
-    Subclasses name the law, set ``log_alpha`` and give the deterministic gate, computed from
-    ``alpha``. ``forward`` is the identity, so that the gates can live anywhere in a model.
+    Subclasses name the law or draw by ``sample``, set ``log_alpha`` and give the deterministic gate
+    and the probability of being open, computed from ``alpha``. ``forward`` is the identity, so that
+    the gates can live anywhere in a model.
 
     Args:
         groups: name -> number of units.

@@ -224,7 +224,7 @@ def test_reasons():
     [
         (
             {"method": "hard_concrete"},
-            "granularity: expected one of .* for hard_concrete, got 'wei",
+            "granularity: expected one of .* for HardConcrete, got 'wei",
         ),
         ({"select": ["nothing"]}, r"select: expected 'inner', a predicate or names among .*noth"),
         ({"select": l0.select.heads}, "select: expected 'inner', names or a predicate for weights"),

@@ -650,7 +650,7 @@ def test_bad_options_are_refused(options, message):
 def test_convert_gates_single_weights_only():
     net = Net()
     with pytest.raises(
-        ValueError, match=r"granularity: expected one of \('weight',\) for scl, got"
+        ValueError, match=r"granularity: expected one of \('weight',\) for StraightThrough, got"
     ):
         l0.convert(net, "scl", example_inputs=(torch.randn(2, 3, 7, 6),))
     assert not hasattr(net, "l0")
