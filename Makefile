@@ -81,6 +81,7 @@ bench: $(STAMP)
 	$(RUN)/l0kernels bench ops --out runs/bench/ops
 	set -e; for model in $(BENCH_MODELS); do \
 		$(RUN)/l0kernels bench step --model $$model --batch 128 --out runs/bench/$$model; \
+		$(RUN)/l0kernels bench arm --model $$model --batch 128 --out runs/bench/$$model; \
 		$(RUN)/l0kernels bench memory --model $$model --out runs/bench/$$model; \
 	done
 

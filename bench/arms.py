@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -336,9 +337,17 @@ def plain_arm(task: Task, variant: str, net: nn.Module, x: Tensor, y: Tensor) ->
     )
 
 
-def our_arm(task: Task, net: nn.Module, x: Tensor, y: Tensor) -> Arm:
+def our_arm(
+    task: Task,
+    net: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    method: str = "hard_concrete",
+    **options: Any,
+) -> Arm:
     widths = full_widths(net, task.network.groups)
-    net = l0.convert(net, "hard_concrete", example_inputs=(x[:2],), n_train=N_TRAIN, seed=task.seed)
+    options |= {"example_inputs": (x[:2],), "n_train": N_TRAIN, "seed": task.seed}
+    net = l0.convert(net, method, **options)
     gates = gates_of(net)
     got = dict(zip(gates.names, gates.sizes, strict=True))
     expected = {g.producer: w for g, w in zip(task.network.groups, widths, strict=True)}

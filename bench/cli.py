@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import memory, models, networks, operators, predict, step, where
+from . import memory, models, networks, operators, predict, step, two_passes, where
 from . import run as whole_runs
 from .arms import ALL_VARIANTS, VARIANTS
 from .base import measure_base
@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="bench", metavar="benchmark", required=True)
     add_ops(kinds)
     add_step(kinds)
+    add_arm(kinds)
     add_memory(kinds)
     add_where(kinds)
     add_predict(kinds)
@@ -60,12 +61,7 @@ def add_ops(kinds: Any) -> None:
 def add_step(kinds: Any) -> None:
     default = step.Setting()
     steps = kinds.add_parser("step", help="whole training steps of a network, all variants in turn")
-    steps.add_argument(
-        "--model",
-        default=default.model,
-        help=f"{', '.join(models.NAMES)} or any wrn-DEPTH-FACTOR (default: %(default)s)",
-    )
-    steps.add_argument("--batch", type=int, default=default.batch, help="default: %(default)s")
+    add_model(steps, default)
     steps.add_argument(
         "--variants",
         type=words,
@@ -82,6 +78,29 @@ def add_step(kinds: Any) -> None:
     steps.add_argument("--plot", type=Path, metavar="PNG", help="draw the figure into this file")
     add_shared(steps, default)
     steps.set_defaults(measure=run_step)
+
+
+def add_model(parser: argparse.ArgumentParser, default: Any) -> None:
+    parser.add_argument(
+        "--model",
+        default=default.model,
+        help=f"{', '.join(models.NAMES)} or any wrn-DEPTH-FACTOR (default: %(default)s)",
+    )
+    parser.add_argument("--batch", type=int, default=default.batch, help="default: %(default)s")
+
+
+def add_arm(kinds: Any) -> None:
+    default = two_passes.Setting()
+    parser = kinds.add_parser("arm", help="steps of ARM beside those of AR, which has one pass")
+    add_model(parser, default)
+    parser.add_argument(
+        "--gates",
+        type=words,
+        default=default.gates,
+        help=f"of {','.join(two_passes.GATES)} (default: all)",
+    )
+    add_timing(parser, default)
+    parser.set_defaults(measure=run_arm)
 
 
 def add_memory(kinds: Any) -> None:
@@ -147,13 +166,18 @@ def add_one_network(parser: argparse.ArgumentParser, default: Any, files: str) -
 
 
 def add_shared(parser: argparse.ArgumentParser, default: Any) -> None:
-    """Declare what all benchmarks that time have: how often, where, compared with what."""
+    """Declare what benchmarks at several open fractions have."""
     parser.add_argument(
         "--keep",
         type=fractions,
         default=default.keep,
         help="open fractions, comma-separated (default: 1,.5,.25,.1)",
     )
+    add_timing(parser, default)
+
+
+def add_timing(parser: argparse.ArgumentParser, default: Any) -> None:
+    """Declare how often is timed, where, compared with what, and what is written."""
     parser.add_argument("--rounds", type=int, default=default.rounds, help="default: %(default)s")
     parser.add_argument(
         "--runs",
@@ -270,6 +294,17 @@ def run_step(args: argparse.Namespace) -> int:
 
         tell([plot_step(report, args.plot)])
     return judge(args, old, report.sheet())
+
+
+def run_arm(args: argparse.Namespace) -> int:
+    setting = setting_of(two_passes.Setting, args)
+    two_passes.check(setting)
+    old = old_sheet(args, two_passes.command(setting), "arm.csv")
+    sheet = two_passes.measure(setting)
+    print(json.dumps(sheet.to_dict(), indent=1) if args.json else two_passes.table(sheet))
+    if args.out is not None:
+        tell(two_passes.write(sheet, args.out))
+    return judge(args, old, sheet)
 
 
 def run_memory(args: argparse.Namespace) -> int:

@@ -32,8 +32,8 @@ ENVIRONMENT = (
     "git",
     "time",
 )
-OURS = ("ours", "cpp", "triton", "cuda")
-"""What runs our kernels: a whole network, or an operator by implementation."""
+OURS = ("ours", "ar", "arm", "cpp", "triton", "cuda")
+"""What runs our kernels: a network, an estimator, or an operator by implementation."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Figure:
     """One thing that was measured.
 
     Args:
-        op: an operator, or "step" or "memory".
+        op: an operator, or "step", "arm" or "memory".
         part: of it: "forward", "backward" or "step"; the column is called "pass".
         impl: which arm.
         dtype: of the computation.
@@ -49,8 +49,8 @@ class Figure:
         open: fraction of the units that are open.
         p20_ms, p50_ms, p80_ms: milliseconds, of the run whose median is the middle one.
         medians_ms: of every run.
-        over_ours: how many times as long as ours it takes, paired by round: the middle run's
-            median, with quartiles.
+        over_ours: how many times as long as ours, or of "arm" as AR, it takes, paired by round:
+            the middle run's median, with quartiles.
         peak_mb: most memory in use, 10^6 bytes.
         rate: what the open units need over the median time, in `unit`.
         unit: "GB/s" or "GFLOP/s".

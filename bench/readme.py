@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from . import two_passes
 from .figures import OURS, Figure, Sheet, markdown, put_between, shown
 from .memory import BASE, peaks_of
 from .timing import interval_of_median, middle_run, ratios_of_middle_run
@@ -38,6 +39,7 @@ def tables(folder: Path) -> str:
     steps = [row for sheet in found for row in step_rows(sheet)]
     others = [row for sheet in found for row in operator_rows(sheet)]
     peaks = [row for sheet in found for row in memory_rows(sheet)]
+    passes = [(*row, f"`{sheet.command}`") for sheet in found for row in two_passes.rows(sheet)]
     runs, nearly = list(run_rows(folder)), list(nearly_open_rows(folder))
     last = ("faster than ours", "command")
     step = ("network", "dtype", "open", "ours [ms]", *over(STEPS), *last)
@@ -53,6 +55,7 @@ def tables(folder: Path) -> str:
             nearly,
             never,
         ),
+        ("The second pass of ARM", 1, passes, (*two_passes.HEAD, "command")),
         ("Operators", 4, others, op),
         ("Peak memory of a step", 2, peaks, memory),
         ("Whole runs", 1, runs, run),
@@ -125,7 +128,7 @@ def operator_rows(sheet: Sheet) -> Iterator[tuple[str, ...]]:
     """Return a row per problem and implementation of ours, with all open fractions in it."""
     problems: dict[tuple[str, ...], list[Figure]] = {}
     for figure in sheet.figures:
-        if figure.op not in ("step", "memory") and figure.impl in OURS:
+        if figure.op not in ("step", "arm", "memory") and figure.impl in OURS:
             what = (figure.op, figure.part, figure.shape, figure.dtype, figure.impl)
             problems.setdefault(what, []).append(figure)
     for (op, part, shape, dtype, impl), figures in problems.items():
