@@ -179,8 +179,6 @@ class Gates(nn.Module):
         self._shares: dict[str, Tensor] = {}
         self._draw: Draw | None = None
         self._awaiting: Draw | None = None
-        # Versions of log_alpha at which it is as the method, or having been frozen, wants it.
-        self._projected, self._restored = -1, -1
         self._frozen_at: Tensor | None = None
         self._graphs: weakref.WeakSet[Graph] = weakref.WeakSet()
         # Those that pack together, from the first forward on: see l0kernels.nn.packing.Members.
@@ -208,8 +206,12 @@ class Gates(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} has no coupled L2")
 
-    def project(self) -> None:
-        """Bring the parameters into the range the method asks for (runs before each sample)."""
+    def project(self, values: Tensor) -> None:
+        """Bring the parameters into the range the method asks for, before each sample.
+
+        Args:
+            values: of ``log_alpha``, to be changed in place.
+        """
 
     def sample(self, cost: Tensor, key: Tensor) -> tuple[Tensor, Tensor, OpenLists]:
         """Values of all gates and a final 1, their expected cost (0-d), both differentiable, and
@@ -298,7 +300,7 @@ class Gates(nn.Module):
             raise RuntimeError(f"{what}: expected to be outside hold and expected_loss")
 
     def _freeze_at(self, values: Tensor | None) -> None:
-        self._frozen_at, self._restored = values, self.log_alpha._version
+        self._frozen_at = values
         self._draw = None
 
     # Structure.
@@ -483,8 +485,7 @@ class Gates(nn.Module):
         # A draw belongs to one graph: it is never copied or pickled.
         self._rows_seen()  # a copy does not know the layers at first
         state = self.__dict__.copy()
-        state.update(_draw=None, _awaiting=None, _held=0, layers=None)
-        state.update(_projected=-1, _restored=-1, followers=[])
+        state.update(_draw=None, _awaiting=None, _held=0, layers=None, followers=[])
         del state["_graphs"]
         return state
 
@@ -523,7 +524,7 @@ class Gates(nn.Module):
         freeze, rows = self._frozen_in(extra), self._rows_in(extra)
         self.unfreeze()  # A log_alpha that the state does not have is the frozen one.
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._draw, self._projected = None, -1
+        self._draw = None
         if self.dense is not None:
             self.dense.load(rows)
         if freeze:
@@ -816,18 +817,14 @@ class Gates(nn.Module):
     def _settle(self) -> None:
         """Bring log_alpha to where the method, or having been frozen, wants it.
 
-        It is written only if it has been written to since: a graph of the same values may wait
-        for backward. Versions say so; to compare values would be to wait for a GPU.
+        Always: no version says that a fused optimizer has written to it, and to compare values
+        would be to wait for a GPU. Without a new version: a graph of values that stay as they are
+        may wait for backward.
         """
-        version = self.log_alpha._version
-        if self._frozen_at is None and version != self._projected:
-            with torch.no_grad():
-                self.project()
-            self._projected = self.log_alpha._version
-        if self._frozen_at is not None and version != self._restored:
-            with torch.no_grad():
-                self.log_alpha.copy_(self._frozen_at)
-            self._restored = self.log_alpha._version
+        if self._frozen_at is None:
+            self.project(self.log_alpha.data)
+        else:
+            self.log_alpha.data.copy_(self._frozen_at)
 
     @contextmanager
     def holding(self) -> Iterator[None]:

@@ -136,7 +136,7 @@ class DependentHardConcrete(HardConcrete):
         with engine():
             return dep_chain(ones, weights, biases, self.reverse)
 
-    def project(self) -> None:
+    def project(self, values: Tensor) -> None:
         """Nothing: logits are bounded."""
 
     def sample(self, cost: Tensor, key: Tensor) -> tuple[Tensor, Tensor, OpenLists]:

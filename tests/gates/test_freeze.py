@@ -16,6 +16,7 @@ X = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
 
 OPTIMIZERS: dict[str, Callable[[list], torch.optim.Optimizer]] = {
     "sgd": lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True),
+    "fused sgd": lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9, fused=True),
     "adam": lambda groups: torch.optim.Adam(groups, lr=0.1),
     "adamw, gates decayed": lambda groups: torch.optim.AdamW(
         [{**group, "weight_decay": 0.5} for group in groups], lr=0.1

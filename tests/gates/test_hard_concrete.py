@@ -103,6 +103,28 @@ def test_clamped_before_each_draw():
     assert float(gates.log_alpha.detach().min()) == pytest.approx(math.log(0.01))
 
 
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.parametrize("how", ["fused", "foreach", "one by one"])
+def test_clamped_whatever_optimizer_wrote(kind: type, how: str):
+    """Fused optimizers write without a new version."""
+    net, gates = small(lam=50.0)
+    options = {"fused": how == "fused", "foreach": how == "foreach"}
+    least = float(torch.tensor(math.log(0.01)))
+    optimizer = kind(gates.parameters(), lr=3.0, **options)
+    for _ in range(4):
+        optimizer.zero_grad()
+        (net(torch.randn(1, 2, 6, 6)).sum() + l0.penalty(net)).backward()
+        assert float(gates.log_alpha.detach().min()) >= least
+        optimizer.step()
+    assert float(gates.log_alpha.detach().min()) < least  # until the next draw
+
+
+def test_the_penalty_of_other_weights_leaves_the_graph_of_a_draw_alone():
+    net, gates = small()
+    (net(torch.randn(1, 2, 6, 6)).sum() + l0.penalty(net, lam=2.0)).backward()
+    assert float(gates.log_alpha.grad.abs().max()) > 0
+
+
 def test_counts_by_group():
     net, gates = small()
     with torch.no_grad():
