@@ -21,6 +21,8 @@ from l0kernels.gates import Gates
 from l0kernels.gates.base import makes_filters
 from l0kernels.gates.ref import WeightRef
 from l0kernels.nn import GatedLayer, MaskedLayer
+from l0kernels.recipes import average
+from l0kernels.recipes.average import averaged
 from l0kernels.recipes.images import Batch
 from l0kernels.recipes.models import build
 from l0kernels.recipes.recipe import FOLLOW, MOMENTUM, Recipe, Settings
@@ -39,7 +41,7 @@ class Step(NamedTuple):
     """What one training step gave.
 
     Args:
-        seconds: draw, penalty, forward, backward and optimizer.
+        seconds: draw, penalty, forward, backward, optimizer and averaging.
         data_loss: 0-d, mean cross-entropy of the batch.
         penalty: 0-d.
     """
@@ -145,7 +147,13 @@ class Arm:
         if layout is not None:
             _set_layout(net, LAYOUTS[layout])
         self.optimizers = make_optimizers(net, settings)
+        self.average = None if settings.ema is None else averaged(net, settings.ema)
         self.kept: dict[str, Tensor] | None = None
+
+    @property
+    def tested(self) -> nn.Module:
+        """The network that is evaluated: the average, where there is one."""
+        return self.net if self.average is None else self.average.module
 
     def throwaway(self, layout: str | None = None) -> Arm:
         """A copy with a fresh optimizer, for steps that must leave no trace.
@@ -225,17 +233,19 @@ class Arm:
         (data + price).backward()
         for optimizer in self.optimizers:
             optimizer.step()
+        if self.average is not None:
+            average.update(self.average, self.net)
         return Step(time.perf_counter() - begin, data.detach(), price.detach())
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Deterministic gates, no gradients."""
-        self.net.eval()
+        """Deterministic gates of the tested network, no gradients."""
+        self.tested.eval()
         try:
-            with torch.no_grad(), frozen(self.net), self._impl():
+            with torch.no_grad(), frozen(self.tested), self._impl():
                 yield
         finally:
-            self.net.train()
+            self.tested.train()
 
     def accuracy(self, batches: Iterable[Batch]) -> float:
         """Share of images classified as labelled, in percent.
@@ -246,7 +256,7 @@ class Arm:
         right = count = 0
         with self.evaluating():
             for x, y in batches:
-                right += int((self.net(self.place(x)).argmax(1) == y).sum())
+                right += int((self.tested(self.place(x)).argmax(1) == y).sum())
                 count += len(y)
         return 100.0 * right / count
 
@@ -256,6 +266,7 @@ class Arm:
             "model": dict(self.net.state_dict()),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "kept": self.kept,
+            "average": None if self.average is None else dict(self.average.state_dict()),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -275,6 +286,8 @@ class Arm:
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
             _check_moments(optimizer)
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
 
 
 def _shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:

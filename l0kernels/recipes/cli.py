@@ -333,7 +333,7 @@ def _interrupted(current: Run) -> str:
 
 def _draw_filters(current: Run) -> None:
     """Draw the weights of a network that is small enough to be looked at."""
-    described = report(current.arms[0].net)
+    described = report(current.arms[0].tested)
     if described.weights["total"] <= MOST_DRAWN:
         described.plot_filters(current.plan.folder / FILTERS)
 

@@ -308,7 +308,7 @@ class Run:
             loss += float(step.data_loss + step.penalty) * share
             drawn += drawn_weights(arm.net) * share
             self.on_step()
-        left = weights_left(arm.net)
+        left, tested = weights_left(arm.net), weights_left(arm.tested)
         measured = epoch in (1, self.plan.epochs)
         tests = images.test_batches(max(1, EVAL_PIXELS // math.prod(images.shape[1:])))
         return {
@@ -317,11 +317,11 @@ class Run:
             "seconds": sum(times),
             "step_ms": 1e3 * statistics.median(times),
             "accuracy": arm.accuracy(tests),
-            "open_units": open_units(arm.net),
+            "open_units": open_units(arm.tested),
             "weights_total": int(left["total"]),
             "weights_expected": left["expected"],
             "weights_realised": drawn,
-            "weights_test": int(left["test"]),
+            "weights_test": int(tested["test"]),
             "step_memory": measure.step_memory(arm, self._sample()[0]) if measured else None,
         }
 

@@ -16,6 +16,10 @@ from l0kernels.recipes.phases import Phase, one
 OPTIMIZERS = ("adam", "sgd", "nesterov")
 MOMENTUM = 0.9
 FOLLOW = "same"
+AVERAGE_NOTE = (
+    "accuracy is that of the averaged parameters, divided by 1 - ema^t, and the deterministic "
+    "gate; the authors divide so too but start the average at the initial parameters, not at 0"
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class Settings:
         prune: part of the open weights that a round of magnitude pruning closes.
         fine_tune: epochs with frozen gates at the end.
         direction: of the chain of dependent gates.
+        ema: decay of the moving average of parameters and gates that is evaluated; None: the last
+            ones are. For recipes without rounds and fine-tuning.
     """
 
     epochs: int
@@ -67,6 +73,7 @@ class Settings:
     prune: float = 0.0
     fine_tune: int = 0
     direction: str | None = None
+    ema: float | None = None
 
     def check(self) -> None:
         """Check every value.

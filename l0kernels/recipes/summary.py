@@ -254,8 +254,8 @@ def _legend(result: Result) -> str:
         "Weights of convolutions and linear layers left of all "
         f"{result.history[-1]['arms'][PACKED]['weights_total']:,}: expected under the training "
         "gates, drawn (mean over the last epoch's steps), with the test gates. ms per step: median "
-        "of an epoch; draw, penalty, forward, backward and optimizer. Step memory: peak of "
-        "PyTorch's allocator in one step beyond parameters and optimizer state."
+        "of an epoch; draw, penalty, forward, backward, optimizer and averaging. Step memory: peak "
+        "of PyTorch's allocator in one step beyond parameters and optimizer state."
     ]
     if result.compared:
         lines.append(

@@ -12,7 +12,7 @@ from torch import nn
 
 from l0kernels.recipes import phases
 from l0kernels.recipes.models import resnet, resnet50, vgg16, wide_resnet
-from l0kernels.recipes.recipe import Named, Recipe, Row, Settings
+from l0kernels.recipes.recipe import AVERAGE_NOTE, Named, Recipe, Row, Settings
 
 COLOUR, LARGE = (3, 32, 32), (3, 224, 224)
 NETWORKS: dict[str, tuple[str, Callable[..., nn.Module]]] = {
@@ -278,20 +278,21 @@ _WIDE = Settings(
 WIDE_NOTES = (
     "gates stand before the norm, as the published ones",
     "coupled L2 of gated filters is 5e-4 / .7, as in the authors' code",
-    "no averaging of parameters",
     IMAGES_NOTE,
-    LAST_NOTE,
 )
 WIDE_HC_SOURCE = (
     "Louizos, Welling, Kingma, 2018, arXiv:1712.01312; the authors' code, "
     "github.com/AMLab-Amsterdam/L0_regularization"
 )
 WIDE_ARM_SOURCE = "Li, Ji, 2019, arXiv:1904.04432; the authors' code, github.com/leo-yangli/l0-arm"
+_WIDE_HC = replace(_WIDE, ema=0.99)
 _WIDE_ARM = replace(_WIDE, droprate=(0.01,), milestones=(60, 120))
 HC_NOTES = (
     "with this lam and learning rate gates hardly leave where they start, as an issue of the "
     "authors' code reports too; --gate-lr 6 moves them",
+    AVERAGE_NOTE,
 )
+ARM_NOTES = ("the authors' code averages parameters too, but tests the last ones", LAST_NOTE)
 
 
 def _wide(
@@ -338,8 +339,8 @@ RECIPES = (
         "hc",
         "hard_concrete",
         {
-            "published": Named(_WIDE, WIDE_HC_SOURCE),
-            "strong": Named(replace(_WIDE, lam=(2e-3,)), WIDE_HC_SOURCE),
+            "published": Named(_WIDE_HC, WIDE_HC_SOURCE),
+            "strong": Named(replace(_WIDE_HC, lam=(2e-3,)), WIDE_HC_SOURCE),
         },
         HC_NOTES,
         (
@@ -348,5 +349,5 @@ RECIPES = (
             Row("CIFAR-10, lam .002 / N", 96.07, None, "", "no text at hand", False),
         ),
     ),
-    _wide("arm", "arm", {"published": Named(_WIDE_ARM, WIDE_ARM_SOURCE)}, (), ()),
+    _wide("arm", "arm", {"published": Named(_WIDE_ARM, WIDE_ARM_SOURCE)}, ARM_NOTES, ()),
 )

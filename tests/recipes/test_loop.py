@@ -85,10 +85,13 @@ def test_data_penalty_and_epoch_loss_add_up(make_plan: Callable[..., Plan]) -> N
     assert entry["loss"] == pytest.approx(entry["data_loss"], rel=1e-6)
 
 
-def test_resume_gives_the_same_bits(make_plan: Callable[..., Plan]) -> None:
-    whole = make_plan(out="whole", epochs=4)
+@pytest.mark.parametrize(("recipe", "ema"), [("lenet5-hc", None), ("mlp-hc", 0.9)])
+def test_resume_gives_the_same_bits(
+    make_plan: Callable[..., Plan], recipe: str, ema: float | None
+) -> None:
+    whole = make_plan(recipe, out="whole", epochs=4, settings={"ema": ema})
     _train(whole)
-    parts = make_plan(out="parts", epochs=2)
+    parts = make_plan(recipe, out="parts", epochs=2, settings={"ema": ema})
     _train(parts)
     again = Run(replace(parts, settings=whole.settings))
     again.resume()
