@@ -467,7 +467,28 @@ def require_agreement(task: Task, net: nn.Module, variants: Iterable[str]) -> di
     Raises:
         RuntimeError: a variant computes something else than the masked network.
     """
-    return _require("the masked network", TOLERANCE, disagreement(task, net, variants))
+    return require("the masked network", TOLERANCE, disagreement(task, net, variants))
+
+
+def require_the_reference(net: nn.Module, x: Tensor, y: Tensor) -> float:
+    """Return how far a step of a converted network is from the masked reference, in fp64.
+
+    Loss and all gradients are compared on copies, under the next draw.
+
+    Raises:
+        RuntimeError: it computes something else.
+    """
+    found = []
+    for impl in ("auto", "reference"):
+        exact = copy.deepcopy(net).double().train()
+        exact.zero_grad()
+        with l0.use_impl(impl):
+            loss = our_loss(exact, x.double(), y)
+            loss.backward()
+        gates = gradient(gates_of(exact).log_alpha)
+        found.append(Outcome(loss.detach(), weight_gradients(exact), gates))
+    errors = {"ours": found[0].error(found[1])}
+    return require("the masked reference", TOLERANCE, errors)["ours"]
 
 
 def distances(task: Task, arms: Mapping[str, Arm | Oracle]) -> dict[str, float]:
@@ -558,12 +579,12 @@ def require_closeness(task: Task, arms: Mapping[str, Arm | Oracle]) -> dict[str,
     """
     found = distances(task, arms)
     single = {name: error for name, error in found.items() if name in IN_SINGLE}
-    _require("its twin", TOLERANCE, {n: error for n, error in found.items() if n not in single})
-    _require("its twin", SINGLE_TOLERANCE, single)
+    require("its twin", TOLERANCE, {n: error for n, error in found.items() if n not in single})
+    require("its twin", SINGLE_TOLERANCE, single)
     return found
 
 
-def _require(whom: str, most: float, errors: dict[str, float]) -> dict[str, float]:
+def require(whom: str, most: float, errors: dict[str, float]) -> dict[str, float]:
     wrong = {name: f"{error:.1e}" for name, error in errors.items() if not error <= most}
     if wrong:
         raise RuntimeError(

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import memory, models, networks, operators, predict, step, two_passes, where
+from . import memory, models, networks, operators, predict, step, trained, two_passes, where
 from . import run as whole_runs
 from .arms import ALL_VARIANTS, VARIANTS
 from .base import measure_base
@@ -74,6 +74,11 @@ def add_step(kinds: Any) -> None:
         choices=step.OPTIMIZERS,
         default=default.optimizer,
         help="of ours: torch's SGD as the others, or l0.optim.SGD (default: %(default)s)",
+    )
+    steps.add_argument(
+        "--trained",
+        metavar="DIR",
+        help="of a run of l0kernels train: its network and gates at its end",
     )
     steps.add_argument("--plot", type=Path, metavar="PNG", help="draw the figure into this file")
     add_shared(steps, default)
@@ -283,9 +288,14 @@ def run_ops(args: argparse.Namespace) -> int:
 
 def run_step(args: argparse.Namespace) -> int:
     setting = setting_of(step.Setting, args)
-    step.check(setting)
+    if setting.trained is None:
+        step.check(setting)
+    elif args.plot is not None:
+        raise ValueError("--plot: expected several open fractions, got --trained, which has one")
+    else:
+        setting = trained.check(setting)
     old = old_sheet(args, step.command(setting), "step.csv")
-    report = step.measure(setting)
+    report = step.measure(setting) if setting.trained is None else trained.measure_run(setting)
     print(json.dumps(report.to_dict(), indent=1) if args.json else step.table(report))
     if args.out is not None:
         tell(step.write(report, args.out))

@@ -110,7 +110,7 @@ def nearly_open_rows(folder: Path) -> Iterator[tuple[str, ...]]:
         if not {"masked-best", "ours"} <= set(found["variants"]):
             continue
         for row in found["rows"]:
-            if row["keep"] < NEARLY_ALL:
+            if row["keep"] < NEARLY_ALL or setting.get("trained"):
                 continue
             arms = row["times"], "masked-best", "ours"
             median = middle_run(*arms).median

@@ -95,6 +95,8 @@ class Setting:
         amp: autocast around forward and loss: "none", "bf16" or "fp16" (without loss scaling).
         optimizer: of ours: "torch", as the others have it, or "open-rows": `l0.optim.SGD`.
         threads: of the CPU; None: torch's choice.
+        trained: folder of a run of `l0kernels train`, whose network and gates at its end are timed
+            in place of model, batch and keep: see `trained`.
     """
 
     model: str = "wrn-28-10"
@@ -109,6 +111,14 @@ class Setting:
     amp: str = "none"
     optimizer: str = "torch"
     threads: int | None = None
+    trained: str | None = None
+
+    @property
+    def problem(self) -> str:
+        """What is timed, in a few words."""
+        if self.trained is not None:
+            return Path(self.trained).name
+        return f"{self.model} batch {self.batch}"
 
 
 @dataclass
@@ -126,14 +136,20 @@ class Row:
     error_before: dict[str, float] = field(default_factory=dict)
     error_after: dict[str, float] = field(default_factory=dict)
 
+    def compare(self, variants: tuple[str, ...]) -> None:
+        """Form the ratios of `RATIOS` between variants that were timed."""
+        for name, (over, under) in RATIOS.items():
+            if over in variants and under in variants:
+                self.ratios[name] = middle_run(self.times, over, under)
+                self.medians[name] = [paired(times, over, under).median for times in self.times]
+
     def figure(self, variant: str, setting: Setting) -> Figure:
         """Return what is known of a variant."""
-        dtype = "f32" if setting.amp == "none" else setting.amp
-        shape = f"{setting.model} batch {setting.batch}"
+        what = ("f32" if setting.amp == "none" else setting.amp, setting.problem, self.keep)
         ours = "ours" if "ours" in self.times[0] else None
         found = timed(self.times, variant, ours)
         error = self.error_after.get(variant)
-        return Figure("step", "step", variant, dtype, shape, self.keep, **found, error=error)
+        return Figure("step", "step", variant, *what, **found, error=error)
 
 
 @dataclass
@@ -145,6 +161,7 @@ class Report:
     rows: list[Row]
     variants: tuple[str, ...]
     notes: list[str]
+    content: str = CONTENT
 
     def sheet(self) -> Sheet:
         """Return the figures as the other benchmarks have them."""
@@ -154,10 +171,11 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON; the percentiles of the times are added."""
         plain = asdict(self)
+        content = plain.pop("content")
         for row, out in zip(self.rows, plain["rows"], strict=True):
             figures = {name: row.figure(name, self.setting) for name in self.variants}
             out["ms"] = {name: {"median": f.p50_ms, **_ends(f)} for name, f in figures.items()}
-        return {**plain, "step": CONTENT, "command": command(self.setting)}
+        return {**plain, "step": content, "command": command(self.setting)}
 
 
 def _ends(figure: Figure) -> dict[str, Any]:
@@ -253,10 +271,7 @@ def measure_row(
     after = errors(task, gated)
     after |= require_closeness(task, {n: arm for n, arm in arms.items() if n not in after})
     row = Row(keep, runs, steps, error_before=before, error_after=after)
-    for name, (over, under) in RATIOS.items():
-        if over in variants and under in variants:
-            row.ratios[name] = middle_run(runs, over, under)
-            row.medians[name] = [paired(times, over, under).median for times in runs]
+    row.compare(variants)
     return row
 
 
@@ -283,15 +298,15 @@ def table(report: Report) -> str:
             [f"{row.keep:g}", str(row.steps), *ms, *(str(row.ratios[name]) for name in ratios)]
         )
     notes = "".join(f"{note}.\n" for note in report.notes)
-    body = f"{CONTENT}\n{notes}{correctness(report)}\n"
+    body = f"{report.content}\n{notes}{correctness(report)}\n"
     return f"{title(report)}\n\n{markdown(head, rows, 0)}\n\n{body}"
 
 
 def title(report: Report) -> str:
     setting, where = report.setting, report.environment
+    how = f", autocast {setting.amp}, optimizer of ours {setting.optimizer}"
     return (
-        f"{setting.model}, batch {setting.batch}, autocast {setting.amp}, optimizer of ours"
-        f" {setting.optimizer},"
+        f"{setting.problem}{how if setting.trained is None else ''},"
         f" {setting.runs} x {setting.rounds} rounds;"
         f" {where['device']}"
         f" ({where['cpu']}), {where['threads']} threads, torch {where['torch']}, l0kernels"
@@ -325,7 +340,10 @@ def correctness(report: Report) -> str:
 
 
 def write(report: Report, folder: Path) -> list[Path]:
-    """Write step.md, step.json, step.csv (one line per figure) and step.png into a folder."""
+    """Write step.md, step.json, step.csv (one line per figure) and step.png into a folder.
+
+    A run has one open fraction, and no picture.
+    """
     from .plot import plot_step
 
     texts = {
@@ -333,4 +351,7 @@ def write(report: Report, folder: Path) -> list[Path]:
         "step.json": json.dumps(report.to_dict(), indent=1) + "\n",
         "step.csv": report.sheet().to_csv(),
     }
-    return [*write_texts(folder, texts), plot_step(report, folder / "step.png")]
+    written = write_texts(folder, texts)
+    if report.setting.trained is not None:
+        return written
+    return [*written, plot_step(report, folder / "step.png")]

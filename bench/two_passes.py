@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`l0kernels bench arm`: what the second pass of ARM costs, over AR, which has one."""
 
-import copy
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,21 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import l0kernels as l0
-from l0kernels.training import gates_of
-
 from . import models
-from .arms import (
-    TOLERANCE,
-    Arm,
-    Outcome,
-    Task,
-    best_layout,
-    check_batch,
-    our_arm,
-    our_loss,
-    weight_gradients,
-)
+from .arms import Arm, Task, best_layout, check_batch, our_arm, require_the_reference
 from .figures import Figure, Sheet, markdown, shown, timed, write_texts
 from .operators import options_of
 from .step import TURN_SECONDS
@@ -122,7 +108,7 @@ def measure(setting: Setting) -> Sheet:
         mean = sum(GATES[gates]) / 2
         for name, arm in arms.items():
             what = ("arm", "step", name, "f32", shape, mean)
-            error = require_the_estimate(task, arm)
+            error = require_the_reference(arm.net, *check_batch(task))
             sheet.figures.append(Figure(*what, **timed(runs, name, "ar"), error=error))
     sheet.environment["load_average_after"] = environment(setting.device)["load_average"]
     return sheet
@@ -141,32 +127,6 @@ def open_with(gates: Iterable[Tensor], probabilities: tuple[float, float]) -> No
     """Set the parameters of gates, alternately, to probabilities of being open."""
     for phi in gates:
         phi.copy_(torch.logit(phi.new_tensor(probabilities)).repeat(len(phi))[: len(phi)] / SLOPE)
-
-
-def require_the_estimate(task: Task, arm: Arm) -> float:
-    """Return how far one step's estimate is from that of the masked reference, in fp64.
-
-    Raises:
-        RuntimeError: it is something else.
-    """
-    x, y = check_batch(task)
-    found = []
-    for impl in ("auto", "reference"):
-        net = copy.deepcopy(arm.net).double().train()
-        net.zero_grad()
-        with l0.use_impl(impl):
-            loss = our_loss(net, x.double(), y)
-            loss.backward()
-        gates = gates_of(net).log_alpha.grad
-        assert gates is not None
-        found.append(Outcome(loss.detach(), weight_gradients(net), gates))
-    error = found[0].error(found[1])
-    if not error <= TOLERANCE:
-        raise RuntimeError(
-            f"expected estimates within {TOLERANCE:.0e} of the masked reference, got {error:.1e}; "
-            "no figures for different computations"
-        )
-    return error
 
 
 def rows(sheet: Sheet) -> list[tuple[str, ...]]:

@@ -105,11 +105,15 @@ def make_optimizers(net: nn.Module, settings: Settings) -> list[torch.optim.Opti
     ]
     groups = [group for group in groups if group["params"]]
     if settings.gate_optimizer == FOLLOW:
-        return [_optimizer(settings.optimizer, [*groups, gates])]
-    return [_optimizer(settings.optimizer, groups), _optimizer(settings.gate_optimizer, [gates])]
+        return [make_optimizer(settings.optimizer, [*groups, gates])]
+    return [
+        make_optimizer(settings.optimizer, groups),
+        make_optimizer(settings.gate_optimizer, [gates]),
+    ]
 
 
-def _optimizer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+def make_optimizer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """An optimizer by its name in `recipe.OPTIMIZERS`, for parameter groups."""
     if name == "adam":
         return torch.optim.Adam(groups, fused=True)
     return torch.optim.SGD(groups, momentum=MOMENTUM, nesterov=name == "nesterov", fused=True)

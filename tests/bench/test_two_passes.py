@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from l0kernels.bench import readme, two_passes
+from l0kernels.bench import arms, readme, two_passes
 from l0kernels.bench.figures import Sheet
 from l0kernels.cli import main
 from l0kernels.gates import ARM
@@ -60,7 +60,8 @@ def test_gates_are_open_as_often_as_they_say():
 def test_a_wrong_pass_has_no_figures(monkeypatch: pytest.MonkeyPatch):
     task = two_passes.check(two_passes.Setting(model="mlp-784-300-100"))
     arm = two_passes.make_estimator(task, "arm")
-    assert two_passes.require_the_estimate(task, arm) < 1e-12
+    batch = arms.check_batch(task)
+    assert arms.require_the_reference(arm.net, *batch) < 1e-12
     right = GatedLinear.compute
     # In the pass without gradients, whose loss weighs the gates' gradient, and nowhere else.
     monkeypatch.setattr(
@@ -69,7 +70,7 @@ def test_a_wrong_pass_has_no_figures(monkeypatch: pytest.MonkeyPatch):
         lambda *args: right(*args) * (1.0 if torch.is_grad_enabled() else 1.1),
     )
     with pytest.raises(RuntimeError, match="no figures for different computations"):
-        two_passes.require_the_estimate(task, arm)
+        arms.require_the_reference(arm.net, *batch)
 
 
 @pytest.mark.parametrize(
