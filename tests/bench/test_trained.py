@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 import torch
 from recipes.conftest import write_images
+from recipes.pictures import write_cifar10
+from recipes.test_vision import _narrow
 from torch import nn
 
 from l0kernels.bench import readme, step, trained
 from l0kernels.cli import main
 from l0kernels.nn import GatedLinear
+from l0kernels.recipes import published
 from l0kernels.recipes.arm import drawn_weights, weights_left
 from l0kernels.training import gates_of
 
@@ -141,3 +144,24 @@ def test_a_folder_without_one_run(
         assert _bench("--trained", str(folder)) == 2
         told = f"expected a folder with one checkpoint.pt, got {count}"
         assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "note", "variants"),
+    [
+        ("resnet20-scl", "oracle is left out: gates of single weights", ["masked-best", "ours"]),
+        ("wrn-28-10-hc", "the oracle leaves out what closed units", list(trained.VARIANTS)),
+    ],
+)
+def test_gates_of_weights_and_before_norms(
+    name: str, note: str, variants: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(published.RECIPES, name, _narrow(published.find(name)))
+    write_cifar10(tmp_path / "data")
+    words = ["train", name, "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")]
+    assert main([*words, "--epochs", "1", "--batch", "4"]) == 0
+    assert _bench("--trained", str(tmp_path / "run"), "--out", str(tmp_path / "out")) == 0
+    report = json.loads((tmp_path / "out" / "step.json").read_text())
+    assert report["variants"] == variants
+    assert any(told.startswith(note) for told in report["notes"])
+    assert list(report["rows"][0]["error_after"]) == ["ours"]
