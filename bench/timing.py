@@ -121,6 +121,7 @@ def keep_what_onednn_prepares() -> None:
 
 
 ONEDNN_CACHE = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+ALLOCATOR = ("GLIBC_TUNABLES", "LD_PRELOAD", "THP_MEM_ALLOC_ENABLE")
 
 
 def interleave(
@@ -219,6 +220,9 @@ def environment(device: torch.device | str = "cpu") -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY"),
         ONEDNN_CACHE: os.environ.get(ONEDNN_CACHE),
+        "allocator": {
+            name: os.environ[name] for name in sorted(os.environ) if is_of_allocator(name)
+        },
         "load_average": None if load is None else [round(value, 2) for value in load],
         "python": platform.python_version(),
         "torch": str(torch.__version__),
@@ -226,6 +230,11 @@ def environment(device: torch.device | str = "cpu") -> dict[str, object]:
         "l0kernels": __version__,
         "git": git_commit(),
     }
+
+
+def is_of_allocator(variable: str) -> bool:
+    """Whether a variable changes how memory is taken and given back, which takes much of a step."""
+    return variable.startswith("MALLOC_") or variable in ALLOCATOR
 
 
 def checkout() -> Path | None:

@@ -141,6 +141,16 @@ def test_environment_says_what_a_reader_needs():
     assert isinstance(found["cpu"], str) and found["cpu"]
 
 
+def test_environment_says_how_memory_is_allocated(monkeypatch):
+    for name in [name for name in os.environ if timing.is_of_allocator(name)]:
+        monkeypatch.delenv(name)
+    assert timing.environment()["allocator"] == {}
+    monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")
+    expected = {"MALLOC_MMAP_MAX_": "0", "THP_MEM_ALLOC_ENABLE": "1"}
+    assert timing.environment()["allocator"] == expected
+
+
 def test_commit_is_only_told_for_a_checkout(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(timing, "run_git", lambda *arguments, folder: None)
     assert timing.git_commit() is None
