@@ -123,7 +123,7 @@ def probabilities(trajectory: Trajectory, steps: np.ndarray) -> np.ndarray:
 def set_gates(gates: Any, row: np.ndarray) -> None:
     """Set `log_alpha`, in the range of the method, as before a draw."""
     gates.log_alpha.copy_(torch.as_tensor(row))
-    gates.project()
+    gates.project(gates.log_alpha)
 
 
 def tails(p: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ import operator
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from l0kernels.gates.examples import ExampleGates, mean_loss
 from l0kernels.gates.ref import GateRef
 from l0kernels.gates.rounding import Rounding
 
+if TYPE_CHECKING:
+    from l0kernels.gates.capacity import Plan
+
 GPU_MULTIPLE = 16  # channels that a tensor core's instruction takes
 # Channels of a vector of oneDNN, which prepares a convolution for a width in about a millisecond.
 # Of small groups it computes less without what would be added.
@@ -31,7 +34,9 @@ MOST_ADDED = 1 / 8  # of a group
 # Units of a group without convolutions for which MKL's odd widths cost more than to sort.
 LEAST_ROUNDED = 1024
 # Attributes that steps set.
-OF_A_STEP = frozenset(("_draw", "_awaiting", "_held"))
+OF_A_STEP = frozenset(("_draw", "_awaiting", "_held", "_plan"))
+# Prices of units that are remembered on the device.
+MOST_COSTS = 8
 # Numbers in the weights of a model for which a call costs more than keeping packed gradients.
 FEW_WEIGHTS = 1 << 22
 
@@ -95,6 +100,16 @@ class Follower(Protocol):
 
     def release(self) -> None:
         """The gates are about to be removed: bring all up to date and follow no more."""
+
+
+class Captured(Protocol):
+    """Who makes training steps of which the host learns later whether they have to be redone."""
+
+    def flush(self) -> None:
+        """Parameters, buffers or gates are about to be read or changed: finish all steps."""
+
+    def release(self) -> None:
+        """The gates are about to be removed, or to have others: finish, and make no more steps."""
 
 
 class Gates(nn.Module):
@@ -176,10 +191,10 @@ class Gates(nn.Module):
         self._cost = self._cost_of(self._lam, self.unit_weights).float()
         # What each unit has of all gated weights, and of all work, once asked for.
         self._shares: dict[str, Tensor] = {}
+        # What each unit costs by other prices than ``_cost``, as it was asked for lately.
+        self._costs: dict[tuple[Any, ...], Tensor] = {}
         self._draw: Draw | None = None
         self._awaiting: Draw | None = None
-        # Versions of log_alpha at which it is as the method, or having been frozen, wants it.
-        self._projected, self._restored = -1, -1
         self._frozen_at: Tensor | None = None
         self._graphs: weakref.WeakSet[Graph] = weakref.WeakSet()
         # Those that pack together, from the first forward on: see l0kernels.nn.packing.Members.
@@ -189,6 +204,9 @@ class Gates(nn.Module):
         self._held = 0
         # Optimizers that leave closed rows behind: they are told of every draw.
         self.followers: list[Follower] = []
+        self.captured: Captured | None = None
+        # Widths that draws have whatever is open, while a step is captured.
+        self._plan: Plan | None = None
 
     # What a method supplies.
 
@@ -207,8 +225,8 @@ class Gates(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} has no coupled L2")
 
-    def project(self) -> None:
-        """Bring the parameters into the range the method asks for (runs before each sample)."""
+    def project(self, values: Tensor) -> None:
+        """Bring parameters into the range the method asks for, in place; before each sample."""
 
     def sample(self, cost: Tensor, key: Tensor) -> tuple[Tensor, Tensor, OpenLists]:
         """Values of all gates and a final 1, their expected cost (0-d), both differentiable, and
@@ -295,9 +313,15 @@ class Gates(nn.Module):
     def _check_free(self, what: str) -> None:
         if self._held:
             raise RuntimeError(f"{what}: expected to be outside hold and expected_loss")
+        self.finish_steps()
+
+    def finish_steps(self) -> None:
+        """Have steps that were captured and are not known to be right finished."""
+        if self.captured is not None:
+            self.captured.flush()
 
     def _freeze_at(self, values: Tensor | None) -> None:
-        self._frozen_at, self._restored = values, self.log_alpha._version
+        self._frozen_at = values
         self._draw = None
 
     # Structure.
@@ -350,7 +374,7 @@ class Gates(nn.Module):
         names = {module: name for name, module in root.named_modules()}
         self._take(layers, names, positions)
         self._cost = self._cost_of(self._lam, self.unit_weights).to(self.log_alpha)
-        self._shares = {}
+        self._shares, self._costs = {}, {}
         _keep_draws_out_of_graphs()
         if other is None:
             root.add_module("l0", self)
@@ -426,7 +450,7 @@ class Gates(nn.Module):
             made = torch.where(born, gate_map, made)
             extra = torch.where(other, gate_map, extra)
         self._ports[key] = len(self.port_maps)
-        self.port_arrivals.append(_arrivals(made, self.starts, self.sizes, self.count))
+        self.port_arrivals.append(arrivals(made, self.starts, self.sizes, self.count))
         self.port_maps.append(torch.stack((made, extra)))
         self.port_selects.append(bool((extra != self.count).any()))
 
@@ -467,7 +491,7 @@ class Gates(nn.Module):
         self.has_filter = fn(self.has_filter)
         # Anew rather than converted: a detour over a narrow dtype would lose digits.
         self._cost = self._cost_of(self._lam, self.unit_weights).to(self.log_alpha)
-        self._shares = {}
+        self._shares, self._costs = {}, {}
         self._draw = None
         return self
 
@@ -483,7 +507,7 @@ class Gates(nn.Module):
         self._rows_seen()  # a copy does not know the layers at first
         state = self.__dict__.copy()
         state.update(_draw=None, _awaiting=None, _held=0, layers=None)
-        state.update(_projected=-1, _restored=-1, followers=[])
+        state.update(followers=[], captured=None, _plan=None)
         del state["_graphs"]
         return state
 
@@ -522,7 +546,7 @@ class Gates(nn.Module):
         freeze, rows = self._frozen_in(extra), self._rows_in(extra)
         self.unfreeze()  # A log_alpha that the state does not have is the frozen one.
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._draw, self._projected = None, -1
+        self._draw = None
         if self.dense is not None:
             self.dense.load(rows)
         if freeze:
@@ -599,12 +623,12 @@ class Gates(nn.Module):
     def drops(self, port: int, draw: Draw) -> bool:
         """Whether features of a port are left out by the layer that makes them; no port: no.
 
-        Not where all are open, nor in groups that run dense. Of groups so small that closed units
-        may fill them up it is not known whether all are open: yes.
+        Not where the host knows that all are open, nor in groups that run dense. Of groups so small
+        that closed units may fill them up it is not known whether all are open: yes.
         """
         if port < 0 or port in draw.dense:
             return False
-        whole = draw.counts[port] == self.port_widths[port]
+        whole = draw.counts[port] == self.port_widths[port] and not draw.is_planned
         return not (whole and self.tells_open[port])
 
     def packs(self, layer: Any, draw: Draw) -> bool:
@@ -781,15 +805,18 @@ class Gates(nn.Module):
         drawn_from: tuple[Tensor, Tensor] | None = None,
         dense: Callable[[list[int]], Mapping[int, Tensor]] | None = None,
     ) -> Draw:
-        version = self.log_alpha._version
         places = self.port_starts, self.port_selects
+        mode = self.training, self.log_alpha._version
+        if self._plan is not None:
+            lists = self._plan.lists(z, lists)
+            planned = self._plan.widths
+            return Draw(z, lists, *places, *mode, expected, drawn_from, planned=planned)
         rounding, widths, index = self.rounding, None, None
         # The largest group has the largest multiple.
         if rounding is not None and self.multiple_of(max(self.sizes)) > 1:
             multiples = rounding.multiples(self.multiple_of)
             index = rounding.index(z, lists, multiples)
             widths = functools.partial(rounding.widths, multiples=multiples)
-        mode = self.training, version
         return Draw(z, lists, *places, *mode, expected, drawn_from, widths, index, dense)
 
     def _by_example(self, law: str, key: Tensor, expected: Tensor | None = None) -> Draw:
@@ -815,18 +842,13 @@ class Gates(nn.Module):
     def _settle(self) -> None:
         """Bring log_alpha to where the method, or having been frozen, wants it.
 
-        It is written only if it has been written to since: a graph of the same values may wait
-        for backward. Versions say so; to compare values would be to wait for a GPU.
+        Before every draw, because fused optimizers of PyTorch write past the version counter. It
+        gets no new version: where it is there already, graphs may wait for backward.
         """
-        version = self.log_alpha._version
-        if self._frozen_at is None and version != self._projected:
-            with torch.no_grad():
-                self.project()
-            self._projected = self.log_alpha._version
-        if self._frozen_at is not None and version != self._restored:
-            with torch.no_grad():
-                self.log_alpha.copy_(self._frozen_at)
-            self._restored = self.log_alpha._version
+        if self._frozen_at is None:
+            self.project(self.log_alpha.data)
+        else:
+            self.log_alpha.data.copy_(self._frozen_at)
 
     @contextmanager
     def holding(self) -> Iterator[None]:
@@ -859,6 +881,16 @@ class Gates(nn.Module):
         finally:
             self._drop_shares()
             self._draw, self._awaiting = present, awaiting
+
+    @contextmanager
+    def at_capacity(self, plan: Plan) -> Iterator[None]:
+        """Give all draws of the scope these widths; none of them outlives it."""
+        self._plan = plan
+        try:
+            yield
+        finally:
+            self._drop_shares()
+            self._draw = self._plan = None
 
     @contextmanager
     def caching_eval(self) -> Iterator[None]:
@@ -902,7 +934,16 @@ class Gates(nn.Module):
                 return expected
             return self._expected(self._cost)
         lams = self._lam if lam is None else per_group("lam", lam, self.names)
-        return self._expected(self._on_device(self._cost_of(lams, self._sizes(per))))
+        return self._expected(self._prices_of(per, lams, lambda: self._sizes(per)))
+
+    def _prices_of(self, what: str, lam: dict[str, float], sizes: Callable[[], Tensor]) -> Tensor:
+        """What each unit costs, which is copied to a GPU when it is asked for first."""
+        key = what, *lam.values()
+        if key not in self._costs:
+            if len(self._costs) == MOST_COSTS:
+                self._costs.pop(next(iter(self._costs)))
+            self._costs[key] = self._on_device(self._cost_of(lam, sizes()))
+        return self._costs[key]
 
     def set_progress(self, t: float) -> None:
         """Say how far training is: with ``lam_warmup``, ``lam`` counts min(1, t / lam_warmup).
@@ -1041,6 +1082,7 @@ def _check_norms(root: nn.Module, places: list[tuple[str, ...]]) -> None:
 
 
 def _draw_by_method(gates: Gates) -> None:
+    gates.finish_steps()
     gates.draw()
 
 
@@ -1066,7 +1108,7 @@ def _port_key(ref: GateRef) -> tuple[str, ...]:
     return tuple(hashlib.sha256(m.numpy().tobytes()).hexdigest() for m in ref.maps)
 
 
-def _arrivals(
+def arrivals(
     made: Tensor, starts: Mapping[str, int], sizes: list[int], none: int
 ) -> list[tuple[int, int]] | None:
     """(group, features per unit) of the gates by which a port's features are born packed.

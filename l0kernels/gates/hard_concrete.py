@@ -96,8 +96,8 @@ class HardConcrete(Gates):
     def example_values(self, k: Tensor, law: str) -> Tensor:
         return _Examples.apply(self.alpha, k)
 
-    def project(self) -> None:
-        self.log_alpha.clamp_(*CLAMP)
+    def project(self, values: Tensor) -> None:
+        values.clamp_(*CLAMP)
 
 
 class _Examples(torch.autograd.Function):

@@ -71,7 +71,7 @@ def test_capacities_by_hand():
     assert {sigmas: capacity.planned(p, sigmas).item() for sigmas in room} == room
     assert planned_for(50.0, 25.0, 100) == room[4.0]
     assert planned_for(50.0, 25.0, 60) == 60  # not more than there are
-    assert planned_for(0.0, 0.0, 100) == 2  # the least that is packed
+    assert planned_for(0.0, 0.0, 100) == 16  # the least that is packed
     assert planned_for(16.0, 0.0, 100) == 16
     assert planned_for(16.1, 0.0, 100) == 32
     assert planned_for(math.nan, math.nan, 100) == 100
