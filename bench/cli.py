@@ -10,7 +10,20 @@ from typing import Any
 
 import torch
 
-from . import memory, models, networks, operators, predict, step, trained, two_passes, where
+from . import (
+    capacity,
+    cost,
+    memory,
+    models,
+    networks,
+    operators,
+    predict,
+    step,
+    trained,
+    trajectories,
+    two_passes,
+    where,
+)
 from . import run as whole_runs
 from .arms import ALL_VARIANTS, VARIANTS
 from .base import measure_base
@@ -29,9 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_memory(kinds)
     add_where(kinds)
     add_predict(kinds)
+    add_cost(kinds)
+    add_capacity(kinds)
     runs = kinds.add_parser("run", help="whole training runs, ours beside masked: eta_run")
     whole_runs.add_arguments(runs)
     runs.set_defaults(measure=whole_runs.run)
+    record = kinds.add_parser("record", help="a training run whose gates are kept in a file")
+    trajectories.add_arguments(record)
+    record.set_defaults(measure=trajectories.run)
     add_networks(kinds)
 
 
@@ -151,6 +169,77 @@ def add_predict(kinds: Any) -> None:
     parser.set_defaults(measure=run_predict)
 
 
+def add_cost(kinds: Any) -> None:
+    default = cost.Setting()
+    parser = kinds.add_parser("cost", help="GPU steps as a model predicts them, no GPU needed")
+    parser.add_argument(
+        "--devices", type=words, default=default.devices, help=f"of {','.join(cost.DEVICES)}"
+    )
+    parser.add_argument(
+        "--model",
+        default=default.model,
+        help=f"{', '.join(models.NAMES)} or any wrn-DEPTH-FACTOR (default: %(default)s)",
+    )
+    parser.add_argument("--batch", type=int, default=default.batch, help="default: %(default)s")
+    parser.add_argument(
+        "--keep",
+        type=fractions,
+        default=default.keep,
+        help="open fractions, comma-separated (default: 1,.5,.25,.1)",
+    )
+    parser.add_argument(
+        "--variants",
+        type=words,
+        default=default.variants,
+        help=f"of {','.join(cost.TRACED)} (default: {','.join(default.variants)})",
+    )
+    parser.add_argument("--amp", choices=step.AMP, default=default.amp, help="default: %(default)s")
+    parser.add_argument(
+        "--launch",
+        type=float,
+        default=default.launch,
+        help="microseconds of the host per launch (default: %(default)g)",
+    )
+    add_predicted(parser, default.seed, "cost.md and .json")
+    parser.set_defaults(measure=run_cost)
+
+
+def add_capacity(kinds: Any) -> None:
+    default = capacity.Setting()
+    parser = kinds.add_parser(
+        "capacity", help="widths planned ahead: how often draws do not fit, what room costs"
+    )
+    parser.add_argument(
+        "--recorded", type=words, default=(), help="files (default: those in bench/results)"
+    )
+    parser.add_argument(
+        "--every",
+        type=whole_numbers,
+        default=default.every,
+        help="steps between two plans, comma-separated (default: 1,100,500,2000)",
+    )
+    parser.add_argument(
+        "--sigmas",
+        type=fractions,
+        default=default.sigmas,
+        help="above the mean, comma-separated (default: 3,4,5)",
+    )
+    parser.add_argument(
+        "--stride", type=int, default=default.stride, help="of steps (default: %(default)s)"
+    )
+    add_predicted(parser, default.seed, "capacity.md and .json")
+    parser.set_defaults(measure=run_capacity)
+
+
+def add_predicted(parser: argparse.ArgumentParser, seed: int, files: str) -> None:
+    """Declare what benchmarks that time nothing have."""
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--seed", type=int, default=seed, help="default: %(default)s")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    parser.add_argument("--out", type=Path, help=f"folder for {files}")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+
+
 def add_one_network(parser: argparse.ArgumentParser, default: Any, files: str) -> None:
     """Declare what benchmarks of single steps on a CPU have: the network, its variants, output."""
     parser.add_argument(
@@ -249,6 +338,14 @@ def fractions(text: str) -> tuple[float, ...]:
         raise argparse.ArgumentTypeError(f"expected numbers like 1,.5,.1, got {text!r}") from None
 
 
+def whole_numbers(text: str) -> tuple[int, ...]:
+    """Read a comma-separated list of integers."""
+    try:
+        return tuple(int(part) for part in words(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected integers like 1,100, got {text!r}") from None
+
+
 def fraction(text: str) -> float:
     """Read a fraction or a percentage that is not negative."""
     try:
@@ -338,6 +435,22 @@ def run_predict(args: argparse.Namespace) -> int:
     print(json.dumps(report.to_dict(), indent=1) if args.json else predict.table(report))
     if args.out is not None:
         tell(predict.write(report, args.out))
+    return 0
+
+
+def run_cost(args: argparse.Namespace) -> int:
+    report = cost.predict(setting_of(cost.Setting, args))
+    print(json.dumps(report.to_dict(), indent=1) if args.json else cost.table(report))
+    if args.out is not None:
+        tell(cost.write(report, args.out))
+    return 0
+
+
+def run_capacity(args: argparse.Namespace) -> int:
+    report = capacity.simulate(setting_of(capacity.Setting, args))
+    print(json.dumps(report.to_dict(), indent=1) if args.json else capacity.table(report))
+    if args.out is not None:
+        tell(capacity.write(report, args.out))
     return 0
 
 

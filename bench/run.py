@@ -176,13 +176,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def command(args: argparse.Namespace) -> str:
+def command(args: argparse.Namespace, program: str = "l0kernels bench run") -> str:
     """Return the command line that repeats a run; where the data lie is no part of it."""
     given = {"data": "DIR"} if args.data else {}
     names = "settings subset epochs batch lr gate_lr lam initial seed seeds threads"
     given.update({name: getattr(args, name) for name in names.split()})
     options = [f"--{name.replace('_', '-')} {v}" for name, v in given.items() if v is not None]
-    return " ".join(["l0kernels bench run", args.recipe, *options])
+    return " ".join([program, args.recipe, *options])
 
 
 def to_dict(

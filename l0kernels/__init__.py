@@ -8,6 +8,7 @@ from l0kernels.budget import Budget
 from l0kernels.compact import compact, export_onnx, load_compact, save_compact
 from l0kernels.convert import convert, revert
 from l0kernels.gates.ref import cat
+from l0kernels.graph import graph
 from l0kernels.info import info
 from l0kernels.report import report
 from l0kernels.training import expected_loss, frozen, hold, param_groups, penalty
@@ -23,6 +24,7 @@ __all__ = [
     "frozen",
     "functional",
     "gates",
+    "graph",
     "hold",
     "info",
     "load_compact",

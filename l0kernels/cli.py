@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `l0kernels info`, `train` and `bench`."""
+"""The command line: `l0kernels info`, `train`, `bench` and `tune`."""
 
 import argparse
 import importlib
@@ -15,8 +15,9 @@ COMMANDS = {
     "info": ("l0kernels.info", "print versions, build, and what can run each operator"),
     "train": ("l0kernels.recipes.cli", "train a network with L0 gates by a published recipe"),
     "bench": ("l0kernels.bench.cli", "time training steps and operators against PyTorch"),
+    "tune": ("l0kernels.bench.tune", "find the fastest block sizes of Triton kernels on a GPU"),
 }
-TIMED = ("train", "bench")
+TIMED = ("train", "bench", "tune")
 BAD_INPUT = 2
 
 

@@ -19,6 +19,12 @@ def gates_of(model: nn.Module) -> Gates:
     Raises:
         ValueError: the model has none, or more than one set.
     """
+    gates = _find_gates(model)
+    gates.finish_steps()
+    return gates
+
+
+def _find_gates(model: nn.Module) -> Gates:
     own = getattr(model, "l0", None)
     if isinstance(own, Gates):
         return own

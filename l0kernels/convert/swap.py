@@ -114,6 +114,8 @@ def uninstall(root: nn.Module, gates: Gates) -> None:
         raise ValueError(f"revert: expected layers of l0kernels.nn, got {strange}")
     for follower in list(gates.followers):
         follower.release()
+    if gates.captured is not None:
+        gates.captured.release()
     for module in layers:
         module.__class__ = module.plain_class  # pyright: ignore
         for name in REFERENCES:

@@ -262,7 +262,8 @@ class ARM(Gates):
         with engine():
             assert self._logits is not None
             z, _, lists = self._binary(self._logits, self._cost, key, "antithetic")
-        if on_host((z != draw.z).sum().reshape(1)) == [0]:
+        # Of widths that are planned the host reads nothing: equal passes have no difference.
+        if not draw.is_planned and on_host((z != draw.z).sum().reshape(1)) == [0]:
             return None
         return self._make_draw(z, lists, dense=self._dense_ports)
 
@@ -276,20 +277,25 @@ class ARM(Gates):
         draw, prefix = self._draw, self._common(other, model)
         assert draw is not None
         first = nullcontext() if prefix is None else prefix.recording(other)
-        generators, buffers = Generators({self.log_alpha.device}), KeptBuffers(model)
+        # While a step is captured nobody may put generators back: l0kernels.graph takes no models
+        # with dropout.
+        generators = None if draw.is_planned else Generators({self.log_alpha.device})
+        buffers = KeptBuffers(model)
         try:
             with torch.no_grad(), self.instead(other), first:
                 again = closure()
         finally:
             buffers.restore()
-            generators.restore()
+            if generators is not None:
+                generators.restore()
         with nullcontext() if prefix is None else prefix.replaying(draw):
             return closure(), again
 
     def _common(self, other: Draw, model: nn.Module) -> Prefix | None:
         """What the passes have in common; None where that is nothing, or cannot be told.
 
-        On a CPU only: to see an operator costs about as much as a GPU takes to start it.
+        On a CPU only: to see an operator costs about as much as a GPU takes to start it. Not where
+        the host reads nothing.
         """
         from l0kernels.nn.base import GatedLayer
 
@@ -297,7 +303,7 @@ class ARM(Gates):
         assert draw is not None
         compiled = has_compiled()
         by_example, masked = draw.examples is not None, current_impl() == "reference"
-        if self.log_alpha.is_cuda or by_example or compiled or masked:
+        if self.log_alpha.is_cuda or by_example or compiled or masked or draw.is_planned:
             return None
         gates = draw.z != other.z
         first = next(m for m in model.modules() if m._parameters)

@@ -10,7 +10,7 @@ import operator
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from l0kernels.gates.examples import ExampleGates, mean_loss
 from l0kernels.gates.ref import GateRef
 from l0kernels.gates.rounding import Rounding
 
+if TYPE_CHECKING:
+    from l0kernels.gates.capacity import Plan
+
 GPU_MULTIPLE = 16  # channels that a tensor core's instruction takes
 # Channels of a vector of oneDNN, which prepares a convolution for a width in about a millisecond.
 # Of small groups it computes less without what would be added.
@@ -31,7 +34,9 @@ MOST_ADDED = 1 / 8  # of a group
 # Units of a group without convolutions for which MKL's odd widths cost more than to sort.
 LEAST_ROUNDED = 1024
 # Attributes that steps set.
-OF_A_STEP = frozenset(("_draw", "_awaiting", "_held"))
+OF_A_STEP = frozenset(("_draw", "_awaiting", "_held", "_plan"))
+# Prices of units that are remembered on the device.
+MOST_COSTS = 8
 # Numbers in the weights of a model for which a call costs more than keeping packed gradients.
 FEW_WEIGHTS = 1 << 22
 
@@ -95,6 +100,16 @@ class Follower(Protocol):
 
     def release(self) -> None:
         """The gates are about to be removed: bring all up to date and follow no more."""
+
+
+class Captured(Protocol):
+    """Who makes training steps of which the host learns later whether they have to be redone."""
+
+    def flush(self) -> None:
+        """Parameters, buffers or gates are about to be read or changed: finish all steps."""
+
+    def release(self) -> None:
+        """The gates are about to be removed, or to have others: finish, and make no more steps."""
 
 
 class Gates(nn.Module):
@@ -177,6 +192,8 @@ class Gates(nn.Module):
         self._cost = self._cost_of(self._lam, self.unit_weights).float()
         # What each unit has of all gated weights, and of all work, once asked for.
         self._shares: dict[str, Tensor] = {}
+        # What each unit costs by other prices than ``_cost``, as it was asked for lately.
+        self._costs: dict[tuple[Any, ...], Tensor] = {}
         self._draw: Draw | None = None
         self._awaiting: Draw | None = None
         self._frozen_at: Tensor | None = None
@@ -188,6 +205,9 @@ class Gates(nn.Module):
         self._held = 0
         # Optimizers that leave closed rows behind: they are told of every draw.
         self.followers: list[Follower] = []
+        self.captured: Captured | None = None
+        # Widths that draws have whatever is open, while a step is captured.
+        self._plan: Plan | None = None
 
     # What a method supplies.
 
@@ -298,6 +318,12 @@ class Gates(nn.Module):
     def _check_free(self, what: str) -> None:
         if self._held:
             raise RuntimeError(f"{what}: expected to be outside hold and expected_loss")
+        self.finish_steps()
+
+    def finish_steps(self) -> None:
+        """Have steps that were captured and are not known to be right finished."""
+        if self.captured is not None:
+            self.captured.flush()
 
     def _freeze_at(self, values: Tensor | None) -> None:
         self._frozen_at = values
@@ -353,7 +379,7 @@ class Gates(nn.Module):
         names = {module: name for name, module in root.named_modules()}
         self._take(layers, names, positions)
         self._cost = self._cost_of(self._lam, self.unit_weights).to(self.log_alpha)
-        self._shares = {}
+        self._shares, self._costs = {}, {}
         _keep_draws_out_of_graphs()
         if other is None:
             root.add_module("l0", self)
@@ -429,7 +455,7 @@ class Gates(nn.Module):
             made = torch.where(born, gate_map, made)
             extra = torch.where(other, gate_map, extra)
         self._ports[key] = len(self.port_maps)
-        self.port_arrivals.append(_arrivals(made, self.starts, self.sizes, self.count))
+        self.port_arrivals.append(arrivals(made, self.starts, self.sizes, self.count))
         self.port_maps.append(torch.stack((made, extra)))
         self.port_selects.append(bool((extra != self.count).any()))
 
@@ -470,7 +496,7 @@ class Gates(nn.Module):
         self.has_filter = fn(self.has_filter)
         # Anew rather than converted: a detour over a narrow dtype would lose digits.
         self._cost = self._cost_of(self._lam, self.unit_weights).to(self.log_alpha)
-        self._shares = {}
+        self._shares, self._costs = {}, {}
         self._draw = None
         return self
 
@@ -485,7 +511,8 @@ class Gates(nn.Module):
         # A draw belongs to one graph: it is never copied or pickled.
         self._rows_seen()  # a copy does not know the layers at first
         state = self.__dict__.copy()
-        state.update(_draw=None, _awaiting=None, _held=0, layers=None, followers=[])
+        state.update(_draw=None, _awaiting=None, _held=0, layers=None)
+        state.update(followers=[], captured=None, _plan=None)
         del state["_graphs"]
         return state
 
@@ -601,12 +628,12 @@ class Gates(nn.Module):
     def drops(self, port: int, draw: Draw) -> bool:
         """Whether features of a port are left out by the layer that makes them; no port: no.
 
-        Not where all are open, nor in groups that run dense. Of groups so small that closed units
-        may fill them up it is not known whether all are open: yes.
+        Not where the host knows that all are open, nor in groups that run dense. Of groups so small
+        that closed units may fill them up it is not known whether all are open: yes.
         """
         if port < 0 or port in draw.dense:
             return False
-        whole = draw.counts[port] == self.port_widths[port]
+        whole = draw.counts[port] == self.port_widths[port] and not draw.is_planned
         return not (whole and self.tells_open[port])
 
     def packs(self, layer: Any, draw: Draw) -> bool:
@@ -783,15 +810,18 @@ class Gates(nn.Module):
         drawn_from: tuple[Tensor, Tensor] | None = None,
         dense: Callable[[list[int]], Mapping[int, Tensor]] | None = None,
     ) -> Draw:
-        version = self.log_alpha._version
         places = self.port_starts, self.port_selects
+        mode = self.training, self.log_alpha._version
+        if self._plan is not None:
+            lists = self._plan.lists(z, lists)
+            planned = self._plan.widths
+            return Draw(z, lists, *places, *mode, expected, drawn_from, planned=planned)
         rounding, widths, index = self.rounding, None, None
         # The largest group has the largest multiple.
         if rounding is not None and self.multiple_of(max(self.sizes)) > 1:
             multiples = rounding.multiples(self.multiple_of)
             index = rounding.index(z, lists, multiples)
             widths = functools.partial(rounding.widths, multiples=multiples)
-        mode = self.training, version
         return Draw(z, lists, *places, *mode, expected, drawn_from, widths, index, dense)
 
     def _by_example(self, law: str, key: Tensor, expected: Tensor | None = None) -> Draw:
@@ -859,6 +889,16 @@ class Gates(nn.Module):
             self._draw, self._awaiting = present, awaiting
 
     @contextmanager
+    def at_capacity(self, plan: Plan) -> Iterator[None]:
+        """Give all draws of the scope these widths; none of them outlives it."""
+        self._plan = plan
+        try:
+            yield
+        finally:
+            self._drop_shares()
+            self._draw = self._plan = None
+
+    @contextmanager
     def caching_eval(self) -> Iterator[None]:
         """Keep the deterministic gates and what layers pack with them (eval mode)."""
         if self.training:
@@ -900,7 +940,16 @@ class Gates(nn.Module):
                 return expected
             return self._expected(self._cost)
         lams = self._lam if lam is None else per_group("lam", lam, self.names)
-        return self._expected(self._on_device(self._cost_of(lams, self._sizes(per))))
+        return self._expected(self._prices_of(per, lams, lambda: self._sizes(per)))
+
+    def _prices_of(self, what: str, lam: dict[str, float], sizes: Callable[[], Tensor]) -> Tensor:
+        """What each unit costs, which is copied to a GPU when it is asked for first."""
+        key = what, *lam.values()
+        if key not in self._costs:
+            if len(self._costs) == MOST_COSTS:
+                self._costs.pop(next(iter(self._costs)))
+            self._costs[key] = self._on_device(self._cost_of(lam, sizes()))
+        return self._costs[key]
 
     def set_progress(self, t: float) -> None:
         """Say how far training is: with ``lam_warmup``, ``lam`` counts min(1, t / lam_warmup).
@@ -1039,6 +1088,7 @@ def _check_norms(root: nn.Module, places: list[tuple[str, ...]]) -> None:
 
 
 def _draw_by_method(gates: Gates) -> None:
+    gates.finish_steps()
     gates.draw()
 
 
@@ -1064,7 +1114,7 @@ def _port_key(ref: GateRef) -> tuple[str, ...]:
     return tuple(hashlib.sha256(m.numpy().tobytes()).hexdigest() for m in ref.maps)
 
 
-def _arrivals(
+def arrivals(
     made: Tensor, starts: Mapping[str, int], sizes: list[int], none: int
 ) -> list[tuple[int, int]] | None:
     """(group, features per unit) of the gates by which a port's features are born packed.

@@ -220,7 +220,7 @@ class DependentHardConcrete(HardConcrete):
         if self._links is None:
             raise ValueError("penalty: expected gates that are attached to a model, got others")
         lams = self._lam if lam is None else per_group("lam", lam, self.names)
-        rates = self._on_device(self._cost_of(lams, torch.ones(self.count)))
+        rates = self._prices_of("link", lams, lambda: torch.ones(self.count))
         return rates, self._links, self._links.work if per == "flop" else self._links.numbers
 
     def _take_logits(self) -> Tensor:

@@ -60,6 +60,8 @@ class Draw:
         index: packed features of all ports at these widths; None: those of ``lists``.
         dense: gives, for the counts, all features of the ports that stay at full width, closed
             ones among them; None: there are no such ports.
+        planned: packed widths that are known before the draw, see ``gates.capacity``: the host
+            does not read the counts. None: it does.
 
     Raises:
         ValueError: NaN in log_alpha, seed or step out of range. RuntimeError: a layout that does
@@ -80,6 +82,7 @@ class Draw:
         widths: Callable[[list[int]], list[int]] | None = None,
         index: Tensor | None = None,
         dense: Callable[[list[int]], Mapping[int, Tensor]] | None = None,
+        planned: Sequence[int] | None = None,
     ) -> None:
         self.differentiable = torch.is_grad_enabled()
         if self.differentiable and not z.requires_grad:
@@ -91,7 +94,8 @@ class Draw:
         self.version = version
         # Seed and step of a sampled draw.
         self.key = None if drawn_from is None else drawn_from[1]
-        self.counts = on_host(lists.counts)
+        self.is_planned = planned is not None
+        self.counts = on_host(lists.counts) if planned is None else list(planned)
         if min(self.counts, default=0) < 0:
             raise_for(drawn_from)
         self.widths = list(self.counts) if widths is None else widths(self.counts)

@@ -316,9 +316,9 @@ class GatedLayer(nn.Module):
         if position is None:
             return x
         x = x.index_select(dim, position)
-        if not compiling and position.numel() > LEAST:
+        if not compiling and position.numel() > LEAST and not draw.is_planned:
             return x
-        # So few may be there to fill up: 0 * NaN would spread what a closed feature holds.
+        # Closed ones may be there to fill up: 0 * NaN would spread what they hold.
         is_open = self.scale(draw)[draw.index[self.in_port]] != 0
         return torch.where(is_open.view(-1, *[1] * (-dim - 1)), x, 0)
 

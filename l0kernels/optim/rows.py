@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from l0kernels.gates.base import Gates
+from l0kernels.gates.base import Captured, Gates
 from l0kernels.gates.draw import Draw
 from l0kernels.nn.base import GatedLayer
 from l0kernels.ops.open_rows import open_rows
@@ -89,7 +89,7 @@ class FollowsDraws(Optimizer):
             if isinstance(other, FollowsDraws) and self._rows.keys() & other._rows.keys():
                 other.release()
         gates.followers.append(self)
-        guard = _Guard(self)
+        guard = Guard(self)
         self._hooks = [
             self._root.register_state_dict_pre_hook(guard),
             self._root.register_load_state_dict_pre_hook(guard),
@@ -300,27 +300,27 @@ class FollowsDraws(Optimizer):
                 rows.version = weight._version
 
 
-class _Guard:
-    """Hook of a model: flushes before its state is taken or replaced, and before it is copied.
+class Guard:
+    """Hook of a model: has somebody flush before its state is taken or replaced, or it is copied.
 
     Copies and pickles of a module have its hooks before its submodules; the guard in them does
     nothing.
     """
 
-    def __init__(self, optimizer: FollowsDraws | None) -> None:
-        self._optimizer = optimizer
+    def __init__(self, owner: FollowsDraws | Captured | None) -> None:
+        self._owner = owner
 
     def __call__(self, *args: Any) -> None:
-        if self._optimizer is not None:
-            self._optimizer.flush()
+        if self._owner is not None:
+            self._owner.flush()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Guard:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Guard:
         self()
-        return _Guard(None)
+        return Guard(None)
 
-    def __reduce__(self) -> tuple[type[_Guard], tuple[None]]:
+    def __reduce__(self) -> tuple[type[Guard], tuple[None]]:
         self()
-        return _Guard, (None,)
+        return Guard, (None,)
 
 
 def _gated(root: nn.Module) -> Iterable[tuple[str, nn.Parameter, GatedLayer]]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import l0kernels as l0
-from l0kernels.gates.hard_concrete import BETA, GAMMA, ZETA
+from l0kernels.gates.hard_concrete import BETA, CLAMP, GAMMA, ZETA
 
 # P(z = 0), P(z = 1) and the test gate for initial drop rates: closed forms of the law.
 TABLE = {0.01: (0.0020, 0.9524, 1.0), 0.3: (0.0797, 0.3205, 0.740), 0.5: (0.1682, 0.1682, 0.5)}
@@ -242,3 +242,23 @@ def test_penalty_arguments():
         l0.penalty(net, per="flop")
     with pytest.raises(ValueError, match="with gates"):
         l0.penalty(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_fused_optimizers_write_past_versions(frozen: bool):
+    """Parameters are back in their range, or where they were frozen, at the next draw."""
+    gates = l0.gates.HardConcrete({"a": 4})
+    gates.attach(torch.nn.Sequential(l0.nn.GatedLinear(3, 4, out_gate=gates["a"])))
+    if frozen:
+        gates.freeze()
+    gates.draw()
+    before = gates.log_alpha.detach().clone()
+    optimizer = torch.optim.SGD([gates.log_alpha], lr=10.0, fused=True)
+    gates.log_alpha.grad = torch.tensor([1.0, -1.0, 0.01, 0.0])
+    version = gates.log_alpha._version
+    optimizer.step()
+    assert gates.log_alpha._version == version
+    assert float(gates.log_alpha.detach().abs().max()) > 9
+    gates.draw()
+    expected = before if frozen else (before - 10 * gates.log_alpha.grad).clamp(*CLAMP)
+    assert gates.log_alpha.equal(expected)

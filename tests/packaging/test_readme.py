@@ -110,6 +110,12 @@ def test_averages_have_no_bias(code, names, method, decay):
     torch.testing.assert_close(small(x), y, rtol=1e-4, atol=1e-4)
 
 
+def test_captured_steps(code, names):
+    exec(code[0], names)
+    exec(code[6], names)
+    assert int(names["net"].l0.step) == 4 and torch.isfinite(names["loss"])
+
+
 def test_errors_are_those_that_were_recorded(root):
     files = sorted(root.glob("bench/results/*-tests.json"))
     if not files:

@@ -6,10 +6,12 @@ from math import prod
 import pytest
 import torch
 
+from l0kernels.bench.tune import candidates
 from l0kernels.ops.gated_linear import triton as kernels
+from l0kernels.ops.gated_linear.tiles import HEURISTICS
 from l0kernels.ops.gated_linear.triton import Geometry, Window
 
-TILES = [*kernels.LAYER_TILES.items(), *kernels.WEIGHT_TILES.items()]
+TILES = [(place, t) for place in HEURISTICS for t in candidates(place, "thorough")]
 
 
 @pytest.fixture
@@ -60,11 +62,11 @@ def test_patches_cover_tightly(images, size, patch):
     assert kernels.best_patch(128, images, *size) == patch and prod(patch) == 128
 
 
-@pytest.mark.parametrize(("name", "tiles"), TILES)
-def test_tiles_suit_the_kernels(name, tiles):
+def test_tiles_suit_the_kernels():
     # Tensor cores take 16 numbers each way; packed weights are padded for whole tiles.
-    for size in (tiles.rows, tiles.columns, tiles.depth):
-        assert size >= 16 and kernels.PADDING.value % size == 0
+    sizes = {size for _, tiles in TILES for size in (tiles.rows, tiles.columns, tiles.depth)}
+    assert sizes == {16, 32, 64, 128}
+    assert all(kernels.PADDING.value % size == 0 for size in sizes)
 
 
 def test_too_many_rows_are_refused():

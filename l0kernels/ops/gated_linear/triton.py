@@ -35,6 +35,7 @@ from torch import Tensor
 
 from l0kernels import _triton
 from l0kernels.ops.gated_linear import op
+from l0kernels.ops.gated_linear.tiles import Tiles, tiles_at
 
 PADDING = tl.constexpr(128)  # the axes of a packed weight are multiples of it
 
@@ -569,29 +570,6 @@ def _finish_bias_kernel(
 # ---- host ----
 
 
-class Tiles(NamedTuple):
-    """Rows, columns and depth of what a program computes at once, warps, pipeline stages."""
-
-    rows: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int
-
-
-LAYER_TILES = {
-    "float32": Tiles(64, 64, 16, 8, 2),
-    "in place": Tiles(64, 32, 32, 4, 2),
-    "uneven": Tiles(64, 64, 32, 8, 2),
-    "narrow": Tiles(128, 64, 64, 8, 3),
-    "wide": Tiles(128, 128, 64, 8, 3),
-}
-WEIGHT_TILES = {
-    "float32": Tiles(64, 64, 16, 8, 2),
-    "uneven": Tiles(64, 64, 32, 4, 2),
-    "narrow": Tiles(64, 64, 64, 4, 3),
-    "wide": Tiles(128, 128, 64, 8, 3),
-}
 PROGRAMS = 512  # about as many as keep a large GPU busy
 WEIGHT_BLOCK = (32, 64)  # outputs and inputs that a program packs, or whose gradients it finishes
 MAX_ROWS = (1 << 31) - (1 << 16)  # blocks and parts of them are rounded up
@@ -600,22 +578,24 @@ IN_PLACE_ROWS = 128  # up to so many rows, reading the weight once in place is c
 
 def layer_tiles(a: Tensor, columns: int, in_place: bool) -> Tiles:
     """Chooses the tiles of the kernels of y and dx from what the host knows."""
+    kind = "narrow" if columns <= 64 else "wide"
     if a.dtype == torch.float32:
-        return LAYER_TILES["float32"]
-    if in_place:
-        return LAYER_TILES["in place"]
-    if _vector(a) == 1:
-        return LAYER_TILES["uneven"]
-    return LAYER_TILES["narrow" if columns <= 64 else "wide"]
+        kind = "float32"
+    elif in_place:
+        kind = "in place"
+    elif _vector(a) == 1:
+        kind = "uneven"
+    return tiles_at(("layer", kind), a.device)
 
 
 def weight_tiles(grad: Tensor, x: Tensor) -> Tiles:
     """Chooses the tiles of `_weight_kernel`: outputs, inputs, and rows added at once."""
+    kind = "narrow" if min(grad.shape[1], x.shape[1]) <= 64 else "wide"
     if x.dtype == torch.float32:
-        return WEIGHT_TILES["float32"]
-    if _vector(grad) == 1 or _vector(x) == 1:
-        return WEIGHT_TILES["uneven"]
-    return WEIGHT_TILES["narrow" if min(grad.shape[1], x.shape[1]) <= 64 else "wide"]
+        kind = "float32"
+    elif _vector(grad) == 1 or _vector(x) == 1:
+        kind = "uneven"
+    return tiles_at(("weight", kind), x.device)
 
 
 def has_tma(device: torch.device) -> bool:
