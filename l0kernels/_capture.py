@@ -45,22 +45,23 @@ class CudaRecorder:
     """CUDA graphs."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self._stream = torch.cuda.Stream(device)
 
     def warm(self, run: Callable[[], None]) -> None:
-        present, aside = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)
-        aside.wait_stream(present)
-        with torch.cuda.stream(aside):
+        present = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(present)
+        with torch.cuda.stream(self._stream):
             run()
-        present.wait_stream(aside)
+        present.wait_stream(self._stream)
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
         try:
-            # What other threads do, as those that pin batches, does not matter.
+            # The outer scope ends, unlike the inner one, also where capturing fails. What other
+            # threads do, as those that pin batches, does not matter.
             with (
-                torch.cuda.device(self._device),
-                torch.cuda.graph(graph, capture_error_mode="thread_local"),
+                torch.cuda.stream(self._stream),
+                torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
             ):
                 run()
         except RuntimeError as error:

@@ -105,8 +105,8 @@ class GraphStep:
             did not fit, until the host knows and corrects it in place.
 
         Raises:
-            TypeError: something else than tensors. RuntimeError: autocast around the call, or a
-            step that cannot be captured. ValueError: the loss is not a scalar.
+            TypeError: something else than tensors. RuntimeError: autocast or ``hold`` around the
+            call, or a step that cannot be captured. ValueError: the loss is not a scalar.
         """
         self._check_call(batch)
         if self._recorder is None:
@@ -287,6 +287,8 @@ class GraphStep:
     # What steps depend on.
 
     def _check_call(self, batch: tuple[Any, ...]) -> None:
+        if self._gates._held:
+            raise RuntimeError("graph: expected hold inside the loss, got it around the step")
         for each in batch:
             if not isinstance(each, Tensor):
                 raise TypeError(f"graph: expected a batch of tensors, got {type(each).__name__}")

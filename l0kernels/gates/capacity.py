@@ -57,7 +57,7 @@ def capacities(gates: Gates) -> list[int]:
     parts = p.split(gates.sizes)
     moments = [torch.stack((part.sum(), (part * (1 - part)).sum())) for part in parts]
     pairs = zip(torch.stack(moments).tolist(), gates.sizes, strict=True)
-    whole = _parts(gates)[1]
+    whole = groups_of_ports(gates)[1]
     return [
         size if group in whole else capacity(mean, variance, size)
         for group, ((mean, variance), size) in enumerate(pairs)
@@ -76,7 +76,7 @@ class Plan:
 
     def __init__(self, gates: Gates, capacities: Sequence[int], flag: Tensor) -> None:
         self.capacities, self.flag = list(capacities), flag
-        ports, _ = _parts(gates)
+        ports, _ = groups_of_ports(gates)
         self.widths = [
             sum(n if group < 0 else n * self.capacities[group] for group, n in parts)
             for parts in ports
@@ -111,7 +111,7 @@ class Plan:
         return open_lists(torch.cat((packed.to(z.dtype), z.new_ones(1))), self._layout)
 
 
-def _parts(gates: Gates) -> tuple[list[Parts], set[int]]:
+def groups_of_ports(gates: Gates) -> tuple[list[Parts], set[int]]:
     """What makes up each port, and the groups that have to be packed whole.
 
     Those are the groups of ports whose width the numbers of packed units do not tell: their units

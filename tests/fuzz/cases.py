@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -30,6 +31,7 @@ from fuzz.oracle import (
     scale,
 )
 from fuzz.writer import Draw, Program, random_inputs
+from l0kernels.gates.capacity import Plan, groups_of_ports
 
 LAYERS = (
     nn.Linear,
@@ -56,6 +58,8 @@ OPTIONS = (
     'select=lambda name, module: True, granularity="input"',
     'select="inner", multiple=3',
     'select=lambda name, module: True, granularity="input", multiple=4',
+    'select="inner", planned=True',
+    'select=lambda name, module: True, granularity="input", planned=True',
 )
 
 
@@ -158,7 +162,11 @@ class Tally:
 
 
 def check(
-    plain: nn.Module, inputs: tuple[Tensor, ...], multiple: int | None = None, **options: Any
+    plain: nn.Module,
+    inputs: tuple[Tensor, ...],
+    multiple: int | None = None,
+    planned: bool = False,
+    **options: Any,
 ) -> Outcome:
     """Convert a copy of a network and compare it with the oracle.
 
@@ -166,6 +174,7 @@ def check(
         plain: the network; it ends in fp64, without dropout.
         inputs: for ``convert``; the comparison takes others.
         multiple: what widths are rounded up to multiples of; None: as on this device.
+        planned: whether widths are those of a plan with some room.
         options: of ``convert``.
 
     Raises:
@@ -173,10 +182,12 @@ def check(
         Exception: whatever else ``convert`` raises but a refusal of the whole network.
     """
     with mock.patch.object(l0.gates.Gates, "_multiple", multiple):
-        return _check(plain, inputs, options)
+        return _check(plain, inputs, planned, options)
 
 
-def _check(plain: nn.Module, inputs: tuple[Tensor, ...], options: dict[str, Any]) -> Outcome:
+def _check(
+    plain: nn.Module, inputs: tuple[Tensor, ...], planned: bool, options: dict[str, Any]
+) -> Outcome:
     packed = copy.deepcopy(plain)
     before = {n: t.clone() for n, t in packed.state_dict().items()}
     try:
@@ -194,7 +205,8 @@ def _check(plain: nn.Module, inputs: tuple[Tensor, ...], options: dict[str, Any]
     for net in (plain, packed):
         _without_dropout(net).double()
     others = tuple(x.double() for x in random_inputs([tuple(x.shape) for x in inputs], seed=1))
-    outcome.ill = _compare(plain, packed, masks, others)
+    scope = partial(at_capacity, gates) if planned else gates.using
+    outcome.ill = _compare(plain, packed, scope, masks, others)
     _check_compact(plain, packed, masks, others)
     _check_revert(plain, packed, others)
     return outcome
@@ -273,7 +285,28 @@ def draws(gates: Any) -> Iterator[tuple[bool, Tensor]]:
     yield from ((False, z) for z in (some(0.5), some(0.2)))
 
 
-def _compare(plain: nn.Module, packed: nn.Module, masks: Masks, inputs: tuple[Tensor, ...]) -> int:
+@contextmanager
+def at_capacity(gates: Any, z: Tensor) -> Iterator[None]:
+    """In the scope these gates are drawn, and up to two closed units of each group are packed."""
+    whole = groups_of_ports(gates)[1]
+    rooms = []
+    for group, (_, where) in enumerate(gates.slices()):
+        size, count = where.stop - where.start, int((z[where] != 0).sum())
+        fits = min(size, max(2, count + (size + count) % 3))
+        rooms.append(size if group in whole else fits)
+    plan = Plan(gates, rooms, torch.zeros(()))
+    with gates.at_capacity(plan), gates.using(z):
+        yield
+    _require(float(plan.flag) == 0, f"a plan of {rooms} does not fit")
+
+
+def _compare(
+    plain: nn.Module,
+    packed: nn.Module,
+    scope: Scope,
+    masks: Masks,
+    inputs: tuple[Tensor, ...],
+) -> int:
     """Packed against masked over all draws; returns how many could not be judged."""
     gates: Any = packed.l0
     run_masked = partial(masked, plain, masks)
@@ -286,7 +319,7 @@ def _compare(plain: nn.Module, packed: nn.Module, masks: Masks, inputs: tuple[Te
         exact = collect(plain, run_masked, inputs, z)
         assert is_finite(exact), f"{place}: the masked network is not finite"
         try:
-            got = collect(packed, gates.using, inputs, z)
+            got = collect(packed, scope, inputs, z)
         except Exception as error:
             raise Wrong(f"{place}: the packed network fails: {error!r}") from error
         error, where = difference(exact, got)

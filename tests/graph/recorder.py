@@ -16,17 +16,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
+from waits import waits
 
-# Operators for which the host waits for a GPU, or copies from its own memory.
-OPERATORS = (
-    "_local_scalar_dense",
-    "nonzero",
-    "equal.default",
-    "masked_select",
-    "unique",
-    "is_nonzero",
-    "lift_fresh",
-)
 # What reads or makes tensors past the dispatcher.
 FUNCTIONS = {
     Tensor.tolist,
@@ -66,10 +57,7 @@ class Tape(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = str(func)
-        masks = name.startswith(("aten.index.", "aten.index_put")) and any(
-            i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]
-        )
-        if masks or any(each in name for each in OPERATORS):
+        if waits(func, args) or "lift_fresh" in name:  # that copies from the host
             _refuse(name)
         for tensor in _written(func, args, kwargs):
             where = _memory(tensor)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import l0kernels as l0
 from l0kernels import _capture
 from l0kernels.gates import capacity
+from l0kernels.graph import GraphStep
 
 LR = 0.125  # the same in float32
 
@@ -33,9 +34,7 @@ def watch(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Callable[...
     def start(late: int = 3) -> Watched:
         real = _capture.recorder_for(device)
         if real is None:  # gates look for NaN on a CPU only
-            monkeypatch.setattr(
-                l0.gates.Gates, "_checked_deterministic", torch.no_grad()(test_gates)
-            )
+            monkeypatch.setattr(l0.gates.Gates, "_checked_deterministic", unchecked)
         watched = Watched(TapeRecorder(late) if real is None else real)
         monkeypatch.setattr(_capture, "recorder_for", lambda _: watched)
         return watched
@@ -43,11 +42,15 @@ def watch(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Callable[...
     return start
 
 
-def test_gates(gates: l0.gates.Gates) -> Tensor:
+@torch.no_grad()
+def unchecked(gates: l0.gates.Gates) -> Tensor:
     return gates.deterministic()
 
 
-test_gates.__test__ = False
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two units of every group are packed, which no draw fits."""
+    monkeypatch.setattr(capacity, "capacity", lambda mean, variance, size: min(2, size))
 
 
 def sgd(net: nn.Module, **options: Any) -> torch.optim.Optimizer:
@@ -234,16 +237,10 @@ def test_draws_that_do_not_fit(
 
 @pytest.mark.parametrize("optimizer", [sgd, adamw])
 def test_no_draw_fits(
-    optimizer: Optimizer,
-    device: torch.device,
-    watch: Callable[..., Watched],
-    monkeypatch: pytest.MonkeyPatch,
+    optimizer: Optimizer, device: torch.device, watch: Callable[..., Watched], narrow: None
 ):
-    """Two units of every group, from the first step under a plan on."""
+    """From the first step under a plan on."""
     recorder = watch()
-    monkeypatch.setattr(
-        "l0kernels.gates.capacity.capacity", lambda mean, variance, size: min(2, size)
-    )
     Both(opened(make("norm"), 3.0), device, optimizer).run(30).assert_equal()
     assert all(recorder.raised) and len(recorder.raised) > 20
 
@@ -265,11 +262,8 @@ def test_while_the_flag_is_up_nothing_changes(device: torch.device, watch: Calla
 
 
 def test_losses_are_corrected_in_place(
-    device: torch.device, watch: Callable[..., Watched], monkeypatch: pytest.MonkeyPatch
+    device: torch.device, watch: Callable[..., Watched], narrow: None
 ):
-    monkeypatch.setattr(
-        "l0kernels.gates.capacity.capacity", lambda mean, variance, size: min(2, size)
-    )
     watch(late=100)
     both = Both(opened(make("norm"), 3.0), device).run(4)
     mine, theirs = both.losses[-1]
@@ -569,11 +563,8 @@ READERS: dict[str, Callable[[nn.Module, torch.optim.Optimizer], Any]] = {
 
 @pytest.mark.parametrize("reader", READERS)
 def test_who_reads_parameters_finds_them_up_to_date(
-    reader: str, device: torch.device, watch: Callable[..., Watched], monkeypatch
+    reader: str, device: torch.device, watch: Callable[..., Watched], narrow: None
 ):
-    monkeypatch.setattr(
-        "l0kernels.gates.capacity.capacity", lambda mean, variance, size: min(2, size)
-    )
     watch(100)
     both = Both(opened(make("norm"), 3.0), device).run(5)
     with torch.no_grad():
@@ -679,7 +670,7 @@ def test_refused(case: str):
 
 def test_ar_takes_dropout():
     net = with_dropout(estimator="ar")
-    assert isinstance(l0.graph(net, sgd(net), lambda x: x), l0.graph.__globals__["GraphStep"])
+    assert isinstance(l0.graph(net, sgd(net), lambda x: x), GraphStep)
 
 
 def test_batches_and_losses_that_are_refused():
@@ -687,5 +678,7 @@ def test_batches_and_losses_that_are_refused():
     step = l0.graph(net, sgd(net), lambda x: net(x))
     with pytest.raises(TypeError, match="batch of tensors, got str"):
         step("x")
+    with l0.hold(net), pytest.raises(RuntimeError, match="hold inside the loss"):
+        step(batch()[0])
     with pytest.raises(ValueError, match=r"scalar tensor from the loss, got \(8, 5\)"):
         step(batch()[0])

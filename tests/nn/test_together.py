@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from interop.nets import batch, gradients, make, objective
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from waits import waits
 from wired import wired
 
 import l0kernels as l0
@@ -457,9 +458,6 @@ def test_copies_pack_their_own_weights():
         assert not twin(x).any() and net(x).any()
 
 
-WAITS = ("_local_scalar_dense", "nonzero", "equal.default", "masked_select", "unique", "is_nonzero")
-
-
 class Waits(TorchDispatchMode):
     """Operators for which the host would wait on a GPU, and copies between host and GPU."""
 
@@ -468,23 +466,15 @@ class Waits(TorchDispatchMode):
         self.seen: list[str] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = str(func)
-        masks = [i.dtype in (torch.bool, torch.uint8) for i in _indices(name, args)]
-        if any(wait in name for wait in WAITS) or any(masks):
-            self.seen.append(name)
+        if waits(func, args):
+            self.seen.append(str(func))
         return func(*args, **(kwargs or {}))
 
 
-def _indices(name: str, args: tuple) -> list[Tensor]:
-    if not name.startswith(("aten.index.", "aten.index_put")):
-        return []
-    return [index for index in args[1] if index is not None]
-
-
 def waits_of(run: Callable[[], object]) -> list[str]:
-    with Waits() as waits:
+    with Waits() as found:
         run()
-    return waits.seen
+    return found.seen
 
 
 def training(net: nn.Module, device: torch.device | str = "cpu", **penalty) -> Callable[[], None]:
