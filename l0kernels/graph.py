@@ -35,7 +35,7 @@ from l0kernels.gates.arm import ARM
 from l0kernels.gates.base import Gates
 from l0kernels.gates.capacity import Plan, capacities
 from l0kernels.gates.weights import WeightGates
-from l0kernels.optim.rows import FollowsDraws, Guard
+from l0kernels.optim.rows import FollowsDraws, guard
 from l0kernels.training import gates_of, root_of
 
 AHEAD = 8
@@ -85,11 +85,11 @@ class GraphStep:
         self._flag = torch.zeros((), device=self._device)
         if gates.captured is not None:
             gates.captured.release()
-        gates.captured, guard, root = self, Guard(self), root_of(model, gates)
-        self._hooks = [
-            root.register_state_dict_pre_hook(guard),
-            root.register_load_state_dict_pre_hook(guard),
-            optimizer.register_state_dict_pre_hook(guard),
+        gates.captured = self
+        for module in {model, root_of(model, gates)}:
+            self._hooks += guard(module, self)
+        self._hooks += [
+            optimizer.register_state_dict_pre_hook(lambda _: self.flush()),
             optimizer.register_load_state_dict_pre_hook(self._restart),
         ]
 
@@ -130,7 +130,8 @@ class GraphStep:
         """Wait for all steps, and make those again that did not fit.
 
         The functions of l0kernels, draws of the model, and state dictionaries do it by themselves.
-        Call it before anything else reads parameters or losses.
+        Call it before anything else reads parameters or losses, as averages (EMA) do, and before
+        parameters move to another device or model or optimizer get other parts.
         """
         if not self._runs:
             self._look(1)
@@ -203,6 +204,7 @@ class GraphStep:
         with self._running():
             if self._is_warm and self._replay is None:
                 self._replay = self._recorder.record(self._guarded)
+                self._prices = self._gates.prices()
             if self._replay is None:
                 self._recorder.warm(self._guarded)
                 self._is_warm = True
@@ -240,7 +242,9 @@ class GraphStep:
     def _as_recorded(self) -> Iterator[None]:
         """Modes, settings and grad mode of the steps, whatever they are now."""
         assert self._baked is not None
-        now, settings = self._now(), self._settings()
+        now = self._now()
+        # Themselves, not copies: others may write to learning rates in place.
+        settings = [dict(group) for group in self._optimizer.param_groups]
         self._set_modes(self._baked)
         try:
             with (
@@ -273,10 +277,13 @@ class GraphStep:
         self._plan: Plan | None = None
         self._kept: _Kept | None = None
         self._replay: Callable[[], None] | None = None
+        self._prices: list[Tensor] = []  # replays read them: they stay
         self._is_warm = False
 
     def _plan_anew(self) -> None:
         self.flush()
+        if self._gates.training:
+            self._gates._settle()  # the widths are those of the next draw, which does so too
         needs = capacities(self._gates)
         if self._plan is None or not self._plan.serves(needs):
             self._forget()
@@ -389,8 +396,11 @@ def graph(
     made eagerly, which suits the last one of an epoch.
 
     What the loss, and hooks, compute is recorded, and their Python does not run again: what changes
-    from step to step has to be in tensors, given or written in place. Another learning rate, other
-    settings of the optimizer, other modes of modules and ``requires_grad`` are noticed.
+    from step to step has to be in tensors: given as a part of the batch, as those that are written
+    in place are as they are then where a step is made again. Another learning rate, other settings
+    of the optimizer, other modes of modules and ``requires_grad`` are noticed; all but the first
+    cost an eager step and a new capture, so a momentum that changes at every step leaves all eager.
+    No loss with its graph, as ``l0.penalty(net)``, may be kept from before a capture.
 
     Args:
         model: a converted model on its device, or a module around it that has the buffers of all

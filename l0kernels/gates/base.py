@@ -745,6 +745,10 @@ class Gates(nn.Module):
                 "(or pass use_reentrant=False)"
             )
 
+    def _drop_draw(self) -> None:
+        self._drop_shares()
+        self._draw = None
+
     def _set_draw(self, draw: Draw) -> None:
         self._drop_shares()
         if self._draw is not None and self._draw.awaits_backward:
@@ -890,13 +894,18 @@ class Gates(nn.Module):
 
     @contextmanager
     def at_capacity(self, plan: Plan) -> Iterator[None]:
-        """Give all draws of the scope these widths; none of them outlives it."""
+        """Give all draws of the scope these widths; none of them outlives it.
+
+        Nor does one from before live on in it: its autograd graph ties gradients to the stream that
+        it was made on, which is not the one of a capture.
+        """
+        self._drop_draw()
         self._plan = plan
         try:
             yield
         finally:
-            self._drop_shares()
-            self._draw = self._plan = None
+            self._drop_draw()
+            self._plan = None
 
     @contextmanager
     def caching_eval(self) -> Iterator[None]:
@@ -950,6 +959,10 @@ class Gates(nn.Module):
                 self._costs.pop(next(iter(self._costs)))
             self._costs[key] = self._on_device(self._cost_of(lam, sizes()))
         return self._costs[key]
+
+    def prices(self) -> list[Tensor]:
+        """What units cost, as penalties and densities read it now on the device."""
+        return [self._cost, *self._costs.values(), *self._shares.values()]
 
     def set_progress(self, t: float) -> None:
         """Say how far training is: with ``lam_warmup``, ``lam`` counts min(1, t / lam_warmup).

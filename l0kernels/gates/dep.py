@@ -143,6 +143,10 @@ class DependentHardConcrete(HardConcrete):
         self._logits = self.alpha
         return sample_gates(self._logits, key, cost, self.layout, self.law)
 
+    def _drop_draw(self) -> None:
+        super()._drop_draw()
+        self._logits = None
+
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_logits": None}
 

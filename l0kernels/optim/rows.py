@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from l0kernels.gates.base import Captured, Gates
 from l0kernels.gates.draw import Draw
@@ -89,11 +90,7 @@ class FollowsDraws(Optimizer):
             if isinstance(other, FollowsDraws) and self._rows.keys() & other._rows.keys():
                 other.release()
         gates.followers.append(self)
-        guard = Guard(self)
-        self._hooks = [
-            self._root.register_state_dict_pre_hook(guard),
-            self._root.register_load_state_dict_pre_hook(guard),
-        ]
+        self._hooks = guard(self._root, self)
 
     @property
     def row_weights(self) -> list[str]:
@@ -300,12 +297,25 @@ class FollowsDraws(Optimizer):
                 rows.version = weight._version
 
 
-class Guard:
-    """Hook of a model: has somebody flush before its state is taken or replaced, or it is copied.
+def guard(model: nn.Module, owner: FollowsDraws | Captured) -> list[RemovableHandle]:
+    """Have somebody flush before the state of a model is taken or replaced, or it is copied.
 
-    Copies and pickles of a module have its hooks before its submodules; the guard in them does
-    nothing.
+    Returns:
+        What removes the hooks that do so.
     """
+    hook = _Guard(owner)
+    # Copies and pickles take what a module has in the order of this: hooks before parameters.
+    has = model.__dict__
+    for name in [name for name in has if name != "_state_dict_pre_hooks"]:
+        has[name] = has.pop(name)
+    return [
+        model.register_state_dict_pre_hook(hook),
+        model.register_load_state_dict_pre_hook(hook),
+    ]
+
+
+class _Guard:
+    """The hook; one in a copy or pickle does nothing."""
 
     def __init__(self, owner: FollowsDraws | Captured | None) -> None:
         self._owner = owner
@@ -314,13 +324,13 @@ class Guard:
         if self._owner is not None:
             self._owner.flush()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Guard:
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Guard:
         self()
-        return Guard(None)
+        return _Guard(None)
 
-    def __reduce__(self) -> tuple[type[Guard], tuple[None]]:
+    def __reduce__(self) -> tuple[type[_Guard], tuple[None]]:
         self()
-        return Guard, (None,)
+        return _Guard, (None,)
 
 
 def _gated(root: nn.Module) -> Iterable[tuple[str, nn.Parameter, GatedLayer]]:

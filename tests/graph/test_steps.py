@@ -3,6 +3,7 @@
 
 import copy
 import functools
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -61,6 +62,10 @@ def sgd(net: nn.Module, **options: Any) -> torch.optim.Optimizer:
 def adamw(net: nn.Module) -> torch.optim.Optimizer:
     groups = l0.param_groups(net, lr=2**-6, gate_lr=2**-4)
     return torch.optim.AdamW(groups, fused=True, capturable=True)
+
+
+def adagrad(net: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.Adagrad(l0.param_groups(net, lr=2**-4, gate_lr=2**-3), fused=True)
 
 
 def plain_loss(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -175,9 +180,12 @@ def test_captured_steps_are_eager_steps(
     assert sum(capacity.capacities(both.net.l0)) < sum(both.net.l0.sizes)
 
 
-def test_adamw(device: torch.device, watch: Callable[..., Watched]):
+@pytest.mark.parametrize("optimizer", [adamw, adagrad])
+def test_other_optimizers(
+    optimizer: Optimizer, device: torch.device, watch: Callable[..., Watched]
+):
     recorder = watch()
-    Both(NETS["norm"](), device, adamw, closing_loss).run(60).assert_equal()
+    Both(NETS["mlp"](), device, optimizer, closing_loss).run(60).assert_equal()
     assert recorder.replayed >= 40
 
 
@@ -212,6 +220,42 @@ def test_features_of_several_groups(
     assert recorder.replayed >= 20 and recorder.recorded >= 2
     plan = both.step._plan
     assert plan is not None and plan.capacities != both.net.l0.sizes
+
+
+def test_widths_are_those_of_gates_within_their_range(
+    device: torch.device, watch: Callable[..., Watched]
+):
+    """An optimizer may have left them outside, until the next draw."""
+    watch()
+    both = Both(NETS["norm"](), device, replan_every=1).run(3)
+    both.step.flush()
+    for net, _ in both.pairs():
+        net.l0.log_alpha.data.fill_(-12.0)
+    wanted = capacity.capacities(both.net.l0)
+    both.run(1)
+    plan = both.step._plan
+    assert plan is not None and sum(plan.capacities) > sum(wanted)
+    both.assert_equal()
+
+
+@pytest.mark.parametrize("kind", ["norm", "arm", "dep"])
+def test_no_graph_of_an_earlier_step_is_alive_in_a_capture(
+    kind: str, device: torch.device, watch: Callable[..., Watched]
+):
+    """Its node that accumulates the gradient belongs to the stream of that step."""
+    recorder, numbers = watch(), iter(range(100))
+    begun: list[bool] = []
+
+    def loss(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        node = net.l0.log_alpha.view_as(net.l0.log_alpha).grad_fn.next_functions[0][0]
+        if net.l0._plan is not None:
+            begun.append("step" in node.metadata)
+        node.metadata["step"] = next(numbers)
+        return plain_loss(net, x, y)
+
+    # An eager step comes between the one that warms up and the capture.
+    Both(NETS[kind](), device, loss=loss).run(6, size=lambda number: 5 if number == 2 else 8)
+    assert recorder.recorded == 1 and begun == [False, False]
 
 
 # Draws that do not fit.
@@ -547,6 +591,32 @@ def test_a_budget(
     torch.testing.assert_close(budgets[0].state_dict(), budgets[1].state_dict())
 
 
+def test_tensors_of_learning_rates_stay_those_of_others(
+    device: torch.device, watch: Callable[..., Watched], narrow: None
+):
+    watch(late=100)
+    both = Both(opened(make("norm"), 3.0), device)
+    rates = [[torch.tensor(LR, device=device) for _ in range(2)] for _ in range(2)]
+    for (_, optimizer), mine in zip(both.pairs(), rates, strict=True):
+        for group, lr in zip(optimizer.param_groups, mine, strict=True):
+            group["lr"] = lr
+    both.run(5).step.flush()
+    for lr in (*rates[0], *rates[1]):
+        lr.fill_(LR / 4)
+    both.run(5).assert_equal()
+
+
+def test_prices_that_replays_read_stay(device: torch.device, watch: Callable[..., Watched]):
+    watch(late=0)
+    both = Both(NETS["norm"](), device, loss=other_prices).run(5)
+    read = [weakref.ref(prices) for prices in both.net.l0.prices()]
+    both.step._replay = lambda: None  # without the tape, which keeps all that it has seen
+    for lam in range(20):
+        l0.penalty(both.net, lam=float(lam))
+    both.net.to(device)
+    assert len(read) == 3 and all(prices() is not None for prices in read)
+
+
 # Who reads parameters.
 
 
@@ -574,6 +644,42 @@ def test_who_reads_parameters_finds_them_up_to_date(
     if reader == "copy":
         assert found.l0.captured is None
         assert int(found.l0.step) == 5
+
+
+class Around(nn.Module):
+    """A module with a buffer and a parameter of its own, before a network in it."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(IMAGE))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        self.head, self.net = nn.Linear(5, 5), net
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += 1
+        return self.head(self.net(x + self.shift))
+
+
+@pytest.mark.parametrize("is_root", [True, False])
+def test_copies_are_up_to_date_in_all_parts(
+    is_root: bool, device: torch.device, watch: Callable[..., Watched], narrow: None
+):
+    watch(100)
+    if is_root:
+        net = l0.convert(Around(Net()), "hard_concrete", example_inputs=(torch.randn(2, *IMAGE),))
+        opened(net, 3.0)
+    else:
+        net = Around(opened(make("norm"), 3.0))
+    net = net.double().to(device)
+    optimizer = sgd(net)
+    step = l0.graph(net, optimizer, functools.partial(plain_loss, net))
+    for number in range(5):
+        x, y = (t.to(device) for t in batch(seed=number))
+        step(x.double(), y)
+    twin = copy.deepcopy(net)
+    assert int(twin.seen) == 5
+    for (name, mine), theirs in zip(net.named_parameters(), twin.parameters(), strict=True):
+        assert mine.equal(theirs), name
 
 
 def test_revert_and_another_graph_release(device: torch.device, watch: Callable[..., Watched]):
