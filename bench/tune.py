@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -224,16 +225,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def require_writable(folder: Path) -> None:
+    """Make a folder, and see before anything is timed that a table can be written into it.
+
+    Raises:
+        ValueError: it cannot, as in the folder of a package that another user installed.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"--out: expected a folder to write into, got {folder}: {error}") from None
+
+
 def run(args: argparse.Namespace) -> int:
     """Tune for the GPU at hand and write its table.
 
     Raises:
         RuntimeError: there is no GPU, or no Triton.
+        ValueError: the table could not be written.
     """
     if not torch.cuda.is_available():
         raise RuntimeError("expected a GPU to tune for, got none")
     if reason := _triton.why_not():
         raise RuntimeError(f"expected Triton: {reason}")
+    require_writable(args.out)
     device = torch.device("cuda", torch.cuda.current_device())
     total = sum(len(candidates(place, args.effort)) for place in PROBLEMS)
     with tqdm(total=total, desc=name_of(device), unit="candidate", disable=None) as bar:
