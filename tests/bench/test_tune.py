@@ -80,8 +80,16 @@ def test_what_is_tried_goes_before_a_table(folder: Path):
     assert tiles.tiles_at(PLACE, CPU) == OTHER
 
 
-def test_names_of_files():
-    assert tiles.file_of("NVIDIA H200", Path("x")) == Path("x/nvidia-h200.json")
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("NVIDIA H200", "nvidia-h200.json"),
+        ("NVIDIA A100-SXM4-80GB", "nvidia-a100-sxm4-80gb.json"),
+        ("Some RTX 6000/8000", "some-rtx-6000-8000.json"),
+    ],
+)
+def test_names_of_files(name: str, file: str):
+    assert tiles.file_of(name, Path("x")) == Path("x", file)
 
 
 def test_a_table_of_another_version_is_not_used(folder: Path):
