@@ -318,7 +318,10 @@ def files(setting: Setting) -> list[Path]:
     found = [Path(name) for name in setting.recorded] or sorted(RECORDED.glob("*.npz"))
     missing = [str(path) for path in found if not path.is_file()]
     if missing or not found:
-        raise ValueError(f"expected recorded gates, got no file {', '.join(missing) or RECORDED}")
+        raise ValueError(
+            "expected files of l0kernels bench record, got no file "
+            f"{', '.join(missing) or RECORDED}"
+        )
     return found
 
 

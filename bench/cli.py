@@ -175,12 +175,7 @@ def add_cost(kinds: Any) -> None:
     parser.add_argument(
         "--devices", type=words, default=default.devices, help=f"of {','.join(cost.DEVICES)}"
     )
-    parser.add_argument(
-        "--model",
-        default=default.model,
-        help=f"{', '.join(models.NAMES)} or any wrn-DEPTH-FACTOR (default: %(default)s)",
-    )
-    parser.add_argument("--batch", type=int, default=default.batch, help="default: %(default)s")
+    add_model(parser, default)
     parser.add_argument(
         "--keep",
         type=fractions,

@@ -4,7 +4,7 @@
 The model: a kernel takes as long as its bytes or its operations need at an attainable part of the
 device's peak, whichever is longer, and at least what an empty kernel takes. A step keeps the GPU
 busy for the sum of its kernels; the host needs the same time for every launch. In eager mode the
-step takes the longer of the two, replayed from a graph the first.
+step takes the longer of the two, replayed from a graph of the same widths the first.
 """
 
 import csv
@@ -152,7 +152,7 @@ class Row:
 
     @property
     def busy_ms(self) -> float:
-        """Of the GPU: what a step replayed from a graph takes."""
+        """Of the GPU: what a step replayed from a graph of the same widths takes."""
         return sum(work.ms for work in self.works)
 
     @property
@@ -372,7 +372,7 @@ def table(report: Report) -> str:
 
 def _steps(report: Report) -> str:
     head = ("predicted step", "device", "open", "launches", "GB", "TFLOP")
-    head += ("GPU busy = graph [ms]", "host [ms]", "eager [ms]", "measured eager [ms]", "off by")
+    head += ("GPU busy [ms]", "host [ms]", "eager [ms]", "measured eager [ms]", "off by")
     rows = [
         (
             row.variant,
@@ -423,7 +423,9 @@ def meaning(report: Report) -> str:
         f"over the peaks of the device times an assumed attained part ({parts}), at least "
         f"{1e6 * EMPTY_KERNEL:g} us a launch. {devices}. Host: {report.setting.launch:g} us a "
         f"launch ({LAUNCH_US:g} is about what the steps in nvidia-h200.csv show, so that eager "
-        "steps there are no independent test of it). Eager: the longer of the two. Left out: odd "
+        "steps there are no independent test of it). Eager: the longer of the two; a graph of the "
+        "same widths: busy. Steps of ours that are captured have planned widths, which are larger "
+        "(`l0kernels bench capacity`): they are not predicted here. Left out: odd "
         "widths, tiles, waves and plans of the vendor's kernels, caches, and waiting for the "
         "counts of a draw. Single convolutions were measured from the host, which takes 20 us and "
         "more for each."

@@ -23,6 +23,7 @@ ENVIRONMENT = (
     "cpus",
     "threads",
     "OMP_WAIT_POLICY",
+    "allocator",
     "load_average",
     "load_average_after",
     "python",

@@ -182,10 +182,12 @@ def places(found: Sequence[Sheet]) -> list[str]:
     lines = []
     for sheet in found:
         where = sheet.environment
+        allocator = where.get("allocator")
         lines.append(
             f"`{sheet.command}`: {where['device']} ({where['cpu']}), {where['threads']} threads, "
             f"torch {where['torch']}, commit {where['git']}, "
-            f"OMP_WAIT_POLICY={where['OMP_WAIT_POLICY']}, load average {where['load_average']} "
+            f"OMP_WAIT_POLICY={where['OMP_WAIT_POLICY']}, "
+            f"{f'{allocator}, ' if allocator else ''}load average {where['load_average']} "
             f"before, {where['load_average_after']} after"
         )
     return lines

@@ -10,7 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-PROMPT_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 18), "MALLOC_TRIM_THRESHOLD_": str(1 << 18)}
+PROMPT_MALLOC = {
+    "MALLOC_MMAP_MAX_": str(1 << 16),  # glibc's default
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 18),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 18),
+}
 
 
 def elsewhere(module: str, arguments: Sequence[str]) -> Any:

@@ -329,7 +329,12 @@ def correctness(report: Report) -> str:
             "same draw, in fp64, before and after timing: largest relative difference "
             f"{max(gated):.1e}."
         ]
-    if ungated:
+    if ungated and report.setting.trained is not None:
+        told.append(
+            "The loss of the oracle is that of ours under its last draw after timing, in fp64: "
+            f"relative difference {max(ungated):.1e}."
+        )
+    elif ungated:
         told.append(
             "Every other one agrees after timing with another fp64 network that has its weights, "
             f"in fp64 but {' and '.join(IN_SINGLE)}: largest relative difference of losses and of "

@@ -220,9 +220,9 @@ def environment(device: torch.device | str = "cpu") -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY"),
         ONEDNN_CACHE: os.environ.get(ONEDNN_CACHE),
-        "allocator": {
-            name: os.environ[name] for name in sorted(os.environ) if is_of_allocator(name)
-        },
+        "allocator": " ".join(
+            f"{name}={os.environ[name]}" for name in sorted(os.environ) if is_of_allocator(name)
+        ),
         "load_average": None if load is None else [round(value, 2) for value in load],
         "python": platform.python_version(),
         "torch": str(torch.__version__),

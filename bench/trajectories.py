@@ -4,6 +4,7 @@
 import argparse
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -74,13 +75,22 @@ class Trajectory:
 
     @classmethod
     def load(cls, path: Path) -> "Trajectory":
-        """Read what `save` wrote."""
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
-        texts = {name: str(arrays[name]) for name in ("method", "command")}
-        log_alpha = arrays["log_alpha"].cumsum(0, dtype=np.int16) / UNITS[texts["method"]]
-        names = tuple(arrays["names"].tolist())
-        return cls(**{**arrays, **texts, "names": names, "log_alpha": log_alpha})
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: something else is there.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = dict(file)
+            texts = {name: str(arrays[name]) for name in ("method", "command")}
+            log_alpha = arrays["log_alpha"].cumsum(0, dtype=np.int16) / UNITS[texts["method"]]
+            names = tuple(arrays["names"].tolist())
+            return cls(**{**arrays, **texts, "names": names, "log_alpha": log_alpha})
+        except (ValueError, TypeError, KeyError, EOFError, BadZipFile) as error:
+            raise ValueError(
+                f"{path}: expected a file of l0kernels bench record, got {error!r}"
+            ) from error
 
 
 def is_recorded(step: int) -> bool:
@@ -148,8 +158,12 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: an option cannot be used.
     """
-    if args.resume or args.list or args.seeds:
-        raise ValueError("expected one run from the start, got --resume, --list or --seeds")
+    if args.resume or args.list or args.seeds or args.initial:
+        raise ValueError(
+            "expected one run from the start, got --resume, --list, --seeds or --initial"
+        )
+    if not args.to.absolute().parent.is_dir():
+        raise ValueError(f"--to: expected a file in a folder that exists, got {args.to}")
     (plan,) = train.plans(args)
     record(plan, whole_runs.command(args, "l0kernels bench record")).save(args.to)
     print(args.to)

@@ -17,7 +17,12 @@ COMMANDS = {
     "bench": ("l0kernels.bench.cli", "time training steps and operators against PyTorch"),
     "tune": ("l0kernels.bench.tune", "find the fastest block sizes of Triton kernels on a GPU"),
 }
-TIMED = ("train", "bench", "tune")
+# What commands are timed with, unless the environment says otherwise. Threads that spin while they
+# wait make step times flip from run to run. Memory that glibc gives back to the system is cleared
+# anew in each step, which takes up to several times longer on a virtual machine on some days.
+WAITS = {"OMP_WAIT_POLICY": "passive"}
+KEEPS_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+TIMED = {"train": WAITS, "bench": WAITS | KEEPS_MEMORY, "tune": WAITS}
 BAD_INPUT = 2
 
 
@@ -38,20 +43,21 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     return parser
 
 
-def _wait_passively(words: Sequence[str]) -> None:
-    """Starts the program anew with OMP_WAIT_POLICY=passive if a timed command lacks a policy.
+def _settle_environment(words: Sequence[str]) -> None:
+    """Starts the program anew where a timed command lacks what it is timed with.
 
-    Threads that spin while they wait make step times flip from run to run. OpenMP reads the
-    variable when torch is imported, which the package does before this line can run.
+    OpenMP reads its variable when torch is imported, which the package does before this line can
+    run, and glibc reads its own when the program starts.
     """
-    if "OMP_WAIT_POLICY" not in os.environ and any(name in words for name in TIMED):
-        environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+    wanted = next((TIMED[word] for word in words if word in TIMED), {})
+    missing = {name: value for name, value in wanted.items() if name not in os.environ}
+    if missing:
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **missing})
 
 
 def start(words: Sequence[str]) -> int:
     """Runs one command as the whole program, which starts anew where it must; see `main`."""
-    _wait_passively(words)
+    _settle_environment(words)
     return main(words)
 
 

@@ -288,7 +288,7 @@ class GraphStep:
         if self._plan is None or not self._plan.serves(needs):
             self._forget()
             self._plan = Plan(self._gates, needs, self._flag)
-            self._kept = _Kept(self._model)
+            self._kept = _Kept(self._model, self._device)
         self._age = 0
 
     # What steps depend on.
@@ -337,13 +337,13 @@ class GraphStep:
 
 
 class _Kept:
-    """The buffers of a model, to be put back on the device."""
+    """The buffers of a model on a device, to be put back there."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._buffers: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self._buffers: dict[torch.dtype, list[Tensor]] = {}
         for buffer in model.buffers():
-            if not _is_expanded(buffer):
-                self._buffers.setdefault((buffer.dtype, buffer.device), []).append(buffer)
+            if buffer.device == device and not _is_expanded(buffer):
+                self._buffers.setdefault(buffer.dtype, []).append(buffer)
         self._before: list[Tensor] = []
 
     def keep(self) -> None:
@@ -354,7 +354,7 @@ class _Kept:
     def put_back(self, flag: Tensor) -> None:
         """Undo all changes since if the flag is up."""
         for buffers, before in zip(self._buffers.values(), self._before, strict=True):
-            chosen = torch.where(flag.to(before.device) > 0, before, _joined(buffers))
+            chosen = torch.where(flag > 0, before, _joined(buffers))
             parts = chosen.split([buffer.numel() for buffer in buffers])
             shaped = [part.view(b.shape) for part, b in zip(parts, buffers, strict=True)]
             torch._foreach_copy_(buffers, shaped)  # pyright: ignore[reportPrivateImportUsage]

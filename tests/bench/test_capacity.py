@@ -97,6 +97,40 @@ def test_what_is_saved_is_loaded(tmp_path: Path, method: str):
         np.testing.assert_array_equal(getattr(found, field), getattr(one, field))
 
 
+@pytest.mark.parametrize("content", ["nothing", "archive", "part"])
+def test_what_is_no_recorded_run_is_refused(
+    tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]
+):
+    path = tmp_path / "gates.npz"
+    if content == "part":
+        np.savez(path, method=np.array("arm"), command=np.array(""))
+    else:
+        path.write_bytes(b"PK\x03\x04 cut off" if content == "archive" else b"")
+    assert main(["bench", "capacity", "--recorded", str(path)]) == 2
+    assert "gates.npz: expected a file of l0kernels bench record" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--to", "nowhere/a.npz"], "--to: expected a file in a folder that exists"),
+        (["--to", "a.npz", "--seeds", "0,1"], "expected one run from the start"),
+        (["--to", "a.npz", "--initial=0,1"], "expected one run from the start"),
+    ],
+)
+def test_refuses_before_it_trains(
+    options: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(trajectories, "record", lambda *_: pytest.fail("it trains"))
+    assert main(["bench", "record", "lenet5-hc", "--subset", "100,50", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_a_short_run_is_recorded(tmp_path: Path, monkeypatch):
     """LeNet-5 on digits: steps, gates, ports and layers are those of the network."""
     monkeypatch.setattr(trajectories, "EVERY", 2)

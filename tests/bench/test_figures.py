@@ -129,6 +129,49 @@ def test_figures_in_the_readme_are_those_that_were_recorded():
     assert put_between(text, table, readme.BEGIN, readme.END) == text
 
 
+def recorded_rows(name: str) -> list[dict]:
+    """Rows of a file of bench/results that README's tables by hand quote."""
+    path = ROOT / "bench" / "results" / name
+    if not path.exists():
+        pytest.skip("bench/results is not part of a source distribution")
+    return json.loads(path.read_text())["rows"]
+
+
+def in_the_readme(*cells: str) -> bool:
+    """Whether README has a row of a table that begins with these cells."""
+    row = f"| {' | '.join(cells)} |"
+    return any(line.startswith(row) for line in (ROOT / "README.md").read_text().splitlines())
+
+
+def test_predictions_in_the_readme_are_those_of_the_file():
+    rows = [row for row in recorded_rows("cost.json") if row["device"] == "h200"]
+    for keep in (1.0, 0.5, 0.25, 0.1):
+        of = {row["variant"]: row for row in rows if row["keep"] == keep}
+        ours = of["ours"]
+        busy = [sum(w["ms"] for w in of[v]["works"]) for v in ("masked-best", "oracle", "ours")]
+        eager = max(busy[-1], ours["host_ms"])
+        launches = sum(work["launches"] for work in ours["works"])
+        cells = (f"{keep:g}".lstrip("0"), *(f"{ms:.1f}" for ms in busy), str(launches))
+        assert in_the_readme(*cells, f"{eager:.1f} / {ours['measured_ms']:.1f}"), cells
+
+
+@pytest.mark.parametrize(
+    ("gates", "told"),
+    [
+        ("lenet5-hc", "LeNet-5, L0-HC, recorded"),
+        ("lenet5-arm", "LeNet-5, L0-ARM, recorded"),
+        ("wrn-28-10 of lenet5-hc's gates", "groups of WRN-28-10, gates of the first"),
+        ("wrn-28-10 of lenet5-arm's gates", "groups of WRN-28-10, gates of the second"),
+    ],
+)
+def test_capacities_in_the_readme_are_those_of_the_file(gates: str, told: str):
+    rows = recorded_rows("capacity.json")
+    policy = (gates, 100, 4.0)
+    (row,) = (row for row in rows if (row["gates"], row["every"], row["sigmas"]) == policy)
+    ratios = (f"{row['width']:.2f}", f"{row['work']:.2f}", f"{row['saved']:.3f}".lstrip("0"))
+    assert in_the_readme(told, f"{row['overflow']:.0e}", *ratios), row
+
+
 def test_memory_of_each_arm_in_its_own_process(tmp_path: Path):
     if memory.resident("VmHWM") is None:
         pytest.skip("the system has no /proc/self/status")

@@ -144,10 +144,10 @@ def test_environment_says_what_a_reader_needs():
 def test_environment_says_how_memory_is_allocated(monkeypatch):
     for name in [name for name in os.environ if timing.is_of_allocator(name)]:
         monkeypatch.delenv(name)
-    assert timing.environment()["allocator"] == {}
+    assert timing.environment()["allocator"] == ""
     monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")
     monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")
-    expected = {"MALLOC_MMAP_MAX_": "0", "THP_MEM_ALLOC_ENABLE": "1"}
+    expected = "MALLOC_MMAP_MAX_=0 THP_MEM_ALLOC_ENABLE=1"
     assert timing.environment()["allocator"] == expected
 
 

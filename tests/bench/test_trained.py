@@ -54,6 +54,12 @@ def test_a_run_is_timed_at_its_end(runs: dict[str, Path], name: str, tmp_path: P
     assert set(row["ratios"]) == {"S best", "R"}
     assert row["error_before"]["ours"] < 1e-10 and set(row["error_after"]) == {"ours", "oracle"}
     assert row["error_after"]["oracle"] < 1e-10
+    text = (tmp_path / "step.md").read_text()
+    told = (
+        f"last draw after timing, in fp64: relative difference {row['error_after']['oracle']:.1e}."
+    )
+    assert f"The loss of the oracle is that of ours under its {told}" in text
+    assert "oracle-onednn" not in text  # what is told of other runs, all of whose gradients agree
     lines = list(csv.DictReader((tmp_path / "step.csv").open()))
     assert [(line["impl"], line["shape"]) for line in lines] == [
         (variant, name) for variant in trained.VARIANTS

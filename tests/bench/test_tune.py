@@ -80,8 +80,16 @@ def test_what_is_tried_goes_before_a_table(folder: Path):
     assert tiles.tiles_at(PLACE, CPU) == OTHER
 
 
-def test_names_of_files():
-    assert tiles.file_of("NVIDIA H200", Path("x")) == Path("x/nvidia-h200.json")
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("NVIDIA H200", "nvidia-h200.json"),
+        ("NVIDIA A100-SXM4-80GB", "nvidia-a100-sxm4-80gb.json"),
+        ("Some RTX 6000/8000", "some-rtx-6000-8000.json"),
+    ],
+)
+def test_names_of_files(name: str, file: str):
+    assert tiles.file_of(name, Path("x")) == Path("x", file)
 
 
 def test_a_table_of_another_version_is_not_used(folder: Path):
@@ -109,7 +117,10 @@ def test_a_damaged_table_is_an_error(folder: Path, text: str):
 
 def test_tables_that_ship_are_whole():
     """Each can be read and has sizes that kernels take."""
-    for path in tiles.FOLDER.glob("*.json"):
+    paths = sorted(tiles.FOLDER.glob("*.json"))
+    if not paths:
+        pytest.skip("no table ships yet")
+    for path in paths:
         content = json.loads(path.read_text())
         assert content["version"] == VERSION
         assert tiles.file_of(content["gpu"], tiles.FOLDER) == path
@@ -120,6 +131,18 @@ def test_tables_that_ship_are_whole():
 def test_shows_what_was_found():
     text = tune.table([tune.Found(PLACE, OTHER, 1.0, 2.0, 7, 1, 2)])
     assert "| layer | wide | 64x128x32, 4, 3 | 1 | 2 | 7 (1 wrong, 2 refused) |" in text
+
+
+def test_where_nothing_can_be_written_nothing_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(tune._triton, "why_not", lambda: None)
+    monkeypatch.setattr(tune, "name_of", lambda device: pytest.fail("it goes on"))
+    (tmp_path / "file").write_text("")
+    assert main(["tune", "--out", str(tmp_path / "file" / "tuned")]) == 2
+    assert "--out: expected a folder to write into, got" in capsys.readouterr().err
 
 
 def test_needs_a_gpu(capsys: pytest.CaptureFixture[str]):

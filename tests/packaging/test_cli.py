@@ -77,22 +77,23 @@ def test_commands_explain_themselves(command, capsys):
 
 POLICY = """
 import os, sys
-print(os.environ.get("OMP_WAIT_POLICY"), flush=True)
+print(os.environ.get("OMP_WAIT_POLICY"), os.environ.get("MALLOC_MMAP_MAX_"), flush=True)
 from l0kernels import cli
 sys.argv = ["l0kernels", sys.argv[1]]
-cli._wait_passively(sys.argv[1:])
+cli._settle_environment(sys.argv[1:])
 """
 
 
 @pytest.mark.parametrize(
     ("command", "before", "seen"),
     [
-        ("bench", None, "None\npassive\n"),
-        ("train", None, "None\npassive\n"),
-        ("bench", "active", "active\n"),
-        ("info", None, "None\n"),
+        ("bench", None, "None None\npassive 0\n"),
+        ("train", None, "None None\npassive None\n"),
+        ("bench", "active", "active None\nactive 0\n"),
+        ("train", "active", "active None\n"),
+        ("info", None, "None None\n"),
     ],
 )
-def test_timed_commands_start_with_passive_waiting(python, command, before, seen):
-    done = python("-c", POLICY, command, OMP_WAIT_POLICY=before)
+def test_timed_commands_start_with_what_they_are_timed_with(python, command, before, seen):
+    done = python("-c", POLICY, command, OMP_WAIT_POLICY=before, MALLOC_MMAP_MAX_=None)
     assert done.stdout == seen, done.stderr

@@ -79,6 +79,19 @@ def test_what_is_hardly_faster_does_not_replace_the_default():
     assert (found.best, found.ms) == (DEFAULT, 5.0)
 
 
+def test_a_default_that_was_slow_once_is_timed_again():
+    seen: list[Tiles] = []
+
+    def time(step) -> float:
+        (now,) = tiles._tried.values()
+        seen.append(now)
+        return 10.0 if len(seen) > 1 else 20.0  # the first is the default's
+
+    (found,) = tune.tune(CPU, "quick", time, {LAYER: SMALL[LAYER]})
+    assert (found.best, found.ms) == (DEFAULT, 10.0)
+    assert seen.count(DEFAULT) == 2 and len(seen) == found.tried + 2
+
+
 def test_what_is_wrong_never_wins(monkeypatch):
     wrong = tune.candidates(LAYER, "quick")[2]
     run = triton.Layer.run

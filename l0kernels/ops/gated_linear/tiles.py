@@ -7,6 +7,7 @@ for the GPU at hand the sizes below hold.
 """
 
 import json
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -73,7 +74,7 @@ def name_of(device: torch.device) -> str:
 
 def file_of(name: str, folder: Path) -> Path:
     """The table of a device."""
-    return folder / f"{'-'.join(name.lower().split())}.json"
+    return folder / f"{'-'.join(re.findall('[a-z0-9.]+', name.lower()))}.json"
 
 
 @cache
