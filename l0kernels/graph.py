@@ -59,6 +59,10 @@ class _Baked(NamedTuple):
     tensors: list[tuple[int, int, bool]]
     frozen_at: int | None
 
+    def parts(self) -> tuple[int, int, int]:
+        """Groups of the optimizer, modules, parameters and buffers."""
+        return len(self.settings), len(self.modes), len(self.tensors)
+
 
 class GraphStep:
     """Makes training steps, see `graph`."""
@@ -228,7 +232,19 @@ class GraphStep:
                 steps.popleft()
 
     def _make_again(self) -> None:
-        """Make all steps that are under way, of which the first did not fit."""
+        """Make all steps that are under way, of which the first did not fit.
+
+        Raises:
+            RuntimeError: the model or the optimizer is no longer that of the steps.
+        """
+        assert self._baked is not None
+        then, now = self._baked.parts(), self._now().parts()
+        if then != now:
+            raise RuntimeError(
+                f"graph: expected flush before parts are added or removed, got {now} instead of "
+                f"{then} (groups of the optimizer, modules, parameters and buffers) while steps "
+                "have to be made again"
+            )
         steps = list(self._under_way)
         self._under_way.clear()
         self._flag.zero_()

@@ -305,6 +305,19 @@ def test_while_the_flag_is_up_nothing_changes(device: torch.device, watch: Calla
     both.assert_equal()
 
 
+def test_no_step_is_lost_to_a_part_that_is_added(
+    device: torch.device, watch: Callable[..., Watched], narrow: None
+):
+    watch(late=100)
+    both = Both(opened(make("norm"), 3.0), device).run(5)
+    both.net.register_buffer("another", torch.zeros(1, device=device))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="expected flush before parts are added or removed"):
+            both.step.flush()
+    del both.net.another
+    both.assert_equal()
+
+
 def test_losses_are_corrected_in_place(
     device: torch.device, watch: Callable[..., Watched], narrow: None
 ):
