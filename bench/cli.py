@@ -367,14 +367,25 @@ def setting_of(kind: Any, args: argparse.Namespace) -> Any:
     return kind(**{f.name: getattr(args, f.name) for f in fields(kind)})
 
 
+def show(args: argparse.Namespace, kind: Any, found: Any) -> None:
+    """Print what a benchmark has found, and write its files.
+
+    Args:
+        args: parsed options.
+        kind: the benchmark's module.
+        found: its result.
+    """
+    print(json.dumps(found.to_dict(), indent=1) if args.json else kind.table(found))
+    if args.out is not None:
+        tell(kind.write(found, args.out))
+
+
 def run_ops(args: argparse.Namespace) -> int:
     setting = setting_of(operators.Setting, args)
     operators.check(setting)
     old = old_sheet(args, operators.command(setting), "ops.csv")
     sheet = operators.measure(setting)
-    print(json.dumps(sheet.to_dict(), indent=1) if args.json else operators.table(sheet))
-    if args.out is not None:
-        tell(operators.write(sheet, args.out))
+    show(args, operators, sheet)
     return max(int(bool(sheet.failed)), judge(args, old, sheet))
 
 
@@ -388,9 +399,7 @@ def run_step(args: argparse.Namespace) -> int:
         setting = trained.check(setting)
     old = old_sheet(args, step.command(setting), "step.csv")
     report = step.measure(setting) if setting.trained is None else trained.measure_run(setting)
-    print(json.dumps(report.to_dict(), indent=1) if args.json else step.table(report))
-    if args.out is not None:
-        tell(step.write(report, args.out))
+    show(args, step, report)
     if args.plot is not None:
         from .plot import plot_step
 
@@ -403,49 +412,32 @@ def run_arm(args: argparse.Namespace) -> int:
     two_passes.check(setting)
     old = old_sheet(args, two_passes.command(setting), "arm.csv")
     sheet = two_passes.measure(setting)
-    print(json.dumps(sheet.to_dict(), indent=1) if args.json else two_passes.table(sheet))
-    if args.out is not None:
-        tell(two_passes.write(sheet, args.out))
+    show(args, two_passes, sheet)
     return judge(args, old, sheet)
 
 
 def run_memory(args: argparse.Namespace) -> int:
-    sheet = memory.measure(setting_of(memory.Setting, args))
-    print(json.dumps(sheet.to_dict(), indent=1) if args.json else memory.table(sheet))
-    if args.out is not None:
-        tell(memory.write(sheet, args.out))
+    show(args, memory, memory.measure(setting_of(memory.Setting, args)))
     return 0
 
 
 def run_where(args: argparse.Namespace) -> int:
-    report = where.measure(setting_of(where.Setting, args))
-    print(json.dumps(report.to_dict(), indent=1) if args.json else where.table(report))
-    if args.out is not None:
-        tell(where.write(report, args.out))
+    show(args, where, where.measure(setting_of(where.Setting, args)))
     return 0
 
 
 def run_predict(args: argparse.Namespace) -> int:
-    report = predict.measure(setting_of(predict.Setting, args))
-    print(json.dumps(report.to_dict(), indent=1) if args.json else predict.table(report))
-    if args.out is not None:
-        tell(predict.write(report, args.out))
+    show(args, predict, predict.measure(setting_of(predict.Setting, args)))
     return 0
 
 
 def run_cost(args: argparse.Namespace) -> int:
-    report = cost.predict(setting_of(cost.Setting, args))
-    print(json.dumps(report.to_dict(), indent=1) if args.json else cost.table(report))
-    if args.out is not None:
-        tell(cost.write(report, args.out))
+    show(args, cost, cost.predict(setting_of(cost.Setting, args)))
     return 0
 
 
 def run_capacity(args: argparse.Namespace) -> int:
-    report = capacity.simulate(setting_of(capacity.Setting, args))
-    print(json.dumps(report.to_dict(), indent=1) if args.json else capacity.table(report))
-    if args.out is not None:
-        tell(capacity.write(report, args.out))
+    show(args, capacity, capacity.simulate(setting_of(capacity.Setting, args)))
     return 0
 
 

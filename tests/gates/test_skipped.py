@@ -92,18 +92,17 @@ def test_gradients_of_closed_units_are_zero(name: str):
 def test_soft_gates_of_cs_skip_nothing():
     net, x = make("cs")
     net.l0.skip_below = 0.0
-    found: list[int] = []
-    with counted(found):
-        loss = l0.expected_loss(net, lambda: net(x).square().mean())
-    with counted(found):
-        loss.backward()
-    assert found == [*products({"0": FIRST, "2": SECOND})]
+    assert_nothing_is_skipped(net, x)
 
 
 def test_gates_of_examples_skip_nothing():
     net, x = make("hard_concrete")
     l0.revert(net)
     l0.convert(net, "hard_concrete", example_inputs=(x[:2],), scope="example")
+    assert_nothing_is_skipped(net, x)
+
+
+def assert_nothing_is_skipped(net: nn.Module, x: Tensor) -> None:
     found: list[int] = []
     with counted(found):
         loss = l0.expected_loss(net, lambda: net(x).square().mean())
