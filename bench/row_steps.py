@@ -5,6 +5,7 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -60,7 +61,15 @@ class Problem:
         self.catch_up(None, self.now)
 
 
-MakeProblem = Callable[[Sequence[int], float, torch.device | str], Problem]
+class Timed(Protocol):
+    """Two ways to do the same."""
+
+    def ours(self) -> None: ...
+
+    def plain(self) -> None: ...
+
+
+MakeProblem = Callable[[Sequence[int], float, torch.device | str], Timed]
 
 
 def draws(
@@ -98,8 +107,8 @@ def measure(
         device: where they run.
 
     Returns:
-        One row per problem: microseconds of ours, and how many times slower PyTorch's fused
-        optimizer is (medians of ratios within rounds).
+        One row per problem: microseconds of ours, and how many times slower the other way is
+        (medians of ratios within rounds).
     """
     found = []
     for shape in shapes:
@@ -115,19 +124,19 @@ def measure(
 
 def table(rows: list[dict]) -> str:
     """Formats the rows of `measure`."""
-    lines = [f"{'weight':<15} {'open':>5} {'us':>9} {'PyTorch':>8}"]
+    lines = [f"{'weight':<15} {'open':>5} {'us':>9} {'other':>8}"]
     for row in rows:
         shape, slower = "x".join(map(str, row["shape"])), row["times_slower"]["median"]
         lines.append(f"{shape:<15} {row['open']:>5} {row['us']:>9.1f} {slower:>7.2f}x")
     return "\n".join(lines)
 
 
-def main(op: str, optimizer: str, make_problem: MakeProblem) -> None:
+def main(op: str, title: str, make_problem: MakeProblem) -> None:
     """Prints the table, or JSON.
 
     Args:
         op: name of the operator and of the module that is run.
-        optimizer: what it is a step of.
+        title: what is timed, and how many times slower what is.
         make_problem: see `measure`.
     """
     parser = argparse.ArgumentParser(prog=f"l0kernels.bench.ops.{op}", description=__doc__)
@@ -139,6 +148,5 @@ def main(op: str, optimizer: str, make_problem: MakeProblem) -> None:
     if options.json:
         print(json.dumps(rows, indent=1))
     else:
-        title = f"one step of {optimizer}"
-        print(f"{title}; PyTorch: how many times slower its fused one is than ours")
+        print(title)
         print(table(rows))

@@ -33,11 +33,12 @@ L0K_FOR_EACH_ISA(any_f64, (any_nonzero<double, uint64_t>), (const double* number
 
 template <typename T>
 int64_t run(const Tensor& grad, int64_t* last, const Rows& rows, int64_t now,
-            bool (*any)(const T*, int64_t)) {
+            const uint8_t* written, bool (*any)(const T*, int64_t)) {
   const T* numbers = data<T>(grad);
   std::vector<uint8_t> found(rows.count, 0);
   for_rows(rows, rows.count, [&](int64_t row) {
-    if (last[row] <= now) found[row] = any(numbers + row * rows.size, rows.size);
+    const bool is_read = last[row] <= now && (written == nullptr || written[row]);
+    if (is_read) found[row] = any(numbers + row * rows.size, rows.size);
   });
   int64_t stale = 0;
   for (int64_t row = 0; row < rows.count; ++row) {
@@ -51,15 +52,22 @@ int64_t run(const Tensor& grad, int64_t* last, const Rows& rows, int64_t now,
   return stale;
 }
 
-int64_t open_rows(Tensor grad, Tensor last, int64_t now) {
+int64_t open_rows(Tensor grad, Tensor last, int64_t now, std::optional<Tensor> written) {
   const Rows rows = rows_of(grad);
   int64_t* counters = counters_of(last, rows);
+  const uint8_t* known = nullptr;
+  if (written) {
+    require(written->scalar_type() == ScalarType::Bool && written->is_contiguous() &&
+                written->numel() == rows.count,
+            "written: expected contiguous bool of shape [", rows.count, "]; got ", Shown{*written});
+    known = static_cast<const uint8_t*>(written->const_data_ptr());
+  }
   if (grad.scalar_type() == ScalarType::Double) {
-    return run<double>(grad, counters, rows, now, any_f64);
+    return run<double>(grad, counters, rows, now, known, any_f64);
   }
   require(grad.scalar_type() == ScalarType::Float, "grad: expected float64 or float32; got ",
           Shown{grad});
-  return run<float>(grad, counters, rows, now, any_f32);
+  return run<float>(grad, counters, rows, now, known, any_f32);
 }
 
 }  // namespace

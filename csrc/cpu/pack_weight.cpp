@@ -7,6 +7,7 @@
 #include "common/host_device.h"
 #include "common/pack_layout.h"
 #include "cpu/common.h"
+#include "cpu/pack_weight.h"
 
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -221,6 +222,7 @@ struct Unpack {
   int64_t rows, cols, lines, full_line, packed_line, inner;
   int64_t rows_per_chunk;
   const int64_t* row_slot;  // full -> packed, -1 where closed
+  uint8_t* written;         // rows of grad_weight that are not known to be zero; null: all
   const void* row_scale;    // one per full row; null: rows are not input features
   bool plain;               // whole lines, not scaled
   bool gathers;             // else whole lines, scaled
@@ -351,8 +353,10 @@ L0K_HD void unpack_rows(const Unpack& u, int64_t chunk, Scratch<Compute<W>>& scr
     const W* weight = static_cast<const W*>(u.weight) + start;
     W* grad_weight = u.grad_weight == nullptr ? nullptr : static_cast<W*>(u.grad_weight) + start;
     const int64_t slot = u.row_slot[row];
+    const bool is_zero = u.written != nullptr && !u.written[row];
+    if (u.written != nullptr) u.written[row] = slot >= 0;
     if (slot < 0) {
-      if (grad_weight != nullptr) {
+      if (grad_weight != nullptr && !is_zero) {
         std::memset(grad_weight, 0, u.lines * u.full_line * sizeof(W));
       }
       continue;
@@ -628,7 +632,7 @@ int64_t rows_per_chunk(const Shape& shape) {
 // grad_weight is undefined and grad_z null if they are not wanted.
 template <typename S>
 void run_unpack(const Arguments& args, const Tensor& grad, const Tensor& grad_weight,
-                std::vector<double>* grad_z) {
+                uint8_t* written, std::vector<double>* grad_z) {
   const Shape& shape = args.shape;
   const Axis& inputs = args.inputs();
   const bool sums_wanted = grad_z != nullptr && inputs.scales;
@@ -657,6 +661,7 @@ void run_unpack(const Arguments& args, const Tensor& grad, const Tensor& grad_we
   u.inner = shape.inner;
   u.rows_per_chunk = rows_per_chunk(shape);
   u.row_slot = slots.data();
+  u.written = written;
   u.row_scale = args.transposed ? open_inputs.full_scale.data() : nullptr;
   u.plain = args.is_plain();
   u.gathers = args.col.selects;
@@ -691,17 +696,23 @@ void run_unpack(const Arguments& args, const Tensor& grad, const Tensor& grad_we
   }
 }
 
+// Computes gradients into `dense`, laid out as args.weight, unless it is undefined.
+void unpack_to(const Arguments& args, const Tensor& grad, const Tensor& dense, uint8_t* written,
+               std::vector<double>* grad_z) {
+  const Tensor packed = args.transposed ? torch::stable::transpose(grad, 0, 1) : grad;
+  const Tensor upstream = with_layout(packed, args.channels_last);
+  if (args.weight.scalar_type() == ScalarType::Double) {
+    run_unpack<double>(args, upstream, dense, written, grad_z);
+  } else {
+    run_unpack<float>(args, upstream, dense, written, grad_z);
+  }
+}
+
 // The gradient of a weight in the layout that the weight has.
 Tensor unpack_one(const Arguments& args, const Tensor& weight, const Tensor& grad,
                   bool need_weight, std::vector<double>* grad_z) {
-  const Tensor packed = args.transposed ? torch::stable::transpose(grad, 0, 1) : grad;
-  const Tensor upstream = with_layout(packed, args.channels_last);
   const Tensor dense = need_weight ? torch::stable::empty_like(args.weight) : Tensor();
-  if (weight.scalar_type() == ScalarType::Double) {
-    run_unpack<double>(args, upstream, dense, grad_z);
-  } else {
-    run_unpack<float>(args, upstream, dense, grad_z);
-  }
+  unpack_to(args, grad, dense, nullptr, grad_z);
   if (!need_weight) return nothing(weight);
   if (args.transposed) return torch::stable::transpose(dense, 0, 1);
   if (has_layout(weight, args.channels_last)) return dense;
@@ -799,7 +810,35 @@ std::vector<Tensor> pack_weights_backward(std::vector<Tensor> grads, std::vector
   return results;
 }
 
+bool same_layout(const Tensor& a, const Tensor& b) {
+  bool same = a.dim() == b.dim() && a.scalar_type() == b.scalar_type();
+  for (int64_t d = 0; same && d < a.dim(); ++d) {
+    same = a.size(d) == b.size(d) && (a.size(d) == 1 || a.stride(d) == b.stride(d));
+  }
+  return same;
+}
+
 }  // namespace
+
+Tensor unpack_weights_into(const std::vector<Tensor>& grads, const std::vector<Tensor>& weights,
+                           const Tensor& z, const Tensor& index, const Tensor& maps,
+                           const std::vector<int64_t>& spans, const std::vector<Tensor>& into,
+                           const std::vector<Tensor>& written, bool need_z) {
+  const Ports ports(index, maps, spans, weights.size());
+  const Tensor gates = dense(z);
+  GateGrads grad_z(gates, need_z);
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const Arguments args = make_arguments(weights[i], gates, ports, i);
+    const Tensor stored = args.transposed ? torch::stable::transpose(into[i], 0, 1) : into[i];
+    require(same_layout(args.weight, stored), "into: expected the layout of its weight");
+    require(written[i].scalar_type() == ScalarType::Bool && written[i].is_contiguous() &&
+                written[i].numel() == args.shape.rows,
+            "written: expected contiguous bool of shape [", args.shape.rows, "]");
+    auto* rows = static_cast<uint8_t*>(written[i].mutable_data_ptr());
+    unpack_to(args, grads[i], stored, rows, grad_z.sums());
+  }
+  return need_z ? grad_z.tensor() : nothing(z);
+}
 
 STABLE_TORCH_LIBRARY_IMPL(l0kernels, CPU, m) {
   m.impl("pack_weight", TORCH_BOX(&pack_weight));

@@ -25,6 +25,7 @@ from l0kernels.gates.rounding import Rounding
 
 if TYPE_CHECKING:
     from l0kernels.gates.capacity import Plan
+    from l0kernels.ops.unpack_rows import KeptGradient
 
 GPU_MULTIPLE = 16  # channels that a tensor core's instruction takes
 # Channels of a vector of oneDNN, which prepares a convolution for a width in about a millisecond.
@@ -205,6 +206,8 @@ class Gates(nn.Module):
         self._held = 0
         # Optimizers that leave closed rows behind: they are told of every draw.
         self.followers: list[Follower] = []
+        # Memory for gradients of weights that these follow.
+        self.kept: dict[Tensor, KeptGradient] = {}
         self.captured: Captured | None = None
         # Widths that draws have whatever is open, while a step is captured.
         self._plan: Plan | None = None
@@ -512,7 +515,7 @@ class Gates(nn.Module):
         self._rows_seen()  # a copy does not know the layers at first
         state = self.__dict__.copy()
         state.update(_draw=None, _awaiting=None, _held=0, layers=None)
-        state.update(followers=[], captured=None, _plan=None)
+        state.update(followers=[], kept={}, captured=None, _plan=None)
         del state["_graphs"]
         return state
 

@@ -253,6 +253,8 @@ class GatedLayer(nn.Module):
                 return self.weight, self.bias
             if gates.together:
                 return packing.take(self, gates, draw)
+            if self.weight in gates.kept and not torch.compiler.is_compiling():
+                return packing.pack({self: self.compute_dtype()}, gates, draw)[self]
         dtype = self.compute_dtype()
         weight = self._pack_one(self._out_in(self.weight), draw, dtype, columns=True)
         bias = None if self.bias is None else self._pack_one(self.bias, draw, dtype, columns=False)

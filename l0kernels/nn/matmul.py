@@ -93,7 +93,11 @@ class Linear(torch.autograd.Function):
         if need_x:
             grad_x = _product(ctx.chosen["dgrad"], rows, weight.t()).view(x.shape)
         if need_weight:
-            grad_weight = _product(ctx.chosen["wgrad"], rows.t(), _as_rows(x).t())
+            # Laid out as the weight, which may be stored [I, O]: as it goes on to be unpacked.
+            a, b = rows.t(), _as_rows(x).t()
+            in_onednn = ctx.chosen["wgrad"]
+            turned = not weight.is_contiguous()
+            grad_weight = _product(in_onednn, b, a).t() if turned else _product(in_onednn, a, b)
         return grad_x, grad_weight, rows.sum(0) if need_bias else None, None
 
 

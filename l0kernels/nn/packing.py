@@ -124,7 +124,11 @@ def pack(
     found: dict[tuple[GatedLayer, str], Tensor] = {}
     for (_, dtype), parts in calls.items():
         full, spans = [part.full for part in parts], [part.span for part in parts]
-        results = pack_weights(full, draw.z, draw.whole_index, gates.layout.maps, spans, dtype)
+        kept = None
+        if gates.kept and not torch.compiler.is_compiling():
+            kept = [gates.kept.get(weight) for weight in full]
+        maps = gates.layout.maps
+        results = pack_weights(full, draw.z, draw.whole_index, maps, spans, dtype, kept)
         for part, packed in zip(parts, results, strict=True):
             found[part.layer, part.name] = packed
     # Parameters of which nothing is packed stay as they are, which layers cast themselves.

@@ -101,10 +101,10 @@ class AdamW(FollowsDraws, torch.optim.AdamW):
         state = self.state[weight]
         lr, beta1, beta2, eps, weight_decay = _settings(group)
         adam_rows(
-            weight.data,
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            weight.grad,
+            rows.view(weight.data),
+            rows.view(state["exp_avg"]),
+            rows.view(state["exp_avg_sq"]),
+            rows.view(weight.grad),
             rows.last,
             self._now,
             number=int(state["step"]) + 1,
@@ -150,9 +150,9 @@ class AdamW(FollowsDraws, torch.optim.AdamW):
         if not state:
             return  # no step yet that a row could have missed
         adam_rows_catch_up(
-            rows.weight.data,
-            state["exp_avg"],
-            state["exp_avg_sq"],
+            rows.view(rows.weight.data),
+            rows.view(state["exp_avg"]),
+            rows.view(state["exp_avg_sq"]),
             rows.last,
             which,
             self._tables[group],

@@ -2,12 +2,16 @@
 """Weights whose closed rows an optimizer leaves behind, and brings up to date when they open.
 
 The gradient of a gated weight is exactly zero in closed rows (output features; input features of
-layers that store them first). A step with gradient zero is a function of the element alone, so it
+layers that store them first, and of linear layers of which only these have gates, whose weights are
+stored so from then on). A step with gradient zero is a function of the element alone, so it
 can wait until somebody reads the row. Each row counts the steps that it has seen:
 
 - a draw makes up for the missed steps of its open rows and marks them,
 - the optimizer updates the marked rows, with all their columns, from the gradient,
 - ``flush`` makes up for the missed steps of all rows.
+
+On a CPU the gradient lies in memory that is used again, in which closed rows are zero already
+(`KeptGradient`).
 
 Rows only: of the cache lines of a row, 16 floats each, 1 - .9^16 = 81 % hold something of the open
 tenth of its columns, so that leaving closed columns out would save memory traffic of a fifth and
@@ -29,10 +33,14 @@ from l0kernels.gates.draw import Draw
 from l0kernels.nn.base import GatedLayer
 from l0kernels.ops.open_rows import open_rows
 from l0kernels.ops.open_rows.op import DTYPES, rows_contiguous
+from l0kernels.ops.unpack_rows import KeptGradient
 from l0kernels.training import gates_of, root_of
 
 LEAST = 1 << 14
 """Weights of fewer elements are updated whole, which takes no longer."""
+
+LOOKED_AT = 16
+"""Every so many steps gradients are read whole: writes through ``.data`` leave no trace."""
 
 REMEMBERED = 1024
 """All rows are brought up to date when this many steps have passed since the last time."""
@@ -45,14 +53,32 @@ class Rows:
         name: of the weight in the model.
         weight: the parameter.
         layer: that reads it.
+        port: of the gates that its rows have.
+        of_inputs: whether rows are the second dimension of a matrix, stored [I, O] from `adopt` on.
     """
 
-    def __init__(self, name: str, weight: nn.Parameter, layer: GatedLayer) -> None:
+    def __init__(
+        self, name: str, weight: nn.Parameter, layer: GatedLayer, port: int, of_inputs: bool
+    ) -> None:
         self.name = name
         self.weight = weight
         self.layer = layer
-        self.last = torch.zeros(weight.shape[0], dtype=torch.int64, device=weight.device)
+        self.port = port
+        self.of_inputs = of_inputs
+        count = weight.shape[1 if of_inputs else 0]
+        self.last = torch.zeros(count, dtype=torch.int64, device=weight.device)
         self.version = weight._version
+        self.kept: KeptGradient | None = None
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """The weight, or what is like it, with its rows first."""
+        return tensor.t() if self.of_inputs else tensor
+
+    def store(self, of_inputs: bool, *tensors: Tensor) -> None:
+        """Have a matrix and its state lie in memory as [I, O], or as [O, I]."""
+        for tensor in tensors:
+            data = tensor.data
+            tensor.data = data.t().contiguous().t() if of_inputs else data.contiguous()
 
     def is_written(self) -> bool:
         """Whether the weight was written since the optimizer wrote it."""
@@ -60,8 +86,7 @@ class Rows:
 
     def open_in(self, draw: Draw) -> Tensor:
         """The rows that a layer reads under a draw."""
-        port = self.layer.in_port if self.layer.stored_in_out else self.layer.out_port
-        return draw.index[port]
+        return draw.index[self.port]
 
 
 class FollowsDraws(Optimizer):
@@ -75,7 +100,8 @@ class FollowsDraws(Optimizer):
         """Find what can be followed; before the parameters are added."""
         self._gates: Gates | None = gates_of(model)
         root = root_of(model, self._gates)
-        self._found = {weight: Rows(name, weight, layer) for name, weight, layer in _gated(root)}
+        self._found = {rows.weight: rows for rows in _gated(root)}
+        self._is_told = False  # of draws
         self._rows: dict[Tensor, Rows] = {}
         self._tables: list[Tensor] = []  # what rows that are behind need to know, per group
         self._now = 0  # steps since all rows were up to date
@@ -90,7 +116,28 @@ class FollowsDraws(Optimizer):
             if isinstance(other, FollowsDraws) and self._rows.keys() & other._rows.keys():
                 other.release()
         gates.followers.append(self)
+        self._is_told = True
         self._hooks = guard(self._root, self)
+        for rows in self._rows.values():
+            self._adopt(rows)
+
+    def _adopt(self, rows: Rows) -> None:
+        """Store a weight and its gradients so that rows are cheap."""
+        assert self._gates is not None
+        if rows.of_inputs:
+            rows.store(True, rows.weight)
+        if rows.weight.device.type == "cpu" and not rows.layer.stored_in_out:
+            self._gates.kept[rows.weight] = rows.kept = KeptGradient(rows.weight)
+        rows.version = rows.weight._version
+
+    def _leave(self, rows: Rows) -> None:
+        """Undo `_adopt`."""
+        assert self._gates is not None
+        self._gates.kept.pop(rows.weight, None)
+        if rows.of_inputs:
+            state = self.state.get(rows.weight, {}).values()
+            like = [t for t in state if isinstance(t, Tensor) and t.shape == rows.weight.shape]
+            rows.store(False, rows.weight, *like)
 
     @property
     def row_weights(self) -> list[str]:
@@ -161,6 +208,9 @@ class FollowsDraws(Optimizer):
     def release(self) -> None:
         """Flush, and from now on do what PyTorch's optimizer does."""
         self.flush()
+        if self._gates is not None:
+            for rows in self._rows.values():
+                self._leave(rows)
         self._rows.clear()
         self._found.clear()
         if self._gates is not None:
@@ -213,6 +263,7 @@ class FollowsDraws(Optimizer):
         parts = [self._parts(number, group) for number, group in enumerate(self.param_groups)]
         for group, (whole, _) in zip(self.param_groups, parts, strict=True):
             self._update_whole(group, whole)
+            self._lay_out(self._rows[weight] for weight in whole if weight in self._rows)
         for group, (_, partly) in zip(self.param_groups, parts, strict=True):
             for rows in partly:
                 self._update(rows, group)
@@ -231,7 +282,10 @@ class FollowsDraws(Optimizer):
         grad = rows.weight.grad
         if grad is None or grad.is_sparse:
             return
-        stale = open_rows(grad, rows.last, self._now)
+        written = None
+        if rows.kept is not None and rows.kept.is_as_written(grad) and self._now % LOOKED_AT:
+            written = rows.kept.written
+        stale = open_rows(rows.view(grad), rows.last, self._now, written)
         if stale:
             raise RuntimeError(
                 f"{rows.name}: expected gradients of zero in closed rows, got others in {stale} "
@@ -266,7 +320,11 @@ class FollowsDraws(Optimizer):
         """Load the state of this optimizer or PyTorch's."""
         self.flush()
         super().load_state_dict(state_dict)
-        for rows in self._rows.values():
+        self._lay_out(self._rows.values())
+
+    def _lay_out(self, followed: Iterable[Rows]) -> None:
+        """Have state lie as its weight does; PyTorch makes it as the gradient lies."""
+        for rows in followed:
             state = self.state.get(rows.weight, {})
             for name, value in state.items():
                 if isinstance(value, Tensor) and value.shape == rows.weight.shape:
@@ -279,7 +337,7 @@ class FollowsDraws(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Copies of an optimizer follow no draws; PyTorch calls it for ``load_state_dict`` too."""
         super().__setstate__(state)
-        for name, value in (("_gates", None), ("_now", 0), ("_drawn", False)):
+        for name, value in (("_gates", None), ("_now", 0), ("_drawn", False), ("_is_told", False)):
             self.__dict__.setdefault(name, value)
         for name in ("_found", "_rows"):
             self.__dict__.setdefault(name, {})
@@ -295,6 +353,8 @@ class FollowsDraws(Optimizer):
                 self._rows[weight] = rows = self._found[weight]
                 rows.last.fill_(self._now)
                 rows.version = weight._version
+                if self._is_told:
+                    self._adopt(rows)
 
 
 def guard(model: nn.Module, owner: FollowsDraws | Captured) -> list[RemovableHandle]:
@@ -333,10 +393,10 @@ class _Guard:
         return _Guard, (None,)
 
 
-def _gated(root: nn.Module) -> Iterable[tuple[str, nn.Parameter, GatedLayer]]:
-    """The weights that can be followed, with their names and layers.
+def _gated(root: nn.Module) -> Iterable[Rows]:
+    """The weights that can be followed.
 
-    Each is read by one layer inside the root, whose first dimension has gates, and is large enough.
+    Each is read by one layer inside the root, has gates on its rows, and is large enough.
     """
     owners: dict[int, int] = {}
     for _, parameter in root.named_parameters(remove_duplicate=False):
@@ -345,12 +405,25 @@ def _gated(root: nn.Module) -> Iterable[tuple[str, nn.Parameter, GatedLayer]]:
         if layer is root or not isinstance(layer, GatedLayer) or layer.gates is not root.l0:
             continue
         weight = layer._parameters.get("weight")
-        port = layer.in_port if layer.stored_in_out else layer.out_port
-        if weight is None or weight.dim() < 2 or port < 0:
+        if weight is None or weight.dim() < 2:
             continue
+        port = layer.in_port if layer.stored_in_out else layer.out_port
+        of_inputs = port < 0 and _may_be_turned(layer, weight)
+        if of_inputs:
+            port = layer.in_port
         fits = weight.dtype in DTYPES and rows_contiguous(weight) and weight.numel() >= LEAST
-        if fits and owners[id(weight)] == 1:
-            yield f"{name}.weight", weight, layer
+        if port >= 0 and fits and owners[id(weight)] == 1:
+            yield Rows(f"{name}.weight", weight, layer, port, of_inputs)
+
+
+def _may_be_turned(layer: GatedLayer, weight: Tensor) -> bool:
+    """Whether a weight may be stored with its input features first, which have gates of their own.
+
+    A GPU packs matrices stored so by a copy; readers of constants learn from closed features.
+    """
+    return (
+        isinstance(layer, nn.Linear) and weight.device.type == "cpu" and not layer.reads_constants
+    )
 
 
 def turned(*tensors: Tensor | None) -> bool:

@@ -108,10 +108,11 @@ class SGD(FollowsDraws, torch.optim.SGD):
     def _update(self, rows: Rows, group: dict[str, Any]) -> None:
         weight = rows.weight
         assert weight.grad is not None
+        velocity = self._velocity(weight) if group["momentum"] else None
         sgd_rows(
-            weight.data,
-            self._velocity(weight) if group["momentum"] else None,
-            weight.grad,
+            rows.view(weight.data),
+            None if velocity is None else rows.view(velocity),
+            rows.view(weight.grad),
             rows.last,
             self._now,
             lr=float(group["lr"]),
@@ -151,8 +152,15 @@ class SGD(FollowsDraws, torch.optim.SGD):
         # Through .data: rows that a graph has read are up to date and stay as they are, so that
         # backward may follow; and the version counter would say that they have changed.
         velocity = self._velocity(rows.weight)
-        table = self._tables[group]
-        sgd_rows_catch_up(rows.weight.data, velocity, rows.last, which, table, self._now, mark)
+        sgd_rows_catch_up(
+            rows.view(rows.weight.data),
+            None if velocity is None else rows.view(velocity),
+            rows.last,
+            which,
+            self._tables[group],
+            self._now,
+            mark,
+        )
 
     def _no_steps(self) -> Tensor:
         return _identity()

@@ -12,7 +12,7 @@ from l0kernels.ops.open_rows import reference
 DTYPES = (torch.float32, torch.float64)
 
 
-def _rows_fake(grad, last, now):
+def _rows_fake(grad, last, now, written):
     return torch.library.get_ctx().new_dynamic_size()
 
 
@@ -20,14 +20,14 @@ _rows_python = reference.open_rows
 
 _registry.add_op("open_rows")
 _ROWS = _registry.define(
-    "open_rows(Tensor grad, Tensor(a!) last, int now) -> SymInt",
+    "open_rows(Tensor grad, Tensor(a!) last, int now, Tensor? written) -> SymInt",
     fake=_rows_fake,
     python=_rows_python,
 )
 
 
 @torch.no_grad()
-def open_rows(grad: Tensor, last: Tensor, now: int) -> int:
+def open_rows(grad: Tensor, last: Tensor, now: int, written: Tensor | None = None) -> int:
     """Mark the rows that the gradient of a weight moves, and count those that it must not move.
 
     Row r of a weight has seen ``last[r]`` of ``now`` optimizer steps; ``last[r] == now + 1`` marks
@@ -39,6 +39,7 @@ def open_rows(grad: Tensor, last: Tensor, now: int) -> int:
         grad: [O, *], float32 or float64, rows contiguous in memory.
         last: int64 [O], changed in place.
         now: number of steps so far.
+        written: bool [O]: other rows are known to be zero, and not read; None: all are read.
 
     Returns:
         The number of rows out of date that have a gradient; they are not marked. On a GPU the host
@@ -48,11 +49,16 @@ def open_rows(grad: Tensor, last: Tensor, now: int) -> int:
         TypeError: another dtype. ValueError: shapes that do not fit.
     """
     check_rows(grad, last)
+    if written is not None and (written.dtype != torch.bool or written.shape != last.shape):
+        raise ValueError(
+            f"written: expected bool of shape {list(last.shape)}, got {written.dtype} of shape "
+            f"{list(written.shape)}"
+        )
     if _config.reference_asked(grad):
-        return reference.open_rows(grad, last, now)
+        return reference.open_rows(grad, last, now, written)
     if not rows_contiguous(grad):
         grad = grad.contiguous()
-    return _registry.chosen(_ROWS)(grad, last, now)
+    return _registry.chosen(_ROWS)(grad, last, now, written)
 
 
 def rows_contiguous(tensor: Tensor) -> bool:

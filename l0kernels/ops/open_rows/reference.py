@@ -6,10 +6,12 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def open_rows(grad: Tensor, last: Tensor, now: int) -> int:
+def open_rows(grad: Tensor, last: Tensor, now: int, written: Tensor | None = None) -> int:
     """See ``l0kernels.ops.open_rows.op.open_rows``."""
     nonzero = grad != 0
     found = nonzero.flatten(1).any(1) if grad.dim() > 1 else nonzero
+    if written is not None:
+        found &= written
     stale = found & (last < now)
     last.masked_fill_(found & (last == now), now + 1)
     return int(stale.sum())

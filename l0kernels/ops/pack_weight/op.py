@@ -8,14 +8,15 @@ from torch import Tensor
 
 from l0kernels import _config, _registry
 from l0kernels.ops.pack_weight import reference
+from l0kernels.ops.pack_weight.backward import grouped, list_backward, rounded, unpack
 from l0kernels.ops.pack_weight.reference import (
     Axes,
     Span,
     axes_of,
-    feature_scale,
     is_channels_last,
     is_transposed,
 )
+from l0kernels.ops.unpack_rows import KeptGradient, unpack_rows
 
 _OUTPUT_DTYPES = {
     torch.float64: (torch.float64,),
@@ -55,7 +56,7 @@ def _list_forward_fake(weights, z, index, maps, spans, dtype):
             span.col_count if span.col_start >= 0 else None,
             dtype,
         )
-        for weight, span in zip(weights, _grouped(spans), strict=True)
+        for weight, span in zip(weights, grouped(spans), strict=True)
     ]
 
 
@@ -74,95 +75,18 @@ def _forward_python(weight, z, rows, row_map, cols, col_map, dtype):
 
 def _backward_python(grad, weight, z, rows, row_map, cols, col_map, need_weight, need_z):
     axes = Axes(rows, row_map, cols, col_map)
-    grad_weight, grad_z = _unpack(grad, weight, z, axes, need_weight, need_z)
-    return grad_weight, _rounded(grad_z, z) if need_z else weight.new_empty(0)
+    grad_weight, grad_z = unpack(grad, weight, z, axes, need_weight, need_z)
+    return grad_weight, rounded(grad_z, z) if need_z else weight.new_empty(0)
 
 
 def _list_forward_python(weights, z, index, maps, spans, dtype):
     return [
         _forward_python(weight, z, *axes_of(weight, index, maps, span), dtype)
-        for weight, span in zip(weights, _grouped(spans), strict=True)
+        for weight, span in zip(weights, grouped(spans), strict=True)
     ]
 
 
-def _list_backward_python(grads, weights, z, index, maps, spans, need_weights, need_z):
-    total, results = None, []
-    arguments = zip(grads, weights, _grouped(spans), need_weights, strict=True)
-    for grad, weight, span, needed in arguments:
-        axes = axes_of(weight, index, maps, span)
-        grad_weight, grad_z = _unpack(grad, weight, z, axes, needed, need_z)
-        results.append(grad_weight)
-        if grad_z is not None:
-            total = grad_z if total is None else total + grad_z
-    return [*results, _rounded(total, z) if need_z else z.new_empty(0)]
-
-
-def _grouped(spans: Sequence[int]) -> list[Span]:
-    return [Span(*spans[i : i + 4]) for i in range(0, len(spans), 4)]
-
-
-def _rounded(grad_z: Tensor | None, z: Tensor) -> Tensor:
-    return torch.zeros_like(z) if grad_z is None else grad_z.to(z.dtype)
-
-
-def _unpack(
-    grad: Tensor, weight: Tensor, z: Tensor | None, axes: Axes, need_weight: bool, need_z: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The gradients of a weight (empty if not needed) and, in float64, of the gates (or None)."""
-    closed, scale = _closed_and_scale(weight, z, *axes)
-    grad = grad.masked_fill(closed, 0)
-    grad_weight, grad_z = weight.new_empty(0), None
-    if need_weight:
-        # Masked again: 0 * Inf is NaN.
-        scaled = grad if scale is None else (grad.to(scale.dtype) * scale).masked_fill(closed, 0)
-        grad_weight = _grad_weight(scaled, weight, axes.rows, axes.cols)
-    if need_z and z is not None and axes.col_map is not None:
-        picked = _unscaled(weight, axes.rows, axes.cols).masked_fill(closed, 0)
-        cols = axes.cols
-        gates = axes.col_map if cols is None else axes.col_map.index_select(1, cols)
-        grad_z = _grad_z(grad, picked, z, gates)
-    return grad_weight, grad_z
-
-
-def _closed_and_scale(weight, z, rows, row_map, cols, col_map) -> tuple[Tensor, Tensor | None]:
-    """Which packed elements are exactly 0, and the scale of the columns; both broadcast."""
-    tail = [1] * (weight.dim() - 1)
-    closed = torch.zeros([1, *tail], dtype=torch.bool, device=weight.device)
-    scale = None
-    if row_map is not None:
-        closed = (feature_scale(z, row_map, rows) == 0).reshape([-1, *tail])
-    if col_map is not None:
-        scale = feature_scale(z, col_map, cols).reshape([1, -1, *tail[1:]])
-        closed = closed | (scale == 0)
-    return closed, scale
-
-
-def _unscaled(weight: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tensor:
-    picked = weight if rows is None else weight.index_select(0, rows)
-    return picked if cols is None else picked.index_select(1, cols)
-
-
-def _grad_weight(grad: Tensor, weight: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tensor:
-    """Writes packed gradients to their places in zeros laid out as `weight`."""
-    grad = grad.to(weight.dtype)
-    if cols is not None:
-        wide = grad.new_zeros((grad.shape[0], *weight.shape[1:]))
-        grad = wide.index_copy_(1, cols, grad)
-    full = torch.zeros_like(weight)
-    return full.copy_(grad) if rows is None else full.index_copy_(0, rows, grad)
-
-
-def _grad_z(grad: Tensor, picked: Tensor, z: Tensor, gates: Tensor) -> Tensor:
-    """Sums <grad, weight> over all but the columns and adds it to each column's two gates."""
-    per_column = (grad.double() * picked.double()).sum([d for d in range(grad.dim()) if d != 1])
-    grad_z = torch.zeros_like(z, dtype=torch.float64)
-    for mine, other in ((0, 1), (1, 0)):
-        # index_put_ adds in a fixed order on every device; index_add_ need not.
-        part = per_column * z[gates[other]].double()
-        grad_z.index_put_((gates[mine],), part, accumulate=True)
-    grad_z[-1] = 0
-    return grad_z
-
+_list_backward_python = list_backward
 
 _registry.add_op("pack_weight")
 _FORWARD = _registry.define(
@@ -222,11 +146,11 @@ def _versions(tensors) -> list[int]:
 
 class _PackWeights(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, z, index, maps, spans, dtype, *weights):
+    def forward(ctx, z, index, maps, spans, dtype, kept, *weights):
         # Plain references instead of saved tensors: parts of one call may be used by several
         # backward passes, and recomputation in backward must find as many saved tensors as there
         # were, whether it makes the call or not.
-        ctx.inputs, ctx.spans = (z, index, maps, *weights), spans
+        ctx.inputs, ctx.spans, ctx.kept = (z, index, maps, *weights), spans, kept
         if not torch.compiler.is_compiling():  # compiled graphs save and check these themselves
             ctx.versions = _versions(ctx.inputs)
         ctx.set_materialize_grads(False)
@@ -240,32 +164,78 @@ class _PackWeights(torch.autograd.Function):
                 "pack_weights: expected weights and gates as they were packed, got some modified "
                 "in place since; run backward before the optimizer step"
             )
-        z, index, maps, *weights = ctx.inputs
-        need_z, _, _, _, _, *need_weights = ctx.needs_input_grad
+        z, _, _, *weights = ctx.inputs
+        need_z, _, _, _, _, _, *need_weights = ctx.needs_input_grad
         need_z = need_z and any(grad is not None for grad in grads)
-        spans = _grouped(ctx.spans)
+        spans = grouped(ctx.spans)
+        results: list[Tensor | None] = [None] * len(weights)
+        lent = _lent(ctx.kept, weights, grads, need_weights)
+        grad_z = _unpack_into(ctx, lent, grads, need_z, results) if lent else None
         # What neither a weight nor the gates ask for is not computed.
         chosen = [
             i
             for i, grad in enumerate(grads)
-            if grad is not None and (need_weights[i] or (need_z and spans[i].col_start >= 0))
+            if grad is not None
+            and i not in lent
+            and (need_weights[i] or (need_z and spans[i].col_start >= 0))
         ]
-        results: list[Tensor | None] = [None] * len(weights)
-        if not chosen:
-            return torch.zeros_like(z) if need_z else None, None, None, None, None, *results
-        *grad_weights, grad_z = _registry.chosen(_LIST_BACKWARD)(
-            [grads[i] for i in chosen],
-            [weights[i] for i in chosen],
-            z,
-            index,
-            maps,
-            [number for i in chosen for number in spans[i]],
-            [need_weights[i] for i in chosen],
-            need_z,
-        )
-        for i, grad_weight in zip(chosen, grad_weights, strict=True):
-            results[i] = grad_weight if need_weights[i] else None
-        return grad_z if need_z else None, None, None, None, None, *results
+        if chosen:
+            others = _unpack_new(ctx, chosen, grads, need_weights, need_z, results)
+            grad_z = others if grad_z is None else grad_z + others
+        elif grad_z is None and need_z:
+            grad_z = torch.zeros_like(z)
+        return grad_z if need_z else None, None, None, None, None, None, *results
+
+
+def _lent(kept, weights, grads, need_weights) -> dict[int, Tensor]:
+    """Memory for the gradients of those weights that have some which nobody uses."""
+    if kept is None or _config.current_impl() not in ("auto", "cpp"):
+        return {}
+    wanted = [
+        i
+        for i, grad in enumerate(grads)
+        if grad is not None and need_weights[i] and kept[i] is not None
+    ]
+    found = {i: kept[i].lend(weights[i]) for i in wanted}
+    return {i: memory for i, memory in found.items() if memory is not None}
+
+
+def _unpack_into(ctx, lent, grads, need_z, results) -> Tensor | None:
+    z, index, maps, *weights = ctx.inputs
+    spans = grouped(ctx.spans)
+    grad_z = unpack_rows(
+        [grads[i] for i in lent],
+        [weights[i] for i in lent],
+        z,
+        index,
+        maps,
+        [number for i in lent for number in spans[i]],
+        list(lent.values()),
+        [ctx.kept[i].written for i in lent],
+        need_z,
+    )
+    for i, memory in lent.items():
+        ctx.kept[i].has_written(memory)
+        results[i] = memory
+    return grad_z
+
+
+def _unpack_new(ctx, chosen, grads, need_weights, need_z, results) -> Tensor:
+    z, index, maps, *weights = ctx.inputs
+    spans = grouped(ctx.spans)
+    *grad_weights, grad_z = _registry.chosen(_LIST_BACKWARD)(
+        [grads[i] for i in chosen],
+        [weights[i] for i in chosen],
+        z,
+        index,
+        maps,
+        [number for i in chosen for number in spans[i]],
+        [need_weights[i] for i in chosen],
+        need_z,
+    )
+    for i, grad_weight in zip(chosen, grad_weights, strict=True):
+        results[i] = grad_weight if need_weights[i] else None
+    return grad_z
 
 
 def pack_weight(
@@ -329,6 +299,7 @@ def pack_weights(
     maps: Tensor,
     spans: Sequence[Sequence[int]],
     dtype: torch.dtype | None = None,
+    kept: Sequence[KeptGradient | None] | None = None,
 ) -> list[Tensor]:
     """Packs the weights of a whole model as `pack_weight` packs one, in one call.
 
@@ -358,6 +329,7 @@ def pack_weights(
             its map maps[:, row_start:][:, :O], the `rows` and `row_map` of `pack_weight`. A start
             of -1: the axis is not packed.
         dtype: of the results; default the weights'.
+        kept: memory for the gradient of each weight, of those on a CPU that have some.
 
     Returns:
         One packed weight for each weight, as from `pack_weight`.
@@ -377,7 +349,7 @@ def pack_weights(
         spans = [Span(*span) for span in spans]
         return reference.pack_weights(weights, z, index, maps, spans, dtype)
     flat = [number for span in spans for number in span]
-    return list(_PackWeights.apply(z, index, maps, flat, dtype, *weights))
+    return list(_PackWeights.apply(z, index, maps, flat, dtype, kept, *weights))
 
 
 def _check(weight, z, rows, row_map, cols, col_map, dtype) -> None:
