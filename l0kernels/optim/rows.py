@@ -419,11 +419,12 @@ def _gated(root: nn.Module) -> Iterable[Rows]:
 def _may_be_turned(layer: GatedLayer, weight: Tensor) -> bool:
     """Whether a weight may be stored with its input features first, which have gates of their own.
 
-    A GPU packs matrices stored so by a copy; readers of constants learn from closed features.
+    A GPU packs matrices stored so by a copy; readers of constants learn from closed features; the
+    buckets of DDP expect gradients that lie as weights did when it was made.
     """
-    return (
-        isinstance(layer, nn.Linear) and weight.device.type == "cpu" and not layer.reads_constants
-    )
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    on_cpu = weight.device.type == "cpu"
+    return isinstance(layer, nn.Linear) and on_cpu and not layer.reads_constants and not distributed
 
 
 def turned(*tensors: Tensor | None) -> bool:
