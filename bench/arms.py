@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import l0kernels as l0
+from l0kernels import _capture
+from l0kernels.graph import GraphStep
 from l0kernels.training import gates_of
 
 from . import peers
@@ -43,6 +45,8 @@ REBUILT = ("oracle", "oracle-onednn")
 """Built anew in every round, see `Oracle`."""
 UNGATED = (*REBUILT, "dense", "oracle-rounded", "torch-prune", "torch-pruning")
 """Nothing to draw."""
+CAPTURABLE = ("dense", "masked-nchw", "masked-best", "oracle", "oracle-rounded", "ours")
+"""What a CUDA graph can record."""
 IN_SINGLE = ("masked-compiled", "oracle-onednn")
 """Compared in float32: they do not run, or are compiled anew, in float64."""
 IN_PLAIN_PYTORCH: dict[str, type[MaskedAsWritten] | type[FlatGated]] = {
@@ -70,6 +74,7 @@ class Task:
         seed: of weights, data and gates.
         amp: dtype of autocast around forward and loss; None: no autocast.
         open_rows: ours has `l0.optim.SGD`, which updates open rows only.
+        graph: steps are replayed from CUDA graphs, see `Arm.capture`.
     """
 
     network: Network
@@ -78,6 +83,7 @@ class Task:
     seed: int = 0
     amp: torch.dtype | None = None
     open_rows: bool = False
+    graph: bool = False
 
 
 class Arm:
@@ -93,6 +99,7 @@ class Arm:
         amp: dtype of autocast around forward and loss in `step`; None: no autocast.
         named: the weights by their names in the plain network; None: as in `net`.
         open_rows: `net` is converted, and `l0.optim.SGD` updates open rows only.
+        graph: its steps are going to be captured.
     """
 
     def __init__(
@@ -105,6 +112,7 @@ class Arm:
         amp: torch.dtype | None = None,
         named: dict[str, nn.Parameter] | None = None,
         open_rows: bool = False,
+        graph: bool = False,
     ):
         self.net, self.loss, self.gates, self.x, self.y = net, loss, list(gates), x, y
         self.amp = amp
@@ -114,8 +122,10 @@ class Arm:
         self.trained = [*weights, *self.gates]
         # torch's fused SGD copies every gradient that is not contiguous, for nothing: it gets
         # contiguous views of the same memory, in all variants alike. Ours takes care of that.
+        # What is captured has parameters alone.
+        own_memory = open_rows or graph
         self.views = [
-            p if open_rows else nn.Parameter(contiguous_view(p.detach())) for p in self.trained
+            p if own_memory else nn.Parameter(contiguous_view(p.detach())) for p in self.trained
         ]
         groups: list[dict[str, object]] = [{"params": self.views[: len(weights)]}]
         if self.gates:
@@ -130,11 +140,25 @@ class Arm:
             nesterov=True,
             fused=True,
         )
-
-    def step(self) -> None:
+        self.step: Callable[[], None] = self.eager_step
         """Draw, forward, penalty, backward and optimizer: all that a training step does."""
+
+    def capture(self) -> None:
+        """Have steps replayed from a CUDA graph from now on; on a CPU they stay what they are."""
+        recorder = _capture.recorder_for(self.x.device)
+        if recorder is not None:
+            self.eager_step()  # makes the optimizer's state
+            recorder.warm(self.eager_step)
+            self.step = recorder.record(self.eager_step)
+
+    def cast_loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """The loss under autocast."""
         with torch.autocast(self.x.device.type, self.amp, enabled=self.amp is not None):
-            loss = self.loss(self.x, self.y)
+            return self.loss(x, y)
+
+    def eager_step(self) -> None:
+        """A step that is launched operator by operator."""
+        loss = self.cast_loss(self.x, self.y)
         for parameter, view in zip(self.trained, self.views, strict=True):
             parameter.grad = view.grad = None
         loss.backward()
@@ -204,6 +228,8 @@ def make_arm(task: Task, variant: str, keep: float = 1.0) -> Arm:
 
 def why_not(task: Task, variant: str) -> str:
     """Return why a variant is left out, "" if it can run."""
+    if task.graph and variant not in CAPTURABLE:
+        return "its steps cannot be captured, or nobody would capture them"
     if variant == "torch-pruning":
         return peers.why_no_torch_pruning()
     if variant != "oracle-onednn":
@@ -230,7 +256,26 @@ def ungated_arm(task: Task, net: nn.Module) -> Arm:
     x, y = (t.to(task.device) for t in task.network.example(task.batch, task.seed))
     net, x = best_layout(net, x)
     net = net.to(task.device).train()
-    return Arm(net, lambda x, y: F.cross_entropy(net(x), y), [], x, y, task.amp)
+    return Arm(net, lambda x, y: F.cross_entropy(net(x), y), [], x, y, task.amp, graph=task.graph)
+
+
+class GraphArm(Arm):
+    """Ours with steps that `l0.graph` captures."""
+
+    captured: GraphStep | None = None
+
+    def capture(self) -> None:
+        """Plan widths for the gates as they are, and capture."""
+        if self.captured is not None:
+            self.captured.release()
+        self.captured = step = l0.graph(self.net, self.optimizer, self.cast_loss)
+
+        def run() -> None:
+            step(self.x, self.y)
+
+        self.step = run
+        for _ in range(3):  # eager, warm, captured
+            self.step()
 
 
 class Oracle:
@@ -289,6 +334,8 @@ class Oracle:
             self.arm = ungated_arm(self.task, net)
         for _ in range(self.WARMUP):
             self.arm.step()
+        if self.task.graph:
+            self.arm.capture()
 
     def step(self) -> None:
         """One whole step.
@@ -334,6 +381,7 @@ def plain_arm(task: Task, variant: str, net: nn.Module, x: Tensor, y: Tensor) ->
         y,
         task.amp,
         named,
+        graph=task.graph,
     )
 
 
@@ -353,7 +401,8 @@ def our_arm(
     expected = {g.producer: w for g, w in zip(task.network.groups, widths, strict=True)}
     if list(got.items()) != list(expected.items()):  # draws are in the order of the gates
         raise RuntimeError(f"expected convert to gate {expected}, got {got}")
-    return Arm(
+    kind = GraphArm if task.graph else Arm
+    return kind(
         net,
         lambda x, y: our_loss(net, x, y),
         [gates.log_alpha],
@@ -361,6 +410,7 @@ def our_arm(
         y,
         task.amp,
         open_rows=task.open_rows,
+        graph=task.graph,
     )
 
 

@@ -94,6 +94,12 @@ def add_step(kinds: Any) -> None:
         help="of ours: torch's SGD as the others, or l0.optim.SGD (default: %(default)s)",
     )
     steps.add_argument(
+        "--mode",
+        choices=step.MODES,
+        default=default.mode,
+        help="graph: replay steps from CUDA graphs; a dry run on a CPU (default: %(default)s)",
+    )
+    steps.add_argument(
         "--trained",
         metavar="DIR",
         help="of a run of l0kernels train: its network and gates at its end",
@@ -107,7 +113,8 @@ def add_model(parser: argparse.ArgumentParser, default: Any) -> None:
     parser.add_argument(
         "--model",
         default=default.model,
-        help=f"{', '.join(models.NAMES)} or any wrn-DEPTH-FACTOR (default: %(default)s)",
+        help=f"{', '.join(models.NAMES)} any wrn-DEPTH-FACTOR or mlp-block-N-4N "
+        "(default: %(default)s)",
     )
     parser.add_argument("--batch", type=int, default=default.batch, help="default: %(default)s")
 

@@ -117,7 +117,7 @@ class WideMLP(nn.Module):
 
 
 class MLPBlock(nn.Module):
-    """The 768-3072 MLP of a transformer: LayerNorm, GELU, around it the residual stream."""
+    """The MLP of a transformer, width-4*width: LayerNorm, GELU, around it the residual stream."""
 
     def __init__(self, kept: Callable[[int], int], width: int = 768):
         super().__init__()
@@ -407,9 +407,10 @@ def wide_mlp() -> Network:
     return Network("mlp-1024-4096-1024", WideMLP, (1024,), (Group("fc1", "fc2"),), classes=1024)
 
 
-def mlp_block() -> Network:
+def mlp_block(width: int) -> Network:
     """Return the MLP of a transformer; every row of a batch is a token."""
-    return Network("mlp-block-768-3072", MLPBlock, (768,), (Group("fc1", "fc2"),), classes=768)
+    name, build = f"mlp-block-{width}-{4 * width}", partial(MLPBlock, width=width)
+    return Network(name, build, (width,), (Group("fc1", "fc2"),), classes=width)
 
 
 def lenet5() -> Network:
@@ -467,22 +468,26 @@ BUILDERS: dict[str, Callable[[], Network]] = {
     "resnet50": resnet50,
     "wrn-16-4": partial(wrn, 16, 4),
     "wrn-28-10": partial(wrn, 28, 10),
-    "mlp-block-768-3072": mlp_block,
+    "mlp-block-768-3072": partial(mlp_block, 768),
 }
 NAMES = tuple(BUILDERS)
 
 
 def network(name: str) -> Network:
-    """Return the network of this name: one of `NAMES`, or any wrn-DEPTH-FACTOR.
+    """Return the network of this name: one of `NAMES`, any wrn-DEPTH-FACTOR, or mlp-block-N-4N.
 
     Raises:
         ValueError: there is no such network.
     """
     if name in BUILDERS:
         return BUILDERS[name]()
+    block = re.fullmatch(r"mlp-block-(\d+)-(\d+)", name)
+    if block and int(block[2]) == 4 * int(block[1]) > 0:
+        return mlp_block(int(block[1]))
     wide = re.fullmatch(r"wrn-(\d+)-(\d+)", name)
     if wide is None or int(wide[2]) < 1:
-        raise ValueError(f"expected one of {', '.join(NAMES)} or wrn-DEPTH-FACTOR, got {name!r}")
+        known = f"{', '.join(NAMES)}, wrn-DEPTH-FACTOR or mlp-block-N-4N"
+        raise ValueError(f"expected one of {known}, got {name!r}")
     return wrn(int(wide[1]), int(wide[2]))
 
 

@@ -6,6 +6,7 @@ import csv
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from . import two_passes
 from .figures import OURS, Figure, Sheet, markdown, put_between, shown
@@ -46,6 +47,18 @@ def tables(folder: Path) -> str:
     op = ("operator", "pass", "shape", "dtype", "open", "ours [ms]", *over(OPERATORS), *last)
     memory = ("network", "variant", "open", "peak [MB]", f"/ {BASE}", "command")
     never = ("network", "open", "masked-best / ours", "95 % interval", "shown slower")
+    trained = list(recipe_rows(folder))
+    recipe = (
+        "recipe",
+        "epochs",
+        "lam x n",
+        "seed",
+        "error",
+        "weights left",
+        "open units",
+        "published: error, weights left, open units",
+        "command",
+    )
     run = ("recipe", "seed", "speed-up", "work left", "eta_run", "losses", "command")
     kinds = (
         ("Training steps", 2, steps, step),
@@ -59,6 +72,7 @@ def tables(folder: Path) -> str:
         ("Operators", 4, others, op),
         ("Peak memory of a step", 2, peaks, memory),
         ("Whole runs", 1, runs, run),
+        ("Recipes beside the published figures (test gates)", 1, trained, recipe),
     )
     parts = [
         f"{title}:\n\n{markdown(head, rows, left)}\n" for title, left, rows, head in kinds if rows
@@ -168,6 +182,37 @@ def run_rows(folder: Path) -> Iterator[tuple[str, ...]]:
                 f"{100 * row['losses']:.2f} %",
                 f"`{found['command']}`",
             )
+
+
+def recipe_rows(folder: Path) -> Iterator[tuple[str, ...]]:
+    """Return a row per seed of the runs of `l0kernels train` under a folder."""
+    for path in sorted(folder.rglob("summary.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        settings = found["settings"]
+        lam = ",".join(f"{lam:g}" for lam in settings["lam"])
+        options = f"--data DIR --epochs {settings['epochs']} --lam {lam}"
+        for seed in found["seeds"]:
+            for arm in seed["arms"].values():
+                yield (
+                    f"{found['recipe']} on {found['data']}",
+                    str(settings["epochs"]),
+                    lam,
+                    str(seed["seed"]),
+                    f"{100 - arm['accuracy']:.2f} %",
+                    f"{100 * arm['left_test']:.1f} %",
+                    arm["open_units"],
+                    "; ".join(map(published, found["published"])),
+                    f"`l0kernels train {found['recipe']} {options} --seed {seed['seed']}`",
+                )
+
+
+def published(figures: dict[str, Any]) -> str:
+    """Return what a paper gives, in a few words."""
+    left = None if figures["left"] is None else f"{figures['left']:g} %"
+    known = (f"{100 - figures['accuracy']:.1f} %", left, figures["units"])
+    cells = ", ".join(cell for cell in known if cell)
+    doubt = "" if figures["confirmed"] else " (not confirmed)"
+    return f"{figures['what']}: {cells}{doubt}"
 
 
 def memory_rows(sheet: Sheet) -> Iterator[tuple[str, ...]]:

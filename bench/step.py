@@ -40,6 +40,7 @@ from .timing import (
 )
 
 OPTIMIZERS = ("torch", "open-rows")
+MODES = ("eager", "graph")
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Name in tables: (over, under).
 RATIOS = {
@@ -72,8 +73,10 @@ CONTENT = (
     "fastest at; torch-pruning has these widths too, torch-prune masks the same units. None of "
     "these has gates to draw. The others take turns in being first. oracle-rounded, "
     "torch-pruning and index-select, which draws widths of its own, prepare some widths for ours "
-    "too (--variants leaves variants out). S = other / ours, R = ours / oracle: medians of ratios "
-    "paired round by round, quartiles in brackets. Of several runs the one with the middle "
+    "too (--variants leaves variants out). --mode graph replays steps from CUDA graphs, ours at "
+    "planned widths (l0.graph), the oracle's at exact ones, captured outside the clock. S = other "
+    "/ ours, R = ours / oracle: medians of ratios paired round by round, quartiles in brackets. Of "
+    "several runs the one with the middle "
     "median counts; the JSON has all."
 )
 
@@ -94,6 +97,8 @@ class Setting:
         seed: of weights, data and gates.
         amp: autocast around forward and loss: "none", "bf16" or "fp16" (without loss scaling).
         optimizer: of ours: "torch", as the others have it, or "open-rows": `l0.optim.SGD`.
+        mode: "eager", or "graph": steps are replayed from CUDA graphs; on a CPU, which has none, a
+            dry run that launches each operator.
         threads: of the CPU; None: torch's choice.
         trained: folder of a run of `l0kernels train`, whose network and gates at its end are timed
             in place of model, batch and keep: see `trained`.
@@ -110,6 +115,7 @@ class Setting:
     seed: int = 0
     amp: str = "none"
     optimizer: str = "torch"
+    mode: str = "eager"
     threads: int | None = None
     trained: str | None = None
 
@@ -203,11 +209,14 @@ def measure(setting: Setting) -> Report:
         setting.seed,
         AMP[setting.amp],
         setting.optimizer == "open-rows",
+        setting.mode == "graph",
     )
     before = environment(setting.device)
     reasons = {name: why_not(task, name) for name in setting.variants}
     variants = tuple(name for name in setting.variants if not reasons[name])
     notes = [f"{name} is left out: {reason}" for name, reason in reasons.items() if reason]
+    if task.graph and task.device.type == "cpu":
+        notes.append("a dry run: a CPU has no graphs, and every operator was launched")
     if not variants:
         raise ValueError(f"expected a variant that can run, got {'; '.join(notes)}")
     gated = {n: make_arm(task, n) for n in variants if n not in UNGATED}
@@ -229,6 +238,10 @@ def check(setting: Setting) -> None:
     if setting.optimizer not in OPTIMIZERS:
         known = ", ".join(OPTIMIZERS)
         raise ValueError(f"expected an optimizer among {known}, got {setting.optimizer!r}")
+    if setting.mode not in MODES:
+        raise ValueError(f"expected a mode among {', '.join(MODES)}, got {setting.mode!r}")
+    if setting.mode == "graph" and setting.optimizer != "torch":
+        raise ValueError("expected torch's optimizer in graph mode, got 'open-rows'")
     if torch.device(setting.device).type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(f"expected a CUDA device for {setting.device!r}, found none")
 
@@ -239,6 +252,9 @@ def measure_row(
     for arm in gated.values():
         arm.set_open(keep)
     before = errors(task, gated)
+    if task.graph:
+        for arm in gated.values():
+            arm.capture()
     steps = steps_per_turn(task, gated)
     drawn = int(gated["ours"].net.l0.step) if "ours" in gated else 0  # pyright: ignore
     arms: dict[str, Arm | Oracle] = dict(gated)
@@ -250,11 +266,11 @@ def measure_row(
             arms[name] = oracle = Oracle(task, keep, drawn, steps, name == "oracle-onednn")
             last[name] = oracle.rebuild
         else:
-            arms[name] = rounded = make_arm(task, name, keep)
+            arms[name] = rounded = built_arm(task, name, keep)
             last[name] = rounded.step  # warm, as the other oracles are
     for name in ("dense", "torch-prune"):
         if name in variants:
-            arms[name] = make_arm(task, name, keep)
+            arms[name] = built_arm(task, name, keep)
     turns = {name: partial(repeated, arms[name].step, steps) for name in variants}
     runs = [
         interleave(
@@ -273,6 +289,14 @@ def measure_row(
     row = Row(keep, runs, steps, error_before=before, error_after=after)
     row.compare(variants)
     return row
+
+
+def built_arm(task: Task, name: str, keep: float) -> Arm:
+    """Return a variant without gates, captured where steps are."""
+    arm = make_arm(task, name, keep)
+    if task.graph:
+        arm.capture()
+    return arm
 
 
 def steps_per_turn(task: Task, gated: dict[str, Arm]) -> int:
@@ -305,6 +329,7 @@ def table(report: Report) -> str:
 def title(report: Report) -> str:
     setting, where = report.setting, report.environment
     how = f", autocast {setting.amp}, optimizer of ours {setting.optimizer}"
+    how += ", replayed from graphs" if setting.mode == "graph" else ""
     return (
         f"{setting.problem}{how if setting.trained is None else ''},"
         f" {setting.runs} x {setting.rounds} rounds;"

@@ -121,6 +121,29 @@ def test_steps_with_nearly_all_open_are_listed(tmp_path: Path):
     assert not list(readme.nearly_open_rows(tmp_path))
 
 
+def test_recipes_stand_beside_the_published_figures(tmp_path: Path):
+    published = {"what": "lam", "accuracy": 99.0, "left": 1.5, "units": "5-9", "confirmed": False}
+    seed = {
+        "seed": 3,
+        "arms": {"packed": {"accuracy": 98.5, "left_test": 0.021, "open_units": "4-8"}},
+    }
+    found = {
+        "recipe": "lenet5-hc",
+        "data": "mnist",
+        "settings": {"epochs": 7, "lam": [10.0, 0.5]},
+        "seeds": [seed],
+        "published": [published, {**published, "left": None, "confirmed": True}],
+    }
+    (tmp_path / "summary.json").write_text(json.dumps(found))
+    (row,) = readme.recipe_rows(tmp_path)
+    assert row[:4] == ("lenet5-hc on mnist", "7", "10,0.5", "3")
+    assert row[4:7] == ("1.50 %", "2.1 %", "4-8")
+    assert row[7] == "lam: 1.0 %, 1.5 %, 5-9 (not confirmed); lam: 1.0 %, 5-9"
+    command = "l0kernels train lenet5-hc --data DIR --epochs 7 --lam 10,0.5 --seed 3"
+    assert row[8] == f"`{command}`"
+    assert command in readme.tables(tmp_path)
+
+
 def test_figures_in_the_readme_are_those_that_were_recorded():
     if not (ROOT / "bench" / "results").is_dir():
         pytest.skip("bench/results is not part of a source distribution")

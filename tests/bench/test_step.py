@@ -3,11 +3,13 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from graph.recorder import TapeRecorder
 
 from l0kernels.bench import arms, models, peers, step
 from l0kernels.bench import cli as bench_cli
@@ -41,6 +43,39 @@ def test_ours_with_open_rows(tmp_path: Path):
     report = json.loads((tmp_path / "step.json").read_text())
     assert "--optimizer open-rows" in report["command"]
     assert report["rows"][0]["error_after"]["ours"] <= 1e-12
+
+
+def test_graph_mode_without_a_gpu_is_a_dry_run(tmp_path: Path):
+    what = [*QUICK, "--keep", ".5", "--variants", "dense,index-select,masked-best,oracle,ours"]
+    assert main([*what, "--mode", "graph", "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "step.json").read_text())
+    assert "--mode graph" in report["command"]
+    assert report["variants"] == ["dense", "masked-best", "oracle", "ours"]
+    left_out, dry = report["notes"]
+    assert "index-select is left out" in left_out and "a dry run" in dry
+    assert report["rows"][0]["error_after"]["ours"] <= 1e-12
+    assert "replayed from graphs" in (tmp_path / "step.md").read_text()
+
+
+@pytest.mark.parametrize("variant", ["dense", "masked-best", "ours"])
+def test_captured_steps_are_those_that_are_launched(variant: str, monkeypatch: pytest.MonkeyPatch):
+    task = arms.Task(models.network("lenet5"), 4, torch.device("cpu"))
+    eager = arms.make_arm(task, variant, 0.5)
+    monkeypatch.setattr("l0kernels._capture.recorder_for", lambda device: TapeRecorder())
+    captured = arms.make_arm(replace(task, graph=True), variant, 0.5)
+    torch.manual_seed(0)
+    captured.capture()
+    for _ in range(4):
+        captured.step()
+    # Making state, warming up and replays are steps, too.
+    steps = 4 + (3 if variant == "ours" else 2)
+    torch.manual_seed(0)
+    for _ in range(steps):
+        eager.step()
+    if isinstance(captured, arms.GraphArm) and captured.captured is not None:
+        captured.captured.flush()
+    for (name, got), expected in zip(captured.named.items(), eager.named.values(), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_json_is_complete(finished: Path):

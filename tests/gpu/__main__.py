@@ -24,6 +24,7 @@ from gpu.stages import Deadline, Result, Stage, run_stage, run_together
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 470
 PYTHON = sys.executable
+GRAPH = ["--mode", "graph", "--variants", "dense,masked-best,oracle,ours"]
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 CHECKED = "GPU and (test_shapes or test_more_than_one_block)"
 # Races are looked for in our own kernels: where Triton puts barriers is its compiler's matter.
@@ -83,16 +84,19 @@ def benchmarks(quick: bool) -> list[Stage]:
     rounds = ["--runs", "1", "--rounds", "3" if quick else "15"]
     return [
         _step("wrn-28-10", "bf16", rounds),
+        _step("wrn-28-10", "bf16", [*rounds, *GRAPH]),
+        _step("mlp-block-4096-16384", "bf16", [*rounds, *GRAPH], batch=8192),
         _module("experiments", "experiments", []),
         *[_module(f"op {name}", f"ops.{name}", [*options, *rounds]) for name, options in OPS],
         _step("vgg16", "none", rounds),
     ]
 
 
-def _step(model: str, amp: str, rounds: list[str]) -> Stage:
+def _step(model: str, amp: str, options: list[str], batch: int = 128) -> Stage:
     bench = [PYTHON, "-m", "l0kernels.cli", "bench", "step", "--device", "cuda", "--json"]
-    options = ["--model", model, "--batch", "128", "--amp", amp, "--keep", "1,.5,.25,.1"]
-    return Stage(f"step {model} {amp}", [*bench, *options, *rounds], 120, figures=True)
+    what = ["--model", model, "--batch", str(batch), "--amp", amp, "--keep", "1,.5,.25,.1"]
+    mode = " graph" if "graph" in options else ""
+    return Stage(f"step {model} {amp}{mode}", [*bench, *what, *options], 120, figures=True)
 
 
 def _module(name: str, module: str, options: list[str]) -> Stage:

@@ -801,3 +801,34 @@ def test_batches_and_losses_that_are_refused():
         step(batch()[0])
     with pytest.raises(ValueError, match=r"scalar tensor from the loss, got \(8, 5\)"):
         step(batch()[0])
+
+
+def cross_entropy(run: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(run(x), y)
+
+
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+COMPILED = {"cpu": {"backend": "aot_eager"}, "cuda": {"mode": "reduce-overhead"}}
+
+
+@pytest.mark.parametrize("kind", ["mlp", "lenet", "norm", "residual"])
+@pytest.mark.parametrize("on", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])])
+def test_eager_captured_and_compiled_steps_are_the_same(kind: str, on: str):
+    torch._dynamo.reset()
+    nets = [NETS[kind]().to(on)]
+    nets += [copy.deepcopy(nets[0]) for _ in range(2)]
+    optimizers = [sgd(net) for net in nets]
+    runs = [nets[0], torch.compile(nets[1], **COMPILED[on])]
+    captured = l0.graph(nets[2], optimizers[2], functools.partial(plain_loss, nets[2]))
+    for seed in range(12):
+        x, y = (t.to(on) for t in batch(seed=seed))
+        for net, run, optimizer in zip(nets, runs, optimizers, strict=False):
+            optimizer.zero_grad()
+            given = functools.partial(cross_entropy, run, x, y)
+            (l0.expected_loss(net, given) + l0.penalty(net)).backward()
+            optimizer.step()
+        captured(x, y)
+    captured.flush()
+    eager, *others = ([net.l0.step, *net.parameters()] for net in nets)
+    for other in others:
+        torch.testing.assert_close(other, eager, rtol=1e-3, atol=1e-4)
