@@ -140,8 +140,11 @@ class Arm:
             nesterov=True,
             fused=True,
         )
-        self.step: Callable[[], None] = self.eager_step
+        self.run: Callable[[], None] = self.eager_step
+
+    def step(self) -> None:
         """Draw, forward, penalty, backward and optimizer: all that a training step does."""
+        self.run()
 
     def capture(self) -> None:
         """Have steps replayed from a CUDA graph from now on; on a CPU they stay what they are."""
@@ -149,7 +152,7 @@ class Arm:
         if recorder is not None:
             self.eager_step()  # makes the optimizer's state
             recorder.warm(self.eager_step)
-            self.step = recorder.record(self.eager_step)
+            self.run = recorder.record(self.eager_step)
 
     def cast_loss(self, x: Tensor, y: Tensor) -> Tensor:
         """The loss under autocast."""
@@ -273,7 +276,7 @@ class GraphArm(Arm):
         def run() -> None:
             step(self.x, self.y)
 
-        self.step = run
+        self.run = run
         for _ in range(3):  # eager, warm, captured
             self.step()
 

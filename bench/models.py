@@ -119,7 +119,7 @@ class WideMLP(nn.Module):
 class MLPBlock(nn.Module):
     """The MLP of a transformer, width-4*width: LayerNorm, GELU, around it the residual stream."""
 
-    def __init__(self, kept: Callable[[int], int], width: int = 768):
+    def __init__(self, kept: Callable[[int], int], width: int):
         super().__init__()
         hidden = kept(4 * width)
         self.norm = nn.LayerNorm(width)
@@ -409,8 +409,8 @@ def wide_mlp() -> Network:
 
 def mlp_block(width: int) -> Network:
     """Return the MLP of a transformer; every row of a batch is a token."""
-    name, build = f"mlp-block-{width}-{4 * width}", partial(MLPBlock, width=width)
-    return Network(name, build, (width,), (Group("fc1", "fc2"),), classes=width)
+    name = f"mlp-block-{width}-{4 * width}"
+    return Network(name, MLPBlock, (width,), (Group("fc1", "fc2"),), classes=width)
 
 
 def lenet5() -> Network:

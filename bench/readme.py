@@ -123,6 +123,7 @@ def nearly_open_rows(folder: Path) -> Iterator[tuple[str, ...]]:
         setting = found["setting"]
         if not {"masked-best", "ours"} <= set(found["variants"]):
             continue
+        optimizer = ", l0.optim.SGD" if setting.get("optimizer") == "open-rows" else ""
         for row in found["rows"]:
             if row["keep"] < NEARLY_ALL or setting.get("trained"):
                 continue
@@ -130,7 +131,7 @@ def nearly_open_rows(folder: Path) -> Iterator[tuple[str, ...]]:
             median = middle_run(*arms).median
             low, high = interval_of_median(ratios_of_middle_run(*arms))
             yield (
-                f"{setting['model']} batch {setting['batch']}",
+                f"{setting['model']} batch {setting['batch']}{optimizer}",
                 f"{row['keep']:g}",
                 f"{median:.3f}",
                 f"{low:.3f} - {high:.3f}",

@@ -36,7 +36,7 @@ from l0kernels.ops.open_rows.op import DTYPES, rows_contiguous
 from l0kernels.ops.unpack_rows import KeptGradient
 from l0kernels.training import gates_of, root_of
 
-LEAST = 1 << 14
+LEAST = 1 << 18
 """Weights of fewer elements are updated whole, which takes no longer."""
 
 LOOKED_AT = 16

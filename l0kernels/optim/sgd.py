@@ -29,7 +29,7 @@ class SGD(FollowsDraws, torch.optim.SGD):
     each step has the matrix of its own settings.
 
     Weights whose first dimension has gates are treated so (``row_weights`` names them): float32 or
-    float64, contiguous or channels_last, of at least 16384 elements, read by one layer. On a CPU,
+    float64, contiguous or channels_last, of at least 262,144 elements, read by one layer. On a CPU,
     and not where ``torch.distributed`` is initialised, so are linear layers of which only the input
     features have gates: their weights and state are stored [I, O] from then on (strides change,
     shapes do not), and [O, I] again after ``revert``. All other parameters, and every weight in the
