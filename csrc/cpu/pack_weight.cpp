@@ -829,13 +829,20 @@ Tensor unpack_weights_into(const std::vector<Tensor>& grads, const std::vector<T
   GateGrads grad_z(gates, need_z);
   for (size_t i = 0; i < weights.size(); ++i) {
     const Arguments args = make_arguments(weights[i], gates, ports, i);
+    const Tensor& grad = grads[i];
+    bool fits = grad.dim() == weights[i].dim() &&
+                grad.size(0) == (args.transposed ? args.col : args.row).packed;
+    for (int64_t d = 1; fits && d < grad.dim(); ++d) {
+      fits = grad.size(d) == (d == 1 ? args.inputs().packed : weights[i].size(d));
+    }
+    require(fits, "grads: expected the shape of what was packed");
     const Tensor stored = args.transposed ? torch::stable::transpose(into[i], 0, 1) : into[i];
     require(same_layout(args.weight, stored), "into: expected the layout of its weight");
     require(written[i].scalar_type() == ScalarType::Bool && written[i].is_contiguous() &&
                 written[i].numel() == args.shape.rows,
             "written: expected contiguous bool of shape [", args.shape.rows, "]");
     auto* rows = static_cast<uint8_t*>(written[i].mutable_data_ptr());
-    unpack_to(args, grads[i], stored, rows, grad_z.sums());
+    unpack_to(args, grad, stored, rows, grad_z.sums());
   }
   return need_z ? grad_z.tensor() : nothing(z);
 }

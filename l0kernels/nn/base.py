@@ -253,7 +253,7 @@ class GatedLayer(nn.Module):
                 return self.weight, self.bias
             if gates.together:
                 return packing.take(self, gates, draw)
-            if self.weight in gates.kept and not torch.compiler.is_compiling():
+            if not torch.compiler.is_compiling() and self.weight in gates.kept:
                 return packing.pack({self: self.compute_dtype()}, gates, draw)[self]
         dtype = self.compute_dtype()
         weight = self._pack_one(self._out_in(self.weight), draw, dtype, columns=True)

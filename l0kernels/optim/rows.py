@@ -33,6 +33,7 @@ from l0kernels.gates.draw import Draw
 from l0kernels.nn.base import GatedLayer
 from l0kernels.ops.open_rows import open_rows
 from l0kernels.ops.open_rows.op import DTYPES, rows_contiguous
+from l0kernels.ops.pack_weight.reference import is_transposed
 from l0kernels.ops.unpack_rows import KeptGradient
 from l0kernels.training import gates_of, root_of
 
@@ -54,7 +55,7 @@ class Rows:
         weight: the parameter.
         layer: that reads it.
         port: of the gates that its rows have.
-        of_inputs: whether rows are the second dimension of a matrix, stored [I, O] from `adopt` on.
+        of_inputs: whether rows are the second dimension of a matrix, stored [I, O].
     """
 
     def __init__(
@@ -73,6 +74,10 @@ class Rows:
     def view(self, tensor: Tensor) -> Tensor:
         """The weight, or what is like it, with its rows first."""
         return tensor.t() if self.of_inputs else tensor
+
+    def lies(self, tensor: Tensor) -> bool:
+        """Whether rows of the weight, or of what is like it, lie one after the other."""
+        return not self.of_inputs or tensor.t().is_contiguous()
 
     def store(self, of_inputs: bool, *tensors: Tensor) -> None:
         """Have a matrix and its state lie in memory as [I, O], or as [O, I]."""
@@ -137,6 +142,8 @@ class FollowsDraws(Optimizer):
         if rows.of_inputs:
             state = self.state.get(rows.weight, {}).values()
             like = [t for t in state if isinstance(t, Tensor) and t.shape == rows.weight.shape]
+            if rows.weight.grad is not None and not rows.weight.grad.is_sparse:
+                rows.weight.grad = rows.weight.grad.contiguous()
             rows.store(False, rows.weight, *like)
 
     @property
@@ -182,6 +189,7 @@ class FollowsDraws(Optimizer):
             self.flush()
             return
         self._check_unwritten()
+        self._store_again()
         self._drawn = True
         for group, rows in self._followed():
             self._catch_up(rows, group, rows.open_in(draw), self._now + 1)
@@ -199,6 +207,7 @@ class FollowsDraws(Optimizer):
         if self._now == 0:
             return
         self._check_unwritten()
+        self._store_again()
         for group, rows in self._followed():
             self._catch_up(rows, group, None, self._now)
             rows.last -= self._now
@@ -233,6 +242,12 @@ class FollowsDraws(Optimizer):
                 f"behind, got {', '.join(written)} written by somebody else; call flush() before"
             )
 
+    def _store_again(self) -> None:
+        """Weights that got other memory lie as they do in a plain layer."""
+        for rows in self._rows.values():
+            if not rows.lies(rows.weight):
+                rows.store(True, rows.weight)
+
     # Steps.
 
     @torch.no_grad()
@@ -256,14 +271,21 @@ class FollowsDraws(Optimizer):
             # The forward ran under a draw that an earlier step knows too (``hold``).
             self.drawn(draw)
         self._check_unwritten()
+        self._store_again()
         for rows in self._rows.values():
             self._check_gradient(rows)
         for group in self.param_groups:
             self._check_group(group)
         parts = [self._parts(number, group) for number, group in enumerate(self.param_groups)]
         for group, (whole, _) in zip(self.param_groups, parts, strict=True):
+            followed = [self._rows[weight] for weight in whole if weight in self._rows]
+            for rows in followed:
+                grad = rows.weight.grad
+                if grad is not None and not grad.is_sparse and not rows.lies(grad):
+                    # PyTorch's fused updates go through memory, not through indices.
+                    rows.weight.grad = torch.empty_like(rows.weight).copy_(grad)
             self._update_whole(group, whole)
-            self._lay_out(self._rows[weight] for weight in whole if weight in self._rows)
+            self._lay_out(followed)
         for group, (_, partly) in zip(self.param_groups, parts, strict=True):
             for rows in partly:
                 self._update(rows, group)
@@ -411,7 +433,9 @@ def _gated(root: nn.Module) -> Iterable[Rows]:
         of_inputs = port < 0 and _may_be_turned(layer, weight)
         if of_inputs:
             port = layer.in_port
-        fits = weight.dtype in DTYPES and rows_contiguous(weight) and weight.numel() >= LEAST
+        # Of a copy, or taken over from another optimizer, it is stored so already.
+        stored = weight.t() if of_inputs and is_transposed(weight) else weight
+        fits = weight.dtype in DTYPES and rows_contiguous(stored) and weight.numel() >= LEAST
         if port >= 0 and fits and owners[id(weight)] == 1:
             yield Rows(f"{name}.weight", weight, layer, port, of_inputs)
 
@@ -423,8 +447,10 @@ def _may_be_turned(layer: GatedLayer, weight: Tensor) -> bool:
     buckets of DDP expect gradients that lie as weights did when it was made.
     """
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    on_cpu = weight.device.type == "cpu"
-    return isinstance(layer, nn.Linear) and on_cpu and not layer.reads_constants and not distributed
+    # A matrix of one row or column lies both ways.
+    is_matrix = weight.device.type == "cpu" and weight.dim() == 2 and min(weight.shape) > 1
+    plain = isinstance(layer, nn.Linear) and not layer.reads_constants
+    return plain and is_matrix and not distributed
 
 
 def turned(*tensors: Tensor | None) -> bool:

@@ -32,16 +32,18 @@ class SGD(FollowsDraws, torch.optim.SGD):
     float64, contiguous or channels_last, of at least 262,144 elements, read by one layer. On a CPU,
     and not where ``torch.distributed`` is initialised, so are linear layers of which only the input
     features have gates: their weights and state are stored [I, O] from then on (strides change,
-    shapes do not), and [O, I] again after ``revert``. All other parameters, and every weight in the
-    step that makes its momentum buffer, are updated by PyTorch. On a CPU open rows are updated in
+    shapes do not; ``parameters_to_vector`` refuses them), and [O, I] again after ``revert``. All
+    other parameters, and every weight in the step that makes its momentum buffer, are updated by
+    PyTorch. On a CPU open rows are updated in
     C++; on a GPU, and where the library is not built, by PyTorch operations. On a GPU these are
     many small launches, and the host waits several times per weight and step, at the draw and in
     ``step``: ``torch.optim.SGD`` is the better choice there. ``use_impl`` of "cuda" or "triton",
     which have no kernels for it, raises.
 
-    On a CPU the gradient of such a weight lies in memory that is kept, as large as the weight, and
-    used again as soon as nobody has the gradient any more: its closed rows are zero already. Writes
-    to a gradient are noticed, but for those through ``.data``: every 16th step looks for them.
+    On a CPU, and not where ``torch.distributed`` is initialised, the gradient of such a weight lies
+    in memory that is kept, as large as the weight, and used again as soon as nobody has the
+    gradient any more: its closed rows are zero already. PyTorch counts writes to a gradient; every
+    16th step looks for those that it does not count (through ``.data``, ``.numpy()``), which raise.
 
     Draws in training mode bring their open rows up to date. These flush: draws in eval mode (thus
     evaluation and ``frozen``), ``state_dict`` and ``load_state_dict`` of the optimizer and of the

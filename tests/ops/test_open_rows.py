@@ -78,7 +78,7 @@ def test_operator_is_registered_as_it_behaves(op_impl):
     if op_impl != "cpp":
         pytest.skip("opcheck is of the dispatcher's operator, the compiled one on a CPU")
     checks = ("test_schema", "test_autograd_registration")
-    opcheck(op._ROWS, (torch.randn(4, 3), torch.tensor([0, 1, 2, 1]), 1), test_utils=checks)
+    opcheck(op._ROWS, (torch.randn(4, 3), torch.tensor([0, 1, 2, 1]), 1, None), test_utils=checks)
 
 
 def test_bad_arguments(impl):
@@ -89,3 +89,14 @@ def test_bad_arguments(impl):
             ValueError, match=r"last: expected int64 of one entry per row of \[2, 2"
         ):
             open_rows(torch.zeros(2, 2), last, 0)
+
+
+def test_rows_that_are_known_to_be_zero_are_not_read(impl, device):
+    grad = torch.ones(4, 3, device=device)
+    last = torch.tensor([5, 4, 5, 4], device=device)
+    written = torch.tensor([True, True, False, False], device=device)
+    assert open_rows(grad, last, 5, written) == 1
+    assert last.tolist() == [6, 4, 5, 4]
+    for wrong in (written.int(), written[:3]):
+        with pytest.raises(ValueError, match=r"written: expected bool of shape \[4\], got"):
+            open_rows(grad, last, 5, wrong)

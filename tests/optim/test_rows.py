@@ -786,10 +786,25 @@ def test_memory_is_given_up_where_it_ends(common):
     ours, mine, *_ = pair(**common)
     assert len(ours.l0.kept) == len(mine.row_weights)
     assert not copy.deepcopy(ours).l0.kept
+    names = mine.row_weights
     second = ours_of(ours, **common)
-    assert len(ours.l0.kept) == len(second.row_weights) > 0
+    assert second.row_weights == names and len(ours.l0.kept) == len(names) > 0
+    copied = copy.deepcopy(ours)
+    assert ours_of(copied, **common).row_weights == names
     l0.revert(ours)
     assert not second._rows
+
+
+def test_gradients_may_change_after_the_step(common):
+    """As those of a network that another loss reads too, as the critic of a GAN."""
+    ours, mine, theirs, reference = pair(**common)
+    for net, optimizer in ((ours, mine), (theirs, reference)):
+        for step in range(40):
+            train(net, optimizer, [step])
+            loss_of(net, 100 + step).backward()
+            if step % 5 == 4 and net is ours:
+                mine.flush()
+    assert_same(ours, mine, theirs, reference)
 
 
 def test_gradients_that_are_kept_by_others_stay_as_they_are(common):
@@ -864,9 +879,20 @@ def test_readers_of_constants_are_left_to_torch(common):
     assert ours_of(net, **common).row_weights == ["0.weight"]
 
 
-def test_gradients_that_lie_otherwise(common):
+@pytest.mark.parametrize("setting", ["nesterov", "AdamW, fused", "AdamW, foreach"])
+@pytest.mark.parametrize("made", ["before", "after"])
+def test_gradients_that_lie_otherwise(setting, made):
     """As those of DDP do, whose memory is there before the optimizer."""
-    ours, mine, theirs, reference = pair(**common)
+    options = {"fused": True, **SETTINGS[setting]} if setting == "nesterov" else SETTINGS[setting]
+    ours = double()
+    theirs = copy.deepcopy(ours)
+    if made == "after":
+        for net in (ours, theirs):
+            loss_of(net, 99).backward()
+    mine, reference = ours_of(ours, **options), plain(theirs, **options)
+    if made == "after":
+        mine.step()
+        reference.step()
     for net, optimizer in ((ours, mine), (theirs, reference)):
         for step in range(12):
             optimizer.zero_grad()
@@ -875,3 +901,36 @@ def test_gradients_that_lie_otherwise(common):
                 p.grad = p.grad.contiguous()
             optimizer.step()
     assert_same(ours, mine, theirs, reference)
+
+
+def test_gradients_from_before_the_end(common):
+    ours, mine, theirs, reference = pair(**{**common, "fused": True})
+    for net, optimizer in ((ours, mine), (theirs, reference)):
+        train(net, optimizer, range(5))
+        optimizer.zero_grad()
+        loss_of(net, 5).backward()
+        if net is ours:
+            mine.release()
+        optimizer.step()
+    assert_same(ours, mine, theirs, reference)
+
+
+def test_weights_that_get_other_memory(common):
+    ours, mine, theirs, reference = pair(**common)
+    for net, optimizer in ((ours, mine), (theirs, reference)):
+        for step in range(12):
+            train(net, optimizer, [step])
+            if net is ours:
+                mine.flush()
+            net.fc2.weight.data = net.fc2.weight.data.contiguous()
+    assert_same(ours, mine, theirs, reference)
+
+
+def test_matrices_of_one_row_are_left_to_torch(common):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 40), nn.ReLU(), nn.Linear(40, 1))
+    l0.convert(net, "hard_concrete", example_inputs=(torch.randn(4, 6),))
+    optimizer = ours_of(net, **common)
+    assert optimizer.row_weights == ["0.weight"]
+    net(torch.randn(4, 6)).sum().backward()
+    optimizer.step()

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The gradient of a weight whose memory is used again when nobody has it any more."""
 
+import threading
 import weakref
 
 import torch
@@ -15,7 +16,9 @@ class KeptGradient:
 
     What is lent is a tensor like any other: it can be changed, kept and accumulated into. It is
     lent again only when nothing refers to its memory any more, neither itself nor a view, and its
-    rows count as known only if `is_as_written` has said so after it was written.
+    rows count as known only if its version counter says that nobody has changed it since it was
+    written. Collectives change tensors without telling the counter: where ``torch.distributed`` is
+    initialised nothing is lent.
 
     Args:
         weight: float32 or float64, dense.
@@ -23,24 +26,29 @@ class KeptGradient:
 
     def __init__(self, weight: Tensor) -> None:
         self._memory = torch.zeros_like(weight, requires_grad=False)
-        self.written = torch.zeros(stored_rows(weight).shape[0], dtype=torch.bool)
+        rows = stored_rows(weight).shape[0]
+        self.written = torch.zeros(rows, dtype=torch.bool, device=weight.device)
         self._borrower: weakref.ref | None = None
-        self._version = 0
-        self._is_known = True
+        self._counter: Tensor | None = None  # shares the version counter of what was lent
+        self._version: int | None = None  # as it was written; None: it was not
+        self._lock = threading.Lock()
 
     def lend(self, weight: Tensor) -> Tensor | None:
         """The memory as a tensor; None if somebody has it, or it does not fit the weight now."""
-        if self._borrower is not None and self._borrower() is not None:
+        if not same_layout(self._memory, weight) or _is_distributed():
             return None
-        if not same_layout(self._memory, weight):
-            return None
-        if not self._is_known:
-            self.written.fill_(True)
-        self._is_known = False
-        # A tensor made from an array holds it as long as anything refers to the tensor's memory.
-        array = self._memory.numpy()[...]
-        self._borrower = weakref.ref(array)
-        return torch.from_numpy(array)
+        with self._lock:
+            if self._borrower is not None and self._borrower() is not None:
+                return None
+            if self._counter is not None and not self._is_untouched():
+                self.written.fill_(True)
+            # A tensor made from an array holds it as long as anything refers to its memory.
+            array = self._memory.numpy()[...]
+            self._borrower = weakref.ref(array)
+            lent = torch.from_numpy(array)
+            self._counter, self._version = lent.detach(), None
+            self._counter.data = torch.empty(0)  # the counter without the memory
+            return lent
 
     def has_written(self, lent: Tensor) -> None:
         """The lent tensor is what `written` says now."""
@@ -48,7 +56,11 @@ class KeptGradient:
 
     def is_as_written(self, grad: Tensor) -> bool:
         """Whether a gradient is the lent one, and nobody has changed it; then `written` holds."""
-        if grad.data_ptr() != self._memory.data_ptr():
-            return False
-        self._is_known = grad._version == self._version
-        return self._is_known
+        return grad.data_ptr() == self._memory.data_ptr() and self._is_untouched()
+
+    def _is_untouched(self) -> bool:
+        return self._counter is not None and self._counter._version == self._version
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
