@@ -243,7 +243,7 @@ class FollowsDraws(Optimizer):
             )
 
     def _store_again(self) -> None:
-        """Weights that got other memory lie as they do in a plain layer."""
+        """Turn weights that somebody gave other memory, in which they lie as in a plain layer."""
         for rows in self._rows.values():
             if not rows.lies(rows.weight):
                 rows.store(True, rows.weight)
