@@ -243,13 +243,15 @@ def test_copies_run_dense_too(copied):
     assert dense_groups(twin) == {0, 1}
 
 
-def test_an_optimizer_of_open_rows():
+def test_an_optimizer_of_open_rows(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("l0kernels.optim.rows.LEAST", 1)
     runs = []
     for make_optimizer in (torch.optim.SGD, l0.optim.SGD):
         net = converted("mlp").double()
         extra = {} if make_optimizer is torch.optim.SGD else {"model": net}
         groups = l0.param_groups(net, lr=0.1, weight_decay=1e-2)
         optimizer = make_optimizer(groups, lr=0.1, momentum=0.9, **extra)
+        assert not extra or optimizer.row_weights
         x, y = batch(BATCH)
         for _ in range(5):
             step(net, x.double(), y)
