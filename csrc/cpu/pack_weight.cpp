@@ -812,10 +812,8 @@ std::vector<Tensor> pack_weights_backward(std::vector<Tensor> grads, std::vector
 
 bool same_layout(const Tensor& a, const Tensor& b) {
   bool same = a.dim() == b.dim() && a.scalar_type() == b.scalar_type();
-  for (int64_t d = 0; same && d < a.dim(); ++d) {
-    same = a.size(d) == b.size(d) && (a.size(d) == 1 || a.stride(d) == b.stride(d));
-  }
-  return same;
+  for (int64_t d = 0; same && d < a.dim(); ++d) same = a.size(d) == b.size(d);
+  return same && same_strides(a, b);
 }
 
 }  // namespace

@@ -34,7 +34,7 @@ from l0kernels.nn.base import GatedLayer
 from l0kernels.ops.open_rows import open_rows
 from l0kernels.ops.open_rows.op import DTYPES, rows_contiguous
 from l0kernels.ops.pack_weight.reference import is_transposed
-from l0kernels.ops.unpack_rows import KeptGradient
+from l0kernels.ops.unpack_rows.kept import KeptGradient, is_distributed
 from l0kernels.training import gates_of, root_of
 
 LEAST = 1 << 18
@@ -446,11 +446,10 @@ def _may_be_turned(layer: GatedLayer, weight: Tensor) -> bool:
     A GPU packs matrices stored so by a copy; readers of constants learn from closed features; the
     buckets of DDP expect gradients that lie as weights did when it was made.
     """
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     # A matrix of one row or column lies both ways.
     is_matrix = weight.device.type == "cpu" and weight.dim() == 2 and min(weight.shape) > 1
     plain = isinstance(layer, nn.Linear) and not layer.reads_constants
-    return plain and is_matrix and not distributed
+    return plain and is_matrix and not is_distributed()
 
 
 def turned(*tensors: Tensor | None) -> bool:

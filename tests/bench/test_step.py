@@ -75,7 +75,7 @@ def test_captured_steps_are_those_that_are_launched(variant: str, monkeypatch: p
     if isinstance(captured, arms.GraphArm) and captured.captured is not None:
         captured.captured.flush()
     for (name, got), expected in zip(captured.named.items(), eager.named.values(), strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7, msg=name)
 
 
 def test_json_is_complete(finished: Path):

@@ -35,7 +35,7 @@ class KeptGradient:
 
     def lend(self, weight: Tensor) -> Tensor | None:
         """The memory as a tensor; None if somebody has it, or it does not fit the weight now."""
-        if not same_layout(self._memory, weight) or _is_distributed():
+        if not same_layout(self._memory, weight) or is_distributed():
             return None
         with self._lock:
             if self._borrower is not None and self._borrower() is not None:
@@ -62,5 +62,6 @@ class KeptGradient:
         return self._counter is not None and self._counter._version == self._version
 
 
-def _is_distributed() -> bool:
+def is_distributed() -> bool:
+    """Whether other processes may take part in gradients."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()

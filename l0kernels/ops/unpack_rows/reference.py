@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`unpack_rows` in plain PyTorch: the oracle of the kernel, and what runs without it."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -11,17 +9,7 @@ from l0kernels.ops.pack_weight.reference import is_transposed
 
 
 @torch.no_grad()
-def unpack_rows(
-    grads: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    z: Tensor,
-    index: Tensor,
-    maps: Tensor,
-    spans: Sequence[int],
-    into: Sequence[Tensor],
-    written: Sequence[Tensor],
-    need_z: bool,
-) -> Tensor:
+def unpack_rows(grads, weights, z, index, maps, spans, into, written, need_z) -> Tensor:
     """See ``l0kernels.ops.unpack_rows.op.unpack_rows``; ``spans`` is flat."""
     needed = [True] * len(weights)
     *found, grad_z = list_backward(grads, weights, z, index, maps, spans, needed, need_z)
