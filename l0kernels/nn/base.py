@@ -195,12 +195,18 @@ class GatedLayer(nn.Module):
         weight, bias = self.packed_parameters(draw)
         x = self.select_inputs(x, dim, draw, weight)
         if constants is None:
-            return self.compute(x, weight, bias, *args, **kwargs)
+            return self.compute_drawn(draw, x, weight, bias, *args, **kwargs)
         columns, _ = self._once(draw, ("closed", self.compute_dtype()), self._pack_closed)
         shared = self.compute(constants, columns, bias, *args, **kwargs)
         if shared.numel() == weight.shape[0]:  # one position
             return self.compute(x, weight, shared.flatten(), *args, **kwargs)
         return add_shared(self.compute(x, weight, None, *args, **kwargs), shared)
+
+    def compute_drawn(
+        self, draw: Draw, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """``compute``, for layers that do something else with parameters packed for a draw."""
+        return self.compute(x, weight, bias, *args, **kwargs)
 
     def _example_gates(self, x: Tensor, dim: int, draw: Draw) -> tuple[Tensor, Tensor]:
         """Gates of every example of ``x``, and the map of its features to them."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from l0kernels._config import current_impl
+from l0kernels.gates.draw import Draw
 from l0kernels.gates.ref import GateRef
+from l0kernels.nn import repack
 from l0kernels.nn.base import GatedLayer
 
 
@@ -106,6 +108,29 @@ class _GatedForwardConv(_GatedConv):
             padding = 0
         groups = self.packed_groups(weight)
         return self._function(x, weight, bias, self.stride, padding, self.dilation, groups)
+
+    def compute_drawn(
+        self, draw: Draw, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        if not (self._packs_again(x, weight) and repack.pays(x, weight, draw)):
+            return self.compute(x, weight, bias)
+        assert self.gates is not None
+        x, bias = x.to(weight.dtype), None if bias is None else bias.to(weight.dtype)
+        pack = repack.packer(self, self.gates, draw, weight.dtype)
+        padding = cast("tuple[int, ...]", self.padding)
+        options = repack.Options(self.stride, padding, self.dilation)
+        return repack.Convolution.apply(x, weight, bias, options, pack)
+
+    def _packs_again(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether its packed weight is a copy, and its convolution a plain one of a batch."""
+        return (
+            self.packs_together
+            and weight is not self.weight
+            and self.groups == 1
+            and self.padding_mode == "zeros"
+            and not isinstance(self.padding, str)
+            and x.dim() == weight.dim()
+        )
 
 
 class GatedConv1d(_GatedForwardConv, nn.Conv1d):

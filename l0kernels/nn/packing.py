@@ -148,6 +148,11 @@ class _Part(NamedTuple):
     span: tuple[int, int, int, int]
 
 
+def weight_part(layer: GatedLayer, gates: Gates, draw: Draw) -> _Part | None:
+    """What is packed of a layer's weight; None: nothing is."""
+    return next((part for part in _parts_of(layer, gates, draw) if part.name == "weight"), None)
+
+
 def _parts_of(layer: GatedLayer, gates: Gates, draw: Draw) -> Iterator[_Part]:
     out_port = layer.out_port if gates.drops(layer.out_port, draw) else -1
     in_port = -1 if layer.in_port in draw.dense else layer.in_port
