@@ -3,15 +3,20 @@
 
 The PyTorch arms draw, clamp, stretch and penalise as networks with L0 layers commonly do, once per
 layer or once over all gates in one tensor. They do not list the open gates; `sample_gates` does.
+
+A shape that ends in `:arm` is `arm_gradient`: the noise of a draw, weighed by the difference of two
+losses. The PyTorch arm has kept the noise; ours draws it again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from l0kernels.functional import GateLayout, sample_gates
+from l0kernels.functional import GateLayout, arm_gradient, sample_gates
+from l0kernels.gates.examples import uniform
+from l0kernels.ops.sample_gates.reference import noise_k
 
 from ..masked import draw_noise, hard_concrete, log_alpha_for, open_probability
 from ..operators import GRADIENT, Operator, Way, layer_sizes
@@ -22,7 +27,8 @@ MODELS = {
     "llama-7b": (11008,) * 32,
 }
 """Gates of each layer: a wide residual network's inner channels, a language model's neurons."""
-MEANING = f"{' or '.join(MODELS)}, or layers x gates"
+ARM = ":arm"
+MEANING = f"{' or '.join(MODELS)}, or layers x gates; then {ARM} or nothing"
 
 
 def one_port_per_group(sizes: Sequence[int], device: torch.device | str = "cpu") -> GateLayout:
@@ -97,6 +103,39 @@ class Problem:
         return {"forward": gates * (3.0 * size + 16), "backward": 4.0 * gates * size}
 
 
+@dataclass
+class ArmProblem:
+    """The estimate of ARM for all gates of a network.
+
+    Args:
+        difference: of the two losses.
+        factor: of each gate.
+        noise: of each gate, what the plain way has kept.
+        key: seed and step.
+    """
+
+    difference: Tensor
+    factor: Tensor
+    noise: Tensor
+    key: Tensor
+
+    def ours(self) -> list[Tensor]:
+        return [arm_gradient(self.difference, self.factor, self.key)]
+
+    def plain(self) -> list[Tensor]:
+        return [self.difference * self.factor * (self.noise - 0.5)]
+
+    def ways(self) -> dict[str, Way]:
+        def way(run: Callable[[], list[Tensor]]) -> Way:
+            return Way(run, [], [], lambda y, _: {"estimate": y[0]})
+
+        return {"ours": way(self.ours), "plain": way(self.plain)}
+
+    def work(self) -> dict[str, float]:
+        """Bytes: reads a factor and writes an estimate for each gate."""
+        return {"forward": 2.0 * len(self.factor) * self.factor.itemsize}
+
+
 def make_problem(
     shape: str,
     fraction: float,
@@ -123,12 +162,32 @@ def make_problem(
     )
 
 
+def make_arm_problem(shape: str, dtype: torch.dtype, device: torch.device | str) -> ArmProblem:
+    """Draws the noise of all gates, and what it is weighed by."""
+    gates, key = sum(layer_sizes(shape, MODELS, MEANING)), torch.tensor([0, 1], device=device)
+    return ArmProblem(
+        torch.randn((), dtype=dtype, device=device),
+        torch.rand(gates, dtype=dtype, device=device),
+        uniform(noise_k(key, gates)).to(dtype),
+        key,
+    )
+
+
+def make(
+    shape: str, fraction: float, dtype: torch.dtype, device: torch.device
+) -> Problem | ArmProblem:
+    """Makes the problem of a shape; the open fraction decides nothing for the estimate of ARM."""
+    if shape.endswith(ARM):
+        return make_arm_problem(shape.removesuffix(ARM), dtype, device)
+    return make_problem(shape, fraction, dtype, device)
+
+
 OPERATOR = Operator(
     "sample_gates",
-    make_problem,
+    make,
     MEANING,
-    shapes=tuple(MODELS),
-    small=("3x20",),
+    shapes=(*MODELS, *(model + ARM for model in MODELS)),
+    small=("3x20", f"3x20{ARM}"),
     dtypes=("f64", "f32"),
     unit="GB/s",
 )
