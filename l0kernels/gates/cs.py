@@ -51,6 +51,8 @@ class ContinuousSparsification(WeightGates):
 
     No gate is exactly 0 before sigmoid underflows (see ``functional.masked_weight``), so training
     computes everything until then; ``skip_below`` closes gates earlier and is an approximation.
+    With it, outputs and inputs whose weights are all closed are left out, too: from the second
+    round on there are such from its start, because what has lost stays where it was.
 
     Args:
         groups: name -> number of units, or for gates of single weights (``nn.MaskedLinear``,
@@ -110,7 +112,11 @@ class ContinuousSparsification(WeightGates):
             beta = self.beta.clone()
             parts = self._parts(self.log_alpha)
             options = beta, self.scale, self.skip_below
-            self._draw_masks({name: Mask(part, *options) for name, part in parts.items()})
+            masks = {name: Mask(part, *options) for name, part in parts.items()}
+            # Without skip_below gates are closed by underflow alone, late in a round: not looked
+            # for, because the host would wait for it.
+            sides = self._open_sides(self._closed) if self.skip_below > 0 else None
+            self._draw_masks(masks, sides, dense=False)
         elif self.shapes:
             self._draw_test_gates()
         elif soft:

@@ -40,6 +40,10 @@ class Sides(NamedTuple):
     columns: Tensor
 
 
+def _not_positive(alpha: Tensor) -> Tensor:
+    return ~(alpha > 0)
+
+
 def _times(gates: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     return (weight * gates).masked_fill(gates == 0, 0).to(dtype)
 
@@ -47,9 +51,9 @@ def _times(gates: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 class WeightGates(Gates):
     """Gates of units or of single weights, open where ``alpha`` is above 0 at test.
 
-    Where gates are constants or steps, outputs and inputs of a layer whose weights are all closed
-    are left out of its computation, if that saves enough (`LEAST_SAVED`): half the outputs and half
-    the inputs of a 3x3 convolution from 64 to 64 channels, say.
+    Where the host knows which gates are closed, outputs and inputs of a layer whose weights are all
+    closed are left out of its computation, if that saves enough (`LEAST_SAVED`): half the outputs
+    and half the inputs of a 3x3 convolution from 64 to 64 channels, say.
 
     Args:
         groups: name -> number of units, or for gates of single weights the shape of the weight;
@@ -186,8 +190,12 @@ class WeightGates(Gates):
         return draw
 
     @torch.no_grad()
-    def _open_sides(self) -> dict[str, Sides]:
-        """What the test gates leave open, for weights that have sides.
+    def _open_sides(self, closed: Callable[[Tensor], Tensor] = _not_positive) -> dict[str, Sides]:
+        """What gates leave open, for weights that have sides.
+
+        Args:
+            closed: which parameters have a closed gate: with one, all that are lower; default
+                those of the test gates.
 
         Raises:
             ValueError: NaN in log_alpha (on a CPU).
@@ -203,7 +211,7 @@ class WeightGates(Gates):
         found = {}
         for name in self._sided():
             columns = parts[name].amax(0).view(self.shapes[name][1], -1).amax(1)
-            found[name] = Sides(rows[name] > 0, columns > 0)
+            found[name] = Sides(~closed(rows[name]), ~closed(columns))
         return found
 
 

@@ -264,6 +264,38 @@ def test_tickets_are_trained_on_their_block(monkeypatch):
     torch.testing.assert_close(mine, other * 2 * inside(where, (7, 5)), **CLOSE)
 
 
+@pytest.mark.parametrize("beta", [1.0, 30.0])
+def test_soft_gates_below_a_threshold_leave_sides_out(monkeypatch, beta):
+    """What is computed and learned is the same as without the block."""
+    gates = l0.gates.ContinuousSparsification({"w": (7, 5)}, skip_below=1e-3)
+    layer = l0.nn.MaskedLinear(5, 7, gate=gates["w"])
+    net = gates.attach(nn.Sequential(layer)).double()
+    where = BLOCKS["some of each"]
+    torch.manual_seed(1)
+    with torch.no_grad():
+        gates.beta.fill_(beta)
+        # sigmoid(-6.9) is 1e-3. On the block some are closed, too.
+        scores = torch.where(inside(where, (7, 5)) > 0, torch.randn(7, 5).abs(), -7.0 / beta)
+        scores[3, 1] = -8.0 / beta
+        gates.log_alpha.copy_(scores.flatten())
+    x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(4, 7, dtype=torch.float64)
+    found = {}
+    for least in (0, 10**9):
+        monkeypatch.setattr(weights, "LEAST_SAVED", least)
+        y = net(x)
+        some = layer.open_block(gates.current_draw())
+        assert (some is None) == (least > 0)
+        if some is not None:
+            assert [side.tolist() for side in some[:2]] == [list(side) for side in where]
+        leaves = (x, layer.weight, layer.bias, gates.log_alpha)
+        found[least] = (y, *torch.autograd.grad(y, leaves, upstream))
+    for one, other in zip(*found.values(), strict=True):
+        torch.testing.assert_close(one, other, **CLOSE)
+    closed = scores.flatten() * beta < -6.9
+    assert bool((found[0][-1][closed] == 0).all()) and bool((found[0][-1][~closed] != 0).all())
+
+
 @pytest.mark.parametrize("closed, left_out", [(384, True), (128, False)])
 def test_closed_sides_are_left_out_where_that_saves_enough(closed, left_out):
     gates = l0.gates.StraightThrough({"w": (512, 512)})
