@@ -60,6 +60,8 @@ class ContinuousSparsification(WeightGates):
         lam: weight of the penalty, one number or one per group.
         n_train: size of the training set; the penalty is divided by it.
         seed: kept for checkpoints, as all methods have one; nothing is drawn.
+        lam_warmup: part of the round, up to 1, over which ``lam`` grows from 0: see
+            ``set_progress``.
         initial: score that all gates start with: with more, more stay open.
         final_beta: beta at the end of a round, above 1.
         rescale: whether c is 1 / sigmoid(initial), else 1.
@@ -80,12 +82,13 @@ class ContinuousSparsification(WeightGates):
         lam: float | Mapping[str, float] = 1.0,
         n_train: int = 1,
         seed: int = 0,
+        lam_warmup: float = 0.0,
         initial: float = 0.0,
         final_beta: float = 200.0,
         rescale: bool = True,
         skip_below: float = 0.0,
     ) -> None:
-        super().__init__(groups, lam=lam, n_train=n_train, seed=seed)
+        super().__init__(groups, lam=lam, n_train=n_train, seed=seed, lam_warmup=lam_warmup)
         if not math.isfinite(initial):
             raise ValueError(f"initial: expected a finite number, got {initial}")
         if not 1 < final_beta < math.inf:

@@ -62,6 +62,8 @@ class StraightThrough(WeightGates):
         lam: price of a connection, one number or one per group.
         n_train: what the penalty is divided by.
         seed: kept for checkpoints, as all methods have one; nothing is drawn.
+        lam_warmup: part of the training, up to 1, over which ``lam`` grows from 0: see
+            ``set_progress``.
         initial: m that all connections start with; above 0 all are open.
         proxy: ``"identity"``, ``"leaky_relu"`` or ``"softplus"``.
         slope: of leaky ReLU for m <= 0, above 0.
@@ -86,6 +88,7 @@ class StraightThrough(WeightGates):
         lam: float | Mapping[str, float] = 1.0,
         n_train: int = 1,
         seed: int = 0,
+        lam_warmup: float = 0.0,
         initial: float = 1.0,
         proxy: str = "identity",
         slope: float = 0.01,
@@ -94,7 +97,7 @@ class StraightThrough(WeightGates):
         epsilon: float = 1e-12,
         refresh_every: int = 1,
     ) -> None:
-        super().__init__(groups, lam=lam, n_train=n_train, seed=seed)
+        super().__init__(groups, lam=lam, n_train=n_train, seed=seed, lam_warmup=lam_warmup)
         if not self.shapes:
             raise ValueError(f"groups: expected shapes of weights, got {dict(groups)}")
         if not math.isfinite(initial):

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -112,7 +113,8 @@ class _GatedForwardConv(_GatedConv):
     def compute_drawn(
         self, draw: Draw, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any
     ) -> Tensor:
-        if not (self._packs_again(x, weight) and repack.pays(x, weight, draw)):
+        # Asked first: compiled code would be made anew for every answer to the other questions.
+        if torch.compiler.is_compiling() or not self._packs_again(draw, x, weight, bias):
             return self.compute(x, weight, bias)
         assert self.gates is not None
         x, bias = x.to(weight.dtype), None if bias is None else bias.to(weight.dtype)
@@ -121,15 +123,18 @@ class _GatedForwardConv(_GatedConv):
         options = repack.Options(self.stride, padding, self.dilation)
         return repack.Convolution.apply(x, weight, bias, options, pack)
 
-    def _packs_again(self, x: Tensor, weight: Tensor) -> bool:
-        """Whether its packed weight is a copy, and its convolution a plain one of a batch."""
+    def _packs_again(self, draw: Draw, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+        """Whether that pays, its weight is a copy, and its convolution a plain one of a batch."""
         return (
-            self.packs_together
-            and weight is not self.weight
+            repack.pays(x, weight, draw)
+            and self.packs_together
+            and weight is not self._parameters.get("weight", weight)
             and self.groups == 1
             and self.padding_mode == "zeros"
             and not isinstance(self.padding, str)
             and x.dim() == weight.dim()
+            and type(self).compute is _GatedForwardConv.compute
+            and repack.keeps_dtype(x, weight, bias)
         )
 
 

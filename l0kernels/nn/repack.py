@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from l0kernels import _registry
 from l0kernels.functional import pack_weights
 from l0kernels.gates.base import Gates
 from l0kernels.gates.draw import Draw
@@ -55,18 +54,35 @@ def pays(x: Tensor, weight: Tensor, draw: Draw) -> bool:
         and draw.packed is None
         and not draw.is_planned
         and torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
     )
+
+
+def keeps_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether a convolution computes in the weight's dtype, and does not refuse to.
+
+    Args:
+        x: [N, I, *pixels].
+        weight: packed.
+        bias: packed or None.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        low = torch.get_autocast_dtype(x.device.type)
+        return weight.dtype == low and x.dtype in (torch.float32, low)
+    return x.dtype == weight.dtype and (bias is None or bias.dtype == weight.dtype)
 
 
 def packer(layer: GatedLayer, gates: Gates, draw: Draw, dtype: torch.dtype) -> Callable[[], Tensor]:
     """A function that packs the weight of a layer as it was packed for a draw.
+
+    It refers to tensors alone: with the layer in it, what a hook keeps of an output would keep
+    the model alive through the graph, where Python's garbage collector does not see.
 
     Raises:
         RuntimeError: from the function, if the weight or the gates were modified in place since.
     """
     part = packing.weight_part(layer, gates, draw)
     assert part is not None
+    name, span = type(layer).__name__, part.span
     full, z, index, maps = part.full, draw.z, draw.whole_index, gates.layout.maps
     inputs = full, z, index, maps
     versions = [tensor._version for tensor in inputs]
@@ -74,17 +90,19 @@ def packer(layer: GatedLayer, gates: Gates, draw: Draw, dtype: torch.dtype) -> C
     def pack() -> Tensor:
         if [tensor._version for tensor in inputs] != versions:
             raise RuntimeError(
-                f"{type(layer).__name__}: expected weights and gates as they were packed, got some "
-                "modified in place since; run backward before the optimizer step"
+                f"{name}: expected weights and gates as they were packed, got some modified in "
+                "place since; run backward before the optimizer step"
             )
-        with torch.no_grad():
-            return pack_weights([full], z, index, maps, [part.span], dtype)[0]
+        return pack_weights([full], z, index, maps, [span], dtype)[0]
 
     return pack
 
 
 class Convolution(torch.autograd.Function):
     """A convolution, y = conv(x, W) + b, that saves x alone.
+
+    Its backward pass consists of differentiable operators, so that gradients of the input can be
+    differentiated as those of PyTorch's convolution can.
 
     Args:
         x: [N, I, *pixels].
@@ -97,6 +115,7 @@ class Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, options, pack):
         ctx.save_for_backward(x)
+        ctx.set_materialize_grads(False)
         ctx.pack, ctx.options, ctx.outputs = pack, options, weight.shape[0]
         stride, padding, dilation = options
         return torch.convolution(
@@ -104,8 +123,9 @@ class Convolution(torch.autograd.Function):
         )
 
     @staticmethod
-    @_registry.once_differentiable
     def backward(ctx, grad):  # type: ignore[override]
+        if grad is None:
+            return (None,) * 5
         (x,) = ctx.saved_tensors
         stride, padding, dilation = ctx.options
         grads = torch.ops.aten.convolution_backward(

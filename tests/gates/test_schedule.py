@@ -54,6 +54,28 @@ def test_the_penalty_grows_with_progress(method: str, per: str, drawn: bool):
         torch.testing.assert_close(its_grad, scale * grad, **CLOSE)
 
 
+@pytest.mark.parametrize(
+    "method", [l0.gates.ContinuousSparsification, l0.gates.StraightThrough], ids=["cs", "scl"]
+)
+def test_the_penalty_of_weight_gates_grows_too(method):
+    """Progress is more than the scale there: it is compared with gates that have no warm-up."""
+
+    def make_net(**options) -> nn.Sequential:
+        gates = method({"w": (3, 5)}, lam=0.7, n_train=3, initial=0.1, **options)
+        return gates.attach(nn.Sequential(l0.nn.MaskedLinear(5, 3, gate=gates["w"]))).double()
+
+    plain, net = make_net(), make_net(lam_warmup=0.4)
+    for t, scale in {0.0: 0.0, 0.1: 0.25, 0.4: 1.0, 0.9: 1.0}.items():
+        for one in (plain, net):
+            one.l0.set_progress(t)
+            one(X)
+        value, grad = with_gradient(plain)
+        assert value > 0 and bool(grad.any())
+        found, its_grad = with_gradient(net)
+        torch.testing.assert_close(found, scale * value, **CLOSE)
+        torch.testing.assert_close(its_grad, scale * grad, **CLOSE)
+
+
 @methods
 def test_other_terms_do_not_grow(method: str):
     plain, net = make(method), make(method, lam_warmup=0.5)

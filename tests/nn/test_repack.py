@@ -10,6 +10,7 @@ import pytest
 import torch
 from nn.draws import PATTERNS, STRIDES, gate_values, upstream
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 import l0kernels as l0
@@ -207,13 +208,103 @@ def test_weights_modified_before_backward(monkeypatch, frozen):
         y.sum().backward()
 
 
-def test_no_second_derivative(monkeypatch):
-    again(monkeypatch)
+def test_gradients_of_the_input_are_differentiable(monkeypatch):
+    """As in a penalty of gradients; they are functions of the weights and of the gates, too."""
     torch.manual_seed(0)
-    x = images().requires_grad_()
-    (grad,) = torch.autograd.grad(Net()(x).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    net = Net()
+    found = []
+    for yes in (True, False):
+        again(monkeypatch, yes)
+        twin, x = copy.deepcopy(net), images().requires_grad_()
+        (grad,) = torch.autograd.grad(twin(x).pow(2).sum(), x, create_graph=True)
         grad.sum().backward()
+        assert x.grad is not None
+        found.append([x.grad, *(p.grad for p in twin.parameters() if p.grad is not None)])
+    assert len(found[0]) == len(found[1]) == 6
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_no_gradient_stays_none(monkeypatch):
+    class Nothing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+            return None
+
+    again(monkeypatch)
+    net = Net()
+    Nothing.apply(net(images())).sum().backward()
+    assert all(parameter.grad is None for parameter in net.parameters())
+
+
+def test_the_graph_does_not_keep_the_model(monkeypatch):
+    """An output that a hook keeps would close a cycle that is never collected."""
+
+    def keep() -> weakref.ref:
+        net = Net()
+        net.second.register_forward_hook(lambda layer, _, y: setattr(layer, "last", y.relu()))
+        net(images())
+        return weakref.ref(net.second)
+
+    again(monkeypatch)
+    gone = keep()
+    gc.collect()
+    assert gone() is None
+
+
+def test_compiled_code_is_one_graph(monkeypatch):
+    """However many pixels and numbers there are: widths below and above the least come up."""
+    monkeypatch.setattr(repack, "LEAST_PIXELS", 0)
+    monkeypatch.setattr(repack, "LEAST_NUMBERS", 9 * 9)
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    net = Net(torch.float32)
+    compiled = torch.compile(net, backend=counter)
+    for _ in range(12):
+        compiled(images(torch.float32)).sum().backward()
+    assert counter.frame_count == 1
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("weights", "inputs", "amp"),
+    [
+        (torch.float16, torch.float16, torch.bfloat16),
+        (torch.bfloat16, torch.float32, None),
+        (torch.float64, torch.float64, torch.bfloat16),
+    ],
+)
+def test_dtypes_that_differ_are_left_to_pytorch(monkeypatch, packed_again, weights, inputs, amp):
+    """It casts, or refuses, whatever the number of pixels."""
+    results = []
+    for yes in (True, False):
+        again(monkeypatch, yes)
+        torch.manual_seed(0)
+        net = Net(weights)
+        with torch.autocast("cpu", amp, enabled=amp is not None):
+            try:
+                results.append(net(images(inputs)).dtype)
+            except RuntimeError as error:
+                results.append(str(error))
+    assert results[0] == results[1]
+    assert packed_again == []
+
+
+def test_subclasses_and_parametrizations_compute_what_they_say(monkeypatch, packed_again):
+    class Halved(GatedConv2d):
+        def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return super().compute(x, weight / 2, bias)
+
+    torch.manual_seed(0)
+    net = Net()
+    net.second.__class__ = Halved
+    nn.utils.parametrizations.spectral_norm(net.first)
+    assert_same(monkeypatch, net, images())
+    assert packed_again == []
 
 
 @pytest.mark.parametrize(("pixels", "width"), [(repack.LEAST_PIXELS, 0), (0, repack.LEAST_NUMBERS)])
