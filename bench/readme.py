@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from l0kernels.recipes.published import RECIPES
+
 from . import two_passes
 from .figures import OURS, Figure, Sheet, markdown, put_between, shown
 from .memory import BASE, peaks_of
@@ -192,11 +194,13 @@ def recipe_rows(folder: Path) -> Iterator[tuple[str, ...]]:
         settings = found["settings"]
         lam = ",".join(f"{lam:g}" for lam in settings["lam"])
         options = f"--data DIR --epochs {settings['epochs']} --lam {lam}"
+        if settings["rounds"]:
+            options += f" --rounds {settings['rounds']}"
         for seed in found["seeds"]:
             for arm in seed["arms"].values():
                 yield (
                     f"{found['recipe']} on {found['data']}",
-                    str(settings["epochs"]),
+                    schedule(found["recipe"], settings),
                     lam,
                     str(seed["seed"]),
                     f"{100 - arm['accuracy']:.2f} %",
@@ -205,6 +209,15 @@ def recipe_rows(folder: Path) -> Iterator[tuple[str, ...]]:
                     "; ".join(map(published, found["published"])),
                     f"`l0kernels train {found['recipe']} {options} --seed {seed['seed']}`",
                 )
+
+
+def schedule(recipe: str, settings: dict[str, Any]) -> str:
+    """Return how many epochs, and rounds, a run had of those of the recipe's first settings."""
+    whole = next(iter(RECIPES[recipe].named.values())).settings
+    epochs = f"{settings['epochs']} of {whole.epochs}"
+    if not settings["rounds"]:
+        return epochs
+    return f"{epochs} in each of {settings['rounds']} + 1 of {whole.rounds} + 1 rounds"
 
 
 def published(figures: dict[str, Any]) -> str:

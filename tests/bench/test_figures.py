@@ -130,18 +130,25 @@ def test_recipes_stand_beside_the_published_figures(tmp_path: Path):
     found = {
         "recipe": "lenet5-hc",
         "data": "mnist",
-        "settings": {"epochs": 7, "lam": [10.0, 0.5]},
+        "settings": {"epochs": 7, "lam": [10.0, 0.5], "rounds": 0},
         "seeds": [seed],
         "published": [published, {**published, "left": None, "confirmed": True}],
     }
     (tmp_path / "summary.json").write_text(json.dumps(found))
     (row,) = readme.recipe_rows(tmp_path)
-    assert row[:4] == ("lenet5-hc on mnist", "7", "10,0.5", "3")
+    assert row[:4] == ("lenet5-hc on mnist", "7 of 200", "10,0.5", "3")
     assert row[4:7] == ("1.50 %", "2.1 %", "4-8")
     assert row[7] == "lam: 1.0 %, 1.5 %, 5-9 (not confirmed); lam: 1.0 %, 5-9"
     command = "l0kernels train lenet5-hc --data DIR --epochs 7 --lam 10,0.5 --seed 3"
     assert row[8] == f"`{command}`"
     assert command in readme.tables(tmp_path)
+    rounds = {"epochs": 20, "lam": [1e-8], "rounds": 1}
+    (tmp_path / "summary.json").write_text(
+        json.dumps({**found, "recipe": "resnet20-cs", "settings": rounds})
+    )
+    (row,) = readme.recipe_rows(tmp_path)
+    assert row[1] == "20 of 85 in each of 1 + 1 of 3 + 1 rounds"
+    assert "--epochs 20 --lam 1e-08 --rounds 1 --seed 3" in row[8]
 
 
 def test_figures_in_the_readme_are_those_that_were_recorded():
