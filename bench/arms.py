@@ -20,6 +20,8 @@ from l0kernels.training import gates_of
 from . import peers
 from .index_select import IndexSelect
 from .masked import (
+    AsWrittenBeforeNorm,
+    AtBestBeforeNorm,
     FlatGated,
     MaskedAsWritten,
     MaskedAtBest,
@@ -55,6 +57,11 @@ IN_PLAIN_PYTORCH: dict[str, type[MaskedAsWritten] | type[FlatGated]] = {
     "masked-compiled": MaskedAtBest,
     "index-select": IndexSelect,
 }
+BEFORE_NORM: dict[str, type[MaskedAsWritten] | type[FlatGated]] = {
+    "masked-nchw": AsWrittenBeforeNorm,
+    "masked-best": AtBestBeforeNorm,
+}
+"""Those whose gates can be before norms."""
 N_TRAIN = 50_000
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.01, 0.9, 5e-4
 CHECK_BATCH = 4
@@ -75,6 +82,7 @@ class Task:
         amp: dtype of autocast around forward and loss; None: no autocast.
         open_rows: ours has `l0.optim.SGD`, which updates open rows only.
         graph: steps are replayed from CUDA graphs, see `Arm.capture`.
+        place: of the gates, as in `l0.convert`.
     """
 
     network: Network
@@ -84,6 +92,7 @@ class Task:
     amp: torch.dtype | None = None
     open_rows: bool = False
     graph: bool = False
+    place: str = "after_act"
 
 
 class Arm:
@@ -233,6 +242,9 @@ def why_not(task: Task, variant: str) -> str:
     """Return why a variant is left out, "" if it can run."""
     if task.graph and variant not in CAPTURABLE:
         return "its steps cannot be captured, or nobody would capture them"
+    masks = variant in IN_PLAIN_PYTORCH or variant in ("torch-prune", "torch-pruning")
+    if task.place == "before_norm" and masks and variant not in BEFORE_NORM:
+        return "it has no gates before norms"
     if variant == "torch-pruning":
         return peers.why_no_torch_pruning()
     if variant != "oracle-onednn":
@@ -374,7 +386,8 @@ def ready_arm(task: Task, variant: str, keep: float) -> Arm | Oracle:
 
 def plain_arm(task: Task, variant: str, net: nn.Module, x: Tensor, y: Tensor) -> Arm:
     named = dict(net.named_parameters())  # before wrapping renames them
-    gated = IN_PLAIN_PYTORCH[variant](net, task.network.groups, N_TRAIN).to(task.device)
+    masked = (BEFORE_NORM if task.place == "before_norm" else IN_PLAIN_PYTORCH)[variant]
+    gated = masked(net, task.network.groups, N_TRAIN).to(task.device)
     run = torch.compile(gated) if variant == "masked-compiled" else gated
     return Arm(
         gated,
@@ -398,6 +411,7 @@ def our_arm(
 ) -> Arm:
     widths = full_widths(net, task.network.groups)
     options |= {"example_inputs": (x[:2],), "n_train": N_TRAIN, "seed": task.seed}
+    options |= {"place": task.place}
     net = l0.convert(net, method, **options)
     gates = gates_of(net)
     got = dict(zip(gates.names, gates.sizes, strict=True))

@@ -100,6 +100,12 @@ def add_step(kinds: Any) -> None:
         help="graph: replay steps from CUDA graphs; a dry run on a CPU (default: %(default)s)",
     )
     steps.add_argument(
+        "--place",
+        choices=step.PLACES,
+        default=default.place,
+        help="of the gates, as in l0kernels.convert (default: %(default)s)",
+    )
+    steps.add_argument(
         "--trained",
         metavar="DIR",
         help="of a run of l0kernels train: its network and gates at its end",

@@ -115,8 +115,12 @@ class MaskedAsWritten(nn.Module):
         sizes = zip(groups, full_widths(net, groups), costs(net, groups), strict=True)
         self.gates = nn.ModuleList(Gate(width, cost, g.spread) for g, width, cost in sizes)
         for group, gate in zip(groups, self.gates, strict=True):
-            consumer = net.get_submodule(group.consumer)
-            replace(net, group.consumer, nn.Sequential(gate, consumer))
+            self.put(group, gate)
+
+    def put(self, group: Group, gate: nn.Module) -> None:
+        """Put the gates of a group into the network."""
+        consumer = self.net.get_submodule(group.consumer)
+        replace(self.net, group.consumer, nn.Sequential(gate, consumer))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -134,6 +138,14 @@ class MaskedAsWritten(nn.Module):
         """Repeat this draw (one tensor per group) from now on; None draws anew."""
         for index, gate in enumerate(self.each_gate()):
             gate.noise = None if z is None else noise_for(z[index], gate.log_alpha)
+
+
+class AsWrittenBeforeNorm(MaskedAsWritten):
+    """The same with one gate module behind each producer, before its norm."""
+
+    def put(self, group: Group, gate: nn.Module) -> None:
+        producer = self.net.get_submodule(group.producer)
+        replace(self.net, group.producer, nn.Sequential(producer, gate))
 
 
 class FlatGates(nn.Module):
@@ -179,6 +191,13 @@ class MaskedInput(nn.Module):
         return self.layer(multiply(x, self.source[0].z[self.index], self.spread))
 
 
+class MaskedOutput(MaskedInput):
+    """A producer whose output is multiplied by group `index` of the flat gates."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return multiply(self.layer(x), self.source[0].z[self.index], self.spread)
+
+
 class FlatGated(nn.Module):
     """A network whose gates are one flat vector, drawn at the start of each forward.
 
@@ -216,3 +235,13 @@ class MaskedAtBest(FlatGated):
         for index, group in enumerate(groups):
             layer = net.get_submodule(group.consumer)
             replace(net, group.consumer, MaskedInput(layer, self.gates, index, group.spread))
+
+
+class AtBestBeforeNorm(FlatGated):
+    """A network with one flat draw and a multiplication behind each producer, before its norm."""
+
+    def __init__(self, net: nn.Module, groups: Sequence[Group], n_train: int):
+        super().__init__(net, groups, n_train)
+        for index, group in enumerate(groups):
+            layer = net.get_submodule(group.producer)
+            replace(net, group.producer, MaskedOutput(layer, self.gates, index, group.spread))

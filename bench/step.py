@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from l0kernels.convert.place import PLACES
+
 from . import models
 from .arms import (
     IN_SINGLE,
@@ -99,6 +101,8 @@ class Setting:
         optimizer: of ours: "torch", as the others have it, or "open-rows": `l0.optim.SGD`.
         mode: "eager", or "graph": steps are replayed from CUDA graphs; on a CPU, which has none, a
             dry run that launches each operator.
+        place: of the gates: "after_act", or "before_norm", where the oracle leaves out what closed
+            units add.
         threads: of the CPU; None: torch's choice.
         trained: folder of a run of `l0kernels train`, whose network and gates at its end are timed
             in place of model, batch and keep: see `trained`.
@@ -116,6 +120,7 @@ class Setting:
     amp: str = "none"
     optimizer: str = "torch"
     mode: str = "eager"
+    place: str = "after_act"
     threads: int | None = None
     trained: str | None = None
 
@@ -124,7 +129,8 @@ class Setting:
         """What is timed, in a few words."""
         if self.trained is not None:
             return Path(self.trained).name
-        return f"{self.model} batch {self.batch}"
+        place = "" if self.place == PLACES[0] else f" {self.place}"
+        return f"{self.model} batch {self.batch}{place}"
 
 
 @dataclass
@@ -210,6 +216,7 @@ def measure(setting: Setting) -> Report:
         AMP[setting.amp],
         setting.optimizer == "open-rows",
         setting.mode == "graph",
+        setting.place,
     )
     before = environment(setting.device)
     reasons = {name: why_not(task, name) for name in setting.variants}
@@ -217,6 +224,8 @@ def measure(setting: Setting) -> Report:
     notes = [f"{name} is left out: {reason}" for name, reason in reasons.items() if reason]
     if task.graph and task.device.type == "cpu":
         notes.append("a dry run: a CPU has no graphs, and every operator was launched")
+    if setting.place == "before_norm":
+        notes.append("oracles leave out what closed units before a norm add")
     if not variants:
         raise ValueError(f"expected a variant that can run, got {'; '.join(notes)}")
     gated = {n: make_arm(task, n) for n in variants if n not in UNGATED}
@@ -240,6 +249,8 @@ def check(setting: Setting) -> None:
         raise ValueError(f"expected an optimizer among {known}, got {setting.optimizer!r}")
     if setting.mode not in MODES:
         raise ValueError(f"expected a mode among {', '.join(MODES)}, got {setting.mode!r}")
+    if setting.place not in PLACES:
+        raise ValueError(f"expected a place among {', '.join(PLACES)}, got {setting.place!r}")
     if setting.mode == "graph" and setting.optimizer != "torch":
         raise ValueError("expected torch's optimizer in graph mode, got 'open-rows'")
     if torch.device(setting.device).type == "cuda" and not torch.cuda.is_available():

@@ -26,7 +26,7 @@ from .arms import CHECK_BATCH, TOLERANCE, require, require_the_reference
 from .timing import environment, interleave, often, repeated, require_passive_wait
 
 VARIANTS = ("masked-best", "oracle", "ours")
-OF_THE_RUN = ("model", "batch", "keep", "device", "amp", "optimizer", "mode")
+OF_THE_RUN = ("model", "batch", "keep", "device", "amp", "optimizer", "mode", "place")
 CONTENT = (
     "Steps of a run of `l0kernels train` at its end: the network, gates, batch size and optimizers "
     "of its checkpoint, random images, gates drawn as training would; learning rates are 0, so "

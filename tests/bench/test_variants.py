@@ -2,6 +2,7 @@
 """All gated variants of a step compute the same; what they draw follows the hard concrete law."""
 
 import copy
+import itertools
 import math
 from dataclasses import replace
 
@@ -10,10 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import l0kernels as l0
 from l0kernels.bench import arms, index_select, masked, models, peers, timing, work
 
 SMALL = ("mlp-784-300-100", "lenet5", "wrn-10-1")
 PLAIN = (masked.MaskedAsWritten, masked.MaskedAtBest, index_select.IndexSelect)
+BEFORE_NORM = (masked.AsWrittenBeforeNorm, masked.AtBestBeforeNorm)
+NETWORKS = ("lenet5", "vgg16", "wrn-10-1", "resnet20", "mlp-block-768-3072")
+WITH_NORMS = ("vgg16", "wrn-10-1", "resnet20")
 
 
 def task(name: str, batch: int = 4) -> arms.Task:
@@ -25,6 +30,17 @@ def mixed_draw(sizes: list[int]) -> list[Tensor]:
     generator = torch.Generator().manual_seed(5)
     draws = [torch.rand(size, generator=generator).double() * 3 - 1 for size in sizes]
     return [draw.clamp(0, 1) for draw in draws]
+
+
+def hooked_before_norm(
+    net: nn.Module, groups: tuple[models.Group, ...], z: list[Tensor]
+) -> nn.Module:
+    """The definition: a plain network whose producers' outputs are multiplied by z."""
+    for group, values in zip(groups, z, strict=True):
+        scale = values.view(-1, 1, 1)
+        producer = net.get_submodule(group.producer)
+        producer.register_forward_hook(lambda _, args, y, scale=scale: y * scale)
+    return net
 
 
 def hooked(net: nn.Module, groups: tuple[models.Group, ...], z: list[Tensor]) -> nn.Module:
@@ -40,15 +56,18 @@ def hooked(net: nn.Module, groups: tuple[models.Group, ...], z: list[Tensor]) ->
     return net
 
 
-@pytest.mark.parametrize("variant", PLAIN)
-@pytest.mark.parametrize("name", ["lenet5", "vgg16", "wrn-10-1", "resnet20", "mlp-block-768-3072"])
+@pytest.mark.parametrize(
+    ("variant", "name"),
+    [*itertools.product(PLAIN, NETWORKS), *itertools.product(BEFORE_NORM, WITH_NORMS)],
+)
 def test_plain_variant_is_the_definition(name: str, variant: type):
     network = models.network(name)
     net = network.build().double()
     z = [draw.requires_grad_() for draw in mixed_draw(models.full_widths(net, network.groups))]
     x, y = network.example(4)
     x = x.double()
-    truth = hooked(copy.deepcopy(net), network.groups, z)
+    definition = hooked_before_norm if variant in BEFORE_NORM else hooked
+    truth = definition(copy.deepcopy(net), network.groups, z)
     F.cross_entropy(truth(x), y).backward()
     exact = {key: p.grad for key, p in truth.named_parameters()}
 
@@ -67,6 +86,21 @@ def test_plain_variant_is_the_definition(name: str, variant: type):
     slope = torch.where((values > 0) & (values < 1), slope, 0.0)
     expected = torch.cat([draw.grad for draw in z]) * slope
     assert torch.allclose(got, expected, rtol=1e-8, atol=1e-14)
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.5])
+def test_variants_with_gates_before_norms_agree(keep: float):
+    what = arms.Task(models.network("wrn-10-1"), 3, torch.device("cpu"), place="before_norm")
+    net = arms.make_arm(what, "ours", keep).net
+    assert any(isinstance(m, l0.nn.GatedConv2d) and m.makes_constants for m in net.modules())
+    errors = arms.require_agreement(what, net, arms.BEFORE_NORM)
+    assert set(errors) == {"masked-nchw"}
+    assert arms.require_agreement(what, net, ["ours"])["ours"] < 1e-9
+    found = {name: arms.make_arm(what, name, keep) for name in arms.BEFORE_NORM}
+    assert set(arms.require_closeness(what, found)) == set(arms.BEFORE_NORM)
+    reasons = {name: arms.why_not(what, name) for name in arms.ALL_VARIANTS}
+    refused = {name for name, reason in reasons.items() if "before norms" in reason}
+    assert refused == {"index-select", "masked-compiled", "torch-prune", "torch-pruning"}
 
 
 @pytest.mark.parametrize("name", SMALL)
