@@ -410,9 +410,8 @@ def our_arm(
     **options: Any,
 ) -> Arm:
     widths = full_widths(net, task.network.groups)
-    options |= {"example_inputs": (x[:2],), "n_train": N_TRAIN, "seed": task.seed}
-    options |= {"place": task.place}
-    net = l0.convert(net, method, **options)
+    given = {"example_inputs": (x[:2],), "n_train": N_TRAIN, "seed": task.seed, "place": task.place}
+    net = l0.convert(net, method, **given, **options)
     gates = gates_of(net)
     got = dict(zip(gates.names, gates.sizes, strict=True))
     expected = {g.producer: w for g, w in zip(task.network.groups, widths, strict=True)}
