@@ -233,15 +233,17 @@ class MaskedAtBest(FlatGated):
     def __init__(self, net: nn.Module, groups: Sequence[Group], n_train: int):
         super().__init__(net, groups, n_train)
         for index, group in enumerate(groups):
-            layer = net.get_submodule(group.consumer)
-            replace(net, group.consumer, MaskedInput(layer, self.gates, index, group.spread))
+            self.put(index, group)
+
+    def put(self, index: int, group: Group) -> None:
+        """Put the gates of a group into the network."""
+        layer = self.net.get_submodule(group.consumer)
+        replace(self.net, group.consumer, MaskedInput(layer, self.gates, index, group.spread))
 
 
-class AtBestBeforeNorm(FlatGated):
-    """A network with one flat draw and a multiplication behind each producer, before its norm."""
+class AtBestBeforeNorm(MaskedAtBest):
+    """The same with a multiplication behind each producer, before its norm."""
 
-    def __init__(self, net: nn.Module, groups: Sequence[Group], n_train: int):
-        super().__init__(net, groups, n_train)
-        for index, group in enumerate(groups):
-            layer = net.get_submodule(group.producer)
-            replace(net, group.producer, MaskedOutput(layer, self.gates, index, group.spread))
+    def put(self, index: int, group: Group) -> None:
+        layer = self.net.get_submodule(group.producer)
+        replace(self.net, group.producer, MaskedOutput(layer, self.gates, index, group.spread))
