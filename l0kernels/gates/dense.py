@@ -12,9 +12,11 @@ from torch import Tensor
 
 from l0kernels.gates.rounding import Rounding
 
-# So many rows of a product take as long as to pack its weight and to unpack the gradient (on the
-# CPUs that were measured, 60 to 100).
-ROWS_PER_PACKING = 64
+# So many rows of a product take as long as to pack its weight and to unpack the gradient, and
+# reading the weight as long as some more (fitted to where dense and packed steps took the same
+# time on one CPU: three networks, 4 to 1,024 rows).
+ROWS_PER_PACKING = 32
+ROWS_PER_READING = 16
 # With more rows than these a group is packed unless all is open: layers read too much to multiply.
 MOST_ROWS = 4096
 # Numbers in the weights of a group for which it matters.
@@ -25,8 +27,9 @@ class DenseGroups:
     """Which groups of a model run dense in a draw, from the rows that layers got last in training.
 
     To pack weights and to unpack their gradients takes as long as some rows (examples, pixels,
-    tokens) of the products that they are for. Where fewer are saved, all units are computed, and
-    the gates multiply what comes into the layers that read them. Only groups whose features meet
+    tokens) of the products that they are for. Where less is saved, all units are computed, and
+    the gates multiply what comes into the layers that read them. With a part p of the units open
+    packing pays while (1 - p) (rows + ROWS_PER_READING) > p ROWS_PER_PACKING. Only groups whose features meet
     no others can: the order of others is known to kernels alone.
 
     Args:
@@ -114,7 +117,7 @@ class DenseGroups:
             self._rows = self.count_rows(layers)
         if self._least is None:
             self._least = [
-                size * rows / (rows + ROWS_PER_PACKING) if 0 < rows <= MOST_ROWS else math.inf
+                size * _least_part(rows) if 0 < rows <= MOST_ROWS else math.inf
                 for size, rows in zip(self.sizes, self._rows, strict=True)
             ]
         return self._least
@@ -133,3 +136,9 @@ class DenseGroups:
             product / weight if weight >= LEAST_WEIGHTS else 0.0
             for weight, product in zip(weights, products, strict=True)
         ]
+
+
+def _least_part(rows: float) -> float:
+    """The part of its units up to which a group of so many rows is packed."""
+    saved = rows + ROWS_PER_READING
+    return saved / (saved + ROWS_PER_PACKING)

@@ -126,7 +126,8 @@ def test_from_how_many_open_units_on():
     net = converted("mlp")
     x, y = batch(32)
     step(net, x, y)
-    least = 32 / (32 + dense.ROWS_PER_PACKING)
+    rows = 32 + dense.ROWS_PER_READING
+    least = rows / (rows + dense.ROWS_PER_PACKING)
     for group in range(2):
         assert net.l0.runs_dense(group, least + 1e-6)
         assert not net.l0.runs_dense(group, least - 1e-6)
