@@ -29,8 +29,8 @@ class DenseGroups:
     To pack weights and to unpack their gradients takes as long as some rows (examples, pixels,
     tokens) of the products that they are for. Where less is saved, all units are computed, and
     the gates multiply what comes into the layers that read them. With a part p of the units open
-    packing pays while (1 - p) (rows + ROWS_PER_READING) > p ROWS_PER_PACKING. Only groups whose features meet
-    no others can: the order of others is known to kernels alone.
+    packing pays while (1 - p) (rows + ROWS_PER_READING) > p ROWS_PER_PACKING. Only groups whose
+    features meet no others can: the order of others is known to kernels alone.
 
     Args:
         sizes: of the groups.
