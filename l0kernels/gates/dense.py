@@ -14,7 +14,7 @@ from l0kernels.gates.rounding import Rounding
 
 # So many rows of a product take as long as to pack its weight and to unpack the gradient, and
 # reading the weight as long as some more (fitted to where dense and packed steps took the same
-# time on one CPU: three networks, 4 to 1,024 rows).
+# time on one CPU: four networks, 4 to 1,024 rows).
 ROWS_PER_PACKING = 32
 ROWS_PER_READING = 16
 # With more rows than these a group is packed unless all is open: layers read too much to multiply.
