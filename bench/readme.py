@@ -23,6 +23,8 @@ OPERATORS = ("plain", "reference", "oracle")
 NEARLY_ALL = 0.9
 # Of the speed-up over the masked network at its best, what counts as not slower.
 NOT_SLOWER = 0.98
+# Settings of a recipe that its row names, or that follow from those.
+IN_THE_ROW = ("epochs", "milestones", "lam", "rounds")
 
 
 def sheets(folder: Path) -> list[Sheet]:
@@ -193,7 +195,8 @@ def recipe_rows(folder: Path) -> Iterator[tuple[str, ...]]:
         found = json.loads(path.read_text(encoding="utf-8"))
         settings = found["settings"]
         lam = ",".join(f"{lam:g}" for lam in settings["lam"])
-        options = f"--data DIR --epochs {settings['epochs']} --lam {lam}"
+        options = f"--data DIR{named(found['recipe'], settings)}"
+        options += f" --epochs {settings['epochs']} --lam {lam}"
         if settings["rounds"]:
             options += f" --rounds {settings['rounds']}"
         for seed in found["seeds"]:
@@ -209,6 +212,19 @@ def recipe_rows(folder: Path) -> Iterator[tuple[str, ...]]:
                     "; ".join(map(published, found["published"])),
                     f"`l0kernels train {found['recipe']} {options} --seed {seed['seed']}`",
                 )
+
+
+def named(recipe: str, settings: dict[str, Any]) -> str:
+    """Return the option that chooses the settings of a run, "" for the recipe's first ones.
+
+    Raises:
+        ValueError: a run with other settings than any of the recipe's.
+    """
+    kept = {key: value for key, value in settings.items() if key not in IN_THE_ROW}
+    for name, found in RECIPES[recipe].named.items():
+        if kept.items() <= found.settings.to_dict().items():
+            return "" if name == RECIPES[recipe].default else f" --settings {name}"
+    raise ValueError(f"{recipe}: expected settings of {list(RECIPES[recipe].named)}, got {kept}")
 
 
 def schedule(recipe: str, settings: dict[str, Any]) -> str:

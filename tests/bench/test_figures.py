@@ -142,6 +142,14 @@ def test_recipes_stand_beside_the_published_figures(tmp_path: Path):
     command = "l0kernels train lenet5-hc --data DIR --epochs 7 --lam 10,0.5 --seed 3"
     assert row[8] == f"`{command}`"
     assert command in readme.tables(tmp_path)
+    averaged = {**found["settings"], "ema": 0.999}
+    (tmp_path / "summary.json").write_text(json.dumps({**found, "settings": averaged}))
+    (row,) = readme.recipe_rows(tmp_path)
+    assert "--data DIR --settings averaged --epochs 7" in row[8]
+    unknown = {**averaged, "ema": 0.5}
+    (tmp_path / "summary.json").write_text(json.dumps({**found, "settings": unknown}))
+    with pytest.raises(ValueError, match="expected settings of .*averaged.*got .*0.5"):
+        list(readme.recipe_rows(tmp_path))
     rounds = {"epochs": 20, "lam": [1e-8], "rounds": 1}
     (tmp_path / "summary.json").write_text(
         json.dumps({**found, "recipe": "resnet20-cs", "settings": rounds})

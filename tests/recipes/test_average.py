@@ -13,6 +13,7 @@ from l0kernels.recipes import published
 from l0kernels.recipes.arm import MASKED, PACKED, Arm, gated_network
 from l0kernels.recipes.average import averaged, update
 from l0kernels.recipes.loop import Plan, Run
+from l0kernels.recipes.recipe import AVERAGE_NOTE
 from l0kernels.training import gates_of
 
 DECAY = 0.9
@@ -104,11 +105,17 @@ def test_history_has_the_units_of_the_average(plan: Plan) -> None:
         ("wrn-28-10-arm", "published", None),
         ("mlp-hc", "published", 0.999),
         ("lenet5-hc", "published", None),
+        ("lenet5-hc", "averaged", 0.999),
+        ("lenet5-arm", "averaged", 0.999),
+        ("mlp-ar", "published", None),
+        ("mlp-ar", "averaged", 0.999),
     ],
 )
 def test_who_averages(name: str, settings: str, decay: float | None) -> None:
     recipe = published.find(name)
     assert recipe.settings(settings).ema == decay
     text = published._describe(recipe)
-    assert (f"ema            {decay}" in text) == (decay is not None)
-    assert ("averaged parameters" in text) == (decay is not None)
+    of_settings = text.split(f"  settings {settings}: ")[1].split("  settings ")[0]
+    assert (f"ema            {decay}" in of_settings) == (decay is not None)
+    whoever = any(named.settings.ema is not None for named in recipe.named.values())
+    assert (AVERAGE_NOTE in text) == whoever
