@@ -251,6 +251,8 @@ class Probe:
             if is_layer(module) or is_passage(module) or _has_own_parameters(module)
         }
         self._modules_read = {n for n, m in self.modules.items() if is_layer(m) or is_passage(m)}
+        # Of what layers and passages return, at their first call.
+        self._shapes: dict[str, torch.Size] = {}
         self.used_outside: set[str] = set()
         self._settling = False
         # The norm that goes on making what it made when the point was recorded.
@@ -311,12 +313,12 @@ class Probe:
         return self._features[reader]
 
     def positions(self) -> dict[str, int]:
-        """Output positions (pixels or tokens, of one example) per layer."""
-        outputs = {name: self._first(name, "outputs_of") for name in self.layers}
-        return {
-            name: out.numel() // max(1, self.width[name] * out.shape[0])
-            for name, out in outputs.items()
-        }
+        """Output positions (pixels or tokens, of one example) per layer and passage."""
+        found = {}
+        for name, shape in self._shapes.items():
+            features = shape[feature_dim(self.modules[name])]
+            found[name] = shape.numel() // max(1, features * shape[0])
+        return found
 
     def _record(self, training: bool) -> _Mode:
         """Run the plain forward: which modules run, and what layers return."""
@@ -379,6 +381,8 @@ class Probe:
             self._recorder.active.append(name)
             out = forward(*args, **kwargs)
             self._recorder.active.pop()
+            if name in self._modules_read:
+                self._shapes.setdefault(name, out.shape)
             if is_layer(module):
                 # Cloned: an in-place operation may follow.
                 self._mode.outputs_of.setdefault(name, []).append(out.clone())

@@ -357,16 +357,17 @@ class Gates(nn.Module):
 
         Args:
             root: the model whose training forward draws the gates.
-            positions: output positions (pixels, tokens) per example of each layer by name; only
-                ``penalty(per="flop")`` needs them.
+            positions: output positions (pixels, tokens) per example of each layer by name, of
+                all whose weight has two dimensions or more; only ``penalty(per="flop")`` needs
+                them.
 
         Returns:
             ``root``.
 
         Raises:
             ValueError: no layer of the model uses these gates, the model has other gates, a
-                feature would have two producers' gates, or gates before a norm are used otherwise
-                than ``nn.constants`` says.
+                feature would have two producers' gates, gates before a norm are used otherwise
+                than ``nn.constants`` says, or positions lack a layer.
         """
         from l0kernels.nn.base import GatedLayer
         from l0kernels.nn.constants import check_places
@@ -401,7 +402,7 @@ class Gates(nn.Module):
         self.has_filter = _find_filters(self, layers).to(self.log_alpha.device)
         self.unit_weights = _size_per_unit(self, [(layer, 1) for layer in layers])
         if positions is not None:
-            work = [(layer, layer.uses(positions.get(names[layer], 1))) for layer in layers]
+            work = [(layer, uses_of(layer, names[layer], positions)) for layer in layers]
             self.unit_flops = _size_per_unit(self, work)
 
     def _plan_ports(self, layers: list[Any]) -> None:
@@ -1181,8 +1182,7 @@ def _size_per_unit(gates: Gates, layers: Sequence[tuple[Any, float]]) -> Tensor:
     made = torch.zeros(gates.count + 1, dtype=torch.float64)
     read = torch.zeros(gates.count + 1, dtype=torch.float64)
     for layer, uses in layers:
-        weight = getattr(layer, "weight", None)
-        if weight is None or weight.dim() < 2:
+        if not has_matrix(layer):
             continue
         outputs, inputs, elements = layer.shape_out_in()
         if makes_filters(layer):
@@ -1193,6 +1193,25 @@ def _size_per_unit(gates: Gates, layers: Sequence[tuple[Any, float]]) -> Tensor:
             for gate_map in layer.in_gate.maps:
                 read.index_add_(0, gate_map, _full(layer.in_gate, size))
     return torch.where(gates.has_filter.cpu(), made, read)[: gates.count]
+
+
+def has_matrix(layer: Any) -> bool:
+    """Whether the penalty counts a layer's weight: not that of a norm or an activation."""
+    weight = getattr(layer, "weight", None)
+    return weight is not None and weight.dim() >= 2
+
+
+def uses_of(layer: Any, name: str, positions: Mapping[str, int]) -> float:
+    """Multiply-adds per example of each number of a layer's weight.
+
+    Raises:
+        ValueError: the penalty counts them, and their positions are missing.
+    """
+    if not has_matrix(layer):
+        return 1
+    if name not in positions:
+        raise ValueError(f"attach: expected positions of {name!r} too, got {sorted(positions)}")
+    return layer.uses(positions[name])
 
 
 def _full(ref: GateRef, value: float) -> Tensor:

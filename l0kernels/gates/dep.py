@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from l0kernels.functional import OpenLists, dep_chain, sample_gates
-from l0kernels.gates.base import Constant, Gates, engine, one_of, per_group
+from l0kernels.gates.base import Constant, Gates, engine, has_matrix, one_of, per_group, uses_of
 from l0kernels.gates.examples import SCOPES
 from l0kernels.gates.hard_concrete import HardConcrete, probability
 
@@ -157,9 +157,9 @@ class DependentHardConcrete(HardConcrete):
 
         super().attach(root, positions)
         layers = [
-            (layer, layer.uses((positions or {}).get(name, 1)))
+            (layer, 1 if positions is None else uses_of(layer, name, positions))
             for name, layer in root.named_modules()
-            if isinstance(layer, GatedLayer) and layer.gates is self and _has_matrix(layer)
+            if isinstance(layer, GatedLayer) and layer.gates is self and has_matrix(layer)
         ]
         rows = self._neighbours(layers) if self.widths == "chain" else self._connected(layers)
         columns = torch.tensor(rows, dtype=torch.float64).reshape(-1, len(Links._fields)).t()
@@ -249,8 +249,3 @@ class DependentHardConcrete(HardConcrete):
         by_outputs = paid[links.makes] * (opened[links.reads] + links.loose_in)
         by_inputs = links.loose_out * paid[links.reads]
         return (numbers * (by_outputs + by_inputs)).sum().to(logits.dtype)
-
-
-def _has_matrix(layer: Any) -> bool:
-    weight = getattr(layer, "weight", None)
-    return weight is not None and weight.dim() >= 2

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from l0kernels.functional import GateLayout, OpenLists, masked_weight, open_lists
-from l0kernels.gates.base import Constant, Gates
+from l0kernels.gates.base import Constant, Gates, uses_of
 from l0kernels.gates.draw import Draw, OpenBlock
 from l0kernels.gates.ref import WeightRef
 
@@ -104,7 +104,7 @@ class WeightGates(Gates):
             )
         found = dict(zip(users, layers, strict=True))
         if positions is not None:
-            uses = [found[n].uses(positions.get(names[found[n]], 1)) for n in self.names]
+            uses = [uses_of(found[n], names[found[n]], positions) for n in self.names]
             work = torch.tensor(uses, dtype=torch.float64)
             self.unit_flops = work.repeat_interleave(torch.tensor(self.sizes))
         self.conv_groups = {name: getattr(found[name], "groups", 1) for name in self.names}

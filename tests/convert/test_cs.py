@@ -64,7 +64,6 @@ def test_every_weight_has_a_gate():
     assert gates.count == sum(plain.get_submodule(name).weight.numel() for name in LAYERS)
     assert all(isinstance(net.get_submodule(name), l0.nn.MaskedLayer) for name in LAYERS)
     assert [k for k in net.state_dict() if not k.startswith("l0.")] == list(plain.state_dict())
-    assert gates.unit_flops[gates.starts["stem"]] == 42
     x = batch()
     torch.testing.assert_close(net(x), plain(x))
 

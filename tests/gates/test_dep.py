@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import l0kernels as l0
 from l0kernels.gates.hard_concrete import BETA, GAMMA, ZETA
 from l0kernels.ops.sample_gates.reference import noise_k
-from l0kernels.testing import z_score
 
+CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 LN100 = math.log(100.0)
 K = BETA * math.log(-GAMMA / ZETA)
 SIZES = {"a": 12, "b": 9, "c": 7}
@@ -128,9 +128,9 @@ def test_logits_are_those_of_the_published_generator(direction: str):
     layers, ones = chain_of(gates, reverse)
     exact = logits_of(layers, ones, reverse)
     torch.testing.assert_close(gates.alpha, exact, atol=1e-10, rtol=0)
-    torch.testing.assert_close(gates.open_probability(), torch.sigmoid(exact - K))
+    torch.testing.assert_close(gates.open_probability(), torch.sigmoid(exact - K), **CLOSE)
     z = (torch.sigmoid(exact) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
-    torch.testing.assert_close(gates.deterministic(), z)
+    torch.testing.assert_close(gates.deterministic(), z, **CLOSE)
 
 
 def test_initial_chain_is_that_of_vgg_16():
@@ -155,20 +155,6 @@ def test_own_means_of_biases():
     gates = l0.gates.DependentHardConcrete(SIZES, bias=means)
     for part, mean in zip(gates.log_alpha[-28:].split([12, 9, 7]), means.values(), strict=True):
         assert abs(float(part.detach().mean()) - mean) < 0.02
-
-
-@pytest.mark.parametrize("value", [-2.0, 0.0, 1.5])
-def test_gates_follow_the_law_of_their_logits(value: float):
-    count = 1 << 17
-    gates = l0.gates.DependentHardConcrete({"a": 2, "b": count})
-    with torch.no_grad():
-        gates.log_alpha.zero_()
-        gates.log_alpha[-count:] = math.atanh(value / LN100)
-    gates.attach(nn.Sequential(l0.nn.GatedLinear(2, count, out_gate=gates["b"])))
-    gates.draw()
-    z = gates["b"].z
-    for found, expected in (((z == 0), K - value), ((z == 1), value + K)):
-        assert abs(z_score(int(found.sum()), count, 1 / (1 + math.exp(-expected)))) < 4.5
 
 
 # ---- a step ----
@@ -297,15 +283,16 @@ def test_penalty_counts_the_weights_between_open_units(widths: str, per: str):
     exact = brute_force(logits, widths, lam, per) / 4
     for prepare in (lambda: None, lambda: net(X.double())):
         prepare()
-        torch.testing.assert_close(l0.penalty(net, per=per), exact)
+        torch.testing.assert_close(l0.penalty(net, per=per), exact, **CLOSE)
     doubled = {name: 2 * value for name, value in lam.items()}
-    torch.testing.assert_close(l0.penalty(net, per=per, lam=doubled), 2 * exact)
+    torch.testing.assert_close(l0.penalty(net, per=per, lam=doubled), 2 * exact, **CLOSE)
     gates.zero_grad()
     l0.penalty(net, per=per).backward()
     layers, ones = chain_of(gates, False)
     brute_force(logits_of(layers, ones, False), widths, lam, per).div(4).backward()
     chain = [*(layer.weight for layer in layers), *(layer.bias for layer in layers)]
-    torch.testing.assert_close(gates.log_alpha.grad, torch.cat([p.grad.flatten() for p in chain]))
+    grad = torch.cat([p.grad.flatten() for p in chain])
+    torch.testing.assert_close(gates.log_alpha.grad, grad, **CLOSE)
 
 
 def test_gradient_of_the_published_penalty():

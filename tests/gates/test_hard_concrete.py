@@ -53,22 +53,24 @@ def test_initial_log_alpha_follows_the_drop_rates():
 def test_penalty_is_the_papers_sum_and_its_gradient():
     lam = {"a": 2.0, "b": 0.5}
     net, gates = small(lam=lam, n_train=10)
+    net.double()
     # A convolution's gate has its filter, a neuron's gate the column that reads it.
     sizes = torch.tensor([2 * 25.0] * 3 + [2.0] * 17, dtype=torch.float64)
     torch.testing.assert_close(gates.unit_weights, sizes)
     lams = torch.tensor([2.0] * 3 + [0.5] * 17, dtype=torch.float64)
-    alpha = gates.log_alpha.detach().double().requires_grad_()
+    alpha = gates.log_alpha.detach().clone().requires_grad_()
     p = torch.sigmoid(alpha - BETA * math.log(-GAMMA / ZETA))
     expected = (p * lams * sizes).sum() / 10
     expected.backward()
-    for prepare in (lambda: None, lambda: net(torch.randn(1, 2, 6, 6))):
+    exact = {"rtol": 1e-10, "atol": 0}
+    for prepare in (lambda: None, lambda: net(torch.randn(1, 2, 6, 6).double())):
         prepare()
         net.zero_grad()
         value = l0.penalty(net)
         value.backward()
-        torch.testing.assert_close(value.double(), expected.detach(), atol=0, rtol=1e-6)
-        torch.testing.assert_close(gates.log_alpha.grad.double(), alpha.grad, atol=0, rtol=1e-5)
-    torch.testing.assert_close(l0.penalty(net, lam=1.0).double(), (p * sizes).sum() / 10)
+        torch.testing.assert_close(value, expected, **exact)
+        torch.testing.assert_close(gates.log_alpha.grad, alpha.grad, **exact)
+    torch.testing.assert_close(l0.penalty(net, lam=1.0), (p * sizes).sum() / 10, **exact)
 
 
 def test_penalty_follows_a_parameter_update():
@@ -87,10 +89,11 @@ def test_penalty_per_flop_weighs_by_output_positions():
         nn.Linear(5 * 16, 2),
     )  # fmt: skip
     l0.convert(net, "hard_concrete", example_inputs=(torch.randn(2, 1, 8, 8),), n_train=7)
+    net.double()
     p = net.l0.open_probability()
     # 3x3 filters over 6x6 and 4x4 output positions.
     expected = (p[:4].sum() * 9 * 36 + p[4:].sum() * 36 * 16) / 7
-    torch.testing.assert_close(l0.penalty(net, per="flop").double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(l0.penalty(net, per="flop"), expected, rtol=1e-10, atol=0)
 
 
 def test_clamped_before_each_draw():

@@ -54,6 +54,19 @@ def test_the_average_weighs_the_values_after_each_step(plan: Plan, name: str) ->
     assert float(gates.min()) >= low - 1e-6 and float(gates.max()) <= high + 1e-6
 
 
+def test_the_average_in_fp64() -> None:
+    net = gated_network(*_small()).double()
+    ema, sums, updates = averaged(net, DECAY), {}, 7
+    for t in range(updates):
+        for name, parameter in net.named_parameters():
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.01)
+            weight = (1 - DECAY) * DECAY ** (updates - 1 - t) / (1 - DECAY**updates)
+            sums[name] = sums.get(name, 0) + weight * parameter.detach()
+        update(ema, net)
+    for name, got in ema.module.named_parameters():
+        torch.testing.assert_close(got, sums[name], rtol=1e-10, atol=1e-12, msg=name)
+
+
 def test_the_average_of_equal_values_is_that_value() -> None:
     net = gated_network(*_small())
     ema = averaged(net, 0.999)
