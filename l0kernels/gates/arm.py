@@ -77,18 +77,24 @@ class ARM(Gates):
 
     The pass of z1 gives weights their gradients, and its loss is the value of ``expected_loss``
     (with several samples, the mean). The pass of z2 runs before it, without gradients, in the same
-    mode, from the same buffers and states of the random generators, which are then put back; so
-    dropout draws the same numbers, for other features where widths differ. It is not run if no
-    gate differs; what both passes compute before the first layer whose gates differ is computed
-    once on a CPU, unless anything in the process is compiled (see ``prefix``). The closure runs
-    once per pass; what it leaves behind is of the last, z1's.
+    mode, from the same buffers of ``model`` and states of the random generators, which are then
+    put back; a module that the closure runs outside ``model`` sees both passes. Dropout draws the
+    same numbers in both up to one on packed features, of which there are other numbers; from
+    there on its numbers differ, which has no bias but lets the losses differ more. The pass of z2
+    is not run if no gate differs (with gates per example: if no noise can change any); what both
+    passes compute before the first layer whose gates differ is computed once on a CPU, unless
+    anything in the process is compiled (see ``prefix``). The closure runs once per pass; what it
+    leaves behind is of the last, z1's.
 
     With a draw for each example (``scope="example"``) u has a row for each of B examples and the
     loss is the mean of f_b. If no example's loss depends on another's gates, the estimate is
-    c (1/B) sum_b (f_b(z2) - f_b(z1)) (u_b - 1/2). If one does, as where a batch norm is in
-    training mode, or if the closure returns only the mean f, it is
-    c (f(z2) - f(z1)) sum_b (u_b - 1/2), which is as exact and varies more. The authors' code has
-    the mean over u_b in place of this sum: 1/B of the gradient.
+    c (1/B) sum_b (f_b(z2) - f_b(z1)) (u_b - 1/2). If one does, as where a batch norm of ``model``
+    is in training mode, or if the closure returns only the mean f, it is
+    c (f(z2) - f(z1)) sum_b (u_b - 1/2), which is as exact and varies more. Return the mean where
+    examples mix in another way, which is not seen: a norm outside ``model`` or by
+    ``F.batch_norm``, or a loss over pairs of examples; a SyncBatchNorm even lets losses depend on
+    other ranks' gates, of which no estimate here knows. The authors' code has the mean over u_b in
+    place of this sum: 1/B of the gradient.
 
     Test gate: pi where pi >= 1/2, else 0 (``"soft"``, the authors'), or 1[pi >= 1/2].
     P(z != 0) = pi, so the penalty's gradient has the factor g'(phi).

@@ -142,8 +142,8 @@ def uniform(k: Tensor) -> Tensor:
 
 
 def mean_loss(losses: Tensor) -> Tensor:
-    """One number from what a closure returns."""
-    return losses if losses.numel() == 1 else losses.mean()
+    """One number, 0-d, from what a closure returns."""
+    return losses.mean() if losses.dim() else losses
 
 
 def mixes_examples(model: nn.Module) -> bool:

@@ -39,11 +39,12 @@ AVERAGED_ARM = (
 AVERAGED_NOTE = f"settings averaged: {AVERAGE_NOTE}"
 
 QUOTED = "quoted by Tang et al. in a paper on FLOPs as an objective"
+COUNTED = "weights left counted from the open units"
 RECALLED = "no text at hand"
 _PER_LAYER, _SHARED = "lam per layer", "lam .1 / N"
 _LENET_HC_ROWS = (
-    Row(_PER_LAYER, 99.0, None, "9-18-65-25", QUOTED, True),
-    Row(_SHARED, 99.1, None, "20-25-45-462", QUOTED, True),
+    Row(_PER_LAYER, 99.0, 1.43, "9-18-65-25", f"{QUOTED}; {COUNTED}", True),
+    Row(_SHARED, 99.1, 8.92, "20-25-45-462", f"{QUOTED}; {COUNTED}", True),
 )
 _MLP_HC_ROWS = (
     Row(_PER_LAYER, 98.4, None, "266-88-33", "quoted in the paper on RigL", True),

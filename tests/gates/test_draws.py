@@ -210,6 +210,14 @@ def test_nan_is_named_in_eval_too():
         net(X)
 
 
+@pytest.mark.parametrize("scope", ["batch", "example"])
+@pytest.mark.parametrize("method", ["hard_concrete", "arm"])
+def test_expected_loss_has_no_dimension(method: str, scope: str):
+    gates = l0.gates.METHODS[method]({"a": 5}, scope=scope)
+    net = gates.attach(torch.nn.Sequential(l0.nn.GatedLinear(5, 3, in_gate=gates["a"])))
+    assert l0.expected_loss(net, lambda: net(torch.ones(1, 5)).sum(1)).shape == ()
+
+
 def test_expected_loss_wants_a_scalar():
     net = make()
     with pytest.raises(ValueError, match=r"scalar tensor from the closure, got \(4, 3\)"):

@@ -48,6 +48,7 @@ class Case:
         budget: added to the loss.
         l2: the coupled one, of hard concrete gates.
         scope: of the gates; of ``"example"`` the closure returns every example's loss.
+        arm: further options of ARM's gates.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
@@ -68,6 +69,7 @@ class Case:
     budget: bool = False
     l2: float = 0.0
     scope: str = "batch"
+    arm: dict[str, Any] = field(default_factory=dict)
 
 
 UNUSED, STATIC = {"find_unused_parameters": True}, {"static_graph": True}
@@ -109,10 +111,14 @@ CASES: dict[str, Case] = {
     "ARM, static graph": Case(STATIC, method="arm"),
     "ARM, no penalty": Case(penalty=False, method="arm"),
     "ARM, checkpointed": Case(checkpointed=True, method="arm"),
+    "ARM, three samples": Case(method="arm", arm={"samples": 3}),
+    "AR": Case(steps=20, method="arm", arm={"estimator": "ar"}),
+    "AR, three samples": Case(method="arm", arm={"estimator": "ar", "samples": 3}),
     "ARM, open rows": Case(steps=20, open_rows=True, method="arm"),
     "ARM, norms in training mode": Case(steps=20, norms_train=True, method="arm"),
     "gates per example": Case(scope="example"),
     "gates per example, ARM": Case(steps=20, scope="example", method="arm"),
+    "gates per example, AR": Case(scope="example", method="arm", arm={"estimator": "ar"}),
     "gates per example, ARM, static graph": Case(STATIC, scope="example", method="arm"),
     "gates per example, Dep-L0, accumulated": Case(parts=2, scope="example", method="dep"),
     "scores of units": Case(method="cs"),
@@ -150,6 +156,8 @@ def prepare(case: Case, seed: int) -> nn.Module:
         with torch.no_grad():
             net.l0.log_alpha[next(net.l0.slices())[1]] = -100.0
     net.l0.l2, net.l0.scope = case.l2, case.scope
+    for option, value in case.arm.items():
+        setattr(net.l0, option, value)
     if case.budget:
         # Its buffers are the model's then: DDP sends those of rank 0. The target is out of reach.
         net.budget = l0.Budget(net, 0.01, lr=0.2, warmup=2)
