@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny data set in IDX files, and short plans on it."""
+"""A tiny data set in IDX files, short plans on it, and what runs have moved."""
 
+import copy
 import gzip
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,9 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch import nn
 
-from l0kernels.recipes import data, published
+from l0kernels.recipes import checkpoint, data, loop, published
+from l0kernels.recipes.arm import PACKED, gated_network
 from l0kernels.recipes.loop import Plan
+from l0kernels.training import gates_of
 
 TRAIN, TEST = 70, 30
 
@@ -73,3 +77,39 @@ def make_plan(idx_folder: Path, tmp_path: Path) -> Callable[..., Plan]:
         return replace(plan, **changes)
 
     return make
+
+
+@pytest.fixture
+def starts(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
+    """Copies of the networks that the runs of a test start from, in their order."""
+    found: list[nn.Module] = []
+
+    def noted(*args: Any) -> nn.Module:
+        net = gated_network(*args)
+        found.append(copy.deepcopy(net))
+        return net
+
+    monkeypatch.setattr(loop, "gated_network", noted)
+    return found
+
+
+def unmoved(start: nn.Module, path: Path) -> list[str]:
+    """Parameters, and groups of gates, that a run has left as they were.
+
+    Weights of tickets are compared with those that they were rewound to.
+
+    Args:
+        start: the network that the run started from.
+        path: its last checkpoint.
+    """
+    state = checkpoint.load(path)["arms"][PACKED]
+    end = copy.deepcopy(start)
+    end.load_state_dict(state["model"])
+    before = {**dict(start.named_parameters()), **(state["kept"] or {})}
+    weights = {n: p for n, p in end.named_parameters() if not n.startswith("l0.")}
+    old, new = (gates_of(net).alpha.split(gates_of(net).sizes) for net in (start, end))
+    gates = zip(gates_of(start).names, old, new, strict=True)
+    return [
+        *(name for name, weight in weights.items() if weight.equal(before[name])),
+        *(f"gates of {name}" for name, one, other in gates if one.equal(other)),
+    ]

@@ -7,10 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from l0kernels.cli import main
+from l0kernels.recipes import mnist
 from l0kernels.recipes.cli import deferred_interrupt
 from l0kernels.recipes.published import RECIPES
+
+from .conftest import TRAIN, unmoved
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -58,6 +62,43 @@ def test_json_and_more_epochs(
     more = json.loads(capsys.readouterr().out)
     assert more["settings"]["epochs"] == 3
     assert more["seeds"][0]["arms"]["packed"]["seconds"] > arm["seconds"]
+
+
+@pytest.mark.parametrize("name", [recipe.name for recipe in mnist.RECIPES])
+def test_twenty_steps(
+    name: str,
+    idx_folder: Path,
+    tmp_path: Path,
+    starts: list[nn.Module],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With the published settings, but for smaller batches and two epochs of ten steps."""
+    words = ["--data", str(idx_folder), "--out", str(tmp_path / "out"), "--json", "--progress"]
+    assert main(["train", name, *words, "--epochs", "2", "--batch", "7"]) == 0
+    told = capsys.readouterr()
+    assert "20/20 [" in told.err
+    settings = RECIPES[name].settings("published").to_dict()
+    assert json.loads(told.out)["settings"] == {**settings, "epochs": 2, "batch": 7}
+    (start,) = starts
+    assert unmoved(start, tmp_path / "out" / "seed-0" / "checkpoint.pt") == []
+
+
+def test_subsets_are_what_is_trained_and_tested(
+    idx_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--subset", "12,7", "--batch", "4", "--json", "--progress"]
+    assert _train(idx_folder, tmp_path / "out", *words) == 0
+    told = capsys.readouterr()
+    # Two epochs of three steps.
+    assert "6/6 [" in told.err
+    found = json.loads(told.out)
+    assert (found["data"], found["n_train"], found["n_test"]) == ("part of squares", 12, 7)
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "on part of squares: 12 train, 7 test; 2 epochs of 3 steps" in table
+    assert f"/ {TRAIN};" in table
+    for line in (tmp_path / "out" / "seed-0" / "epochs.jsonl").read_text().splitlines():
+        right = json.loads(line)["arms"]["packed"]["accuracy"] * 7 / 100
+        assert right == pytest.approx(round(right), abs=1e-9)
 
 
 def test_recipes_are_listed_with_what_is_unconfirmed(capsys: pytest.CaptureFixture[str]) -> None:
