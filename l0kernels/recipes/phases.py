@@ -59,7 +59,7 @@ def one(settings: Settings) -> tuple[Phase, ...]:
 
 
 def with_fine_tuning(settings: Settings) -> tuple[Phase, ...]:
-    """Training, then ``fine_tune`` epochs with frozen gates, at the last learning rate."""
+    """Training, then ``fine_tune`` epochs with frozen gates, whose schedule goes on."""
     training = one(settings)
     if not settings.fine_tune:
         return training

@@ -192,7 +192,7 @@ _VGG_DEP = Settings(
     decay=0.2,
     direction="forward",
 )
-_RESNET_DEP = replace(_VGG_DEP, lr=0.1, decay=0.1, lam=(5e-7,))
+_RESNET_DEP = replace(_VGG_DEP, lr=0.1, decay=0.1, gate_decay=0.1, lam=(5e-7,))
 _RESNET50_DEP = replace(
     _VGG_DEP,
     epochs=90,
@@ -200,7 +200,7 @@ _RESNET50_DEP = replace(
     lr=0.1,
     lam=(5e-9,),
     weight_decay=1e-4,
-    milestones=(30, 60),
+    milestones=(30, 60, 90),
     decay=0.1,
     gate_decay=0.2,
     fine_tune=10,
@@ -239,17 +239,18 @@ def _resnet50_dep() -> Recipe:
         name="resnet50-dep",
         summary="ResNet-50 on ImageNet, Dep-L0: gates of both inner widths of its bottlenecks",
         make=resnet50,
-        named={"published": Named(_RESNET50_DEP, DEP_SOURCE)},
+        named={
+            "published": Named(_RESNET50_DEP, DEP_SOURCE),
+            "backward": Named(replace(_RESNET50_DEP, direction="backward"), DEP_SOURCE),
+        },
         notes=(
             "32 groups, 7,552 gates: the authors gate the stem too, whose units meet a residual "
             "stream",
             "lam belongs to the authors' penalty for this network, which counts kernels twice; "
             "here the penalty is over connected widths, so that its weight is not confirmed",
-            "direction: not confirmed",
-            "the learning rates of fine-tuning are the last of training: not confirmed",
             *DEP_NOTES,
-            "images: random parts of 8 to 100 % of the area, mirrored or not, and middle crops; "
-            "not confirmed",
+            "images: random parts of 8 to 100 % of the area, mirrored or not, and middle crops, as "
+            "in the authors' code",
         ),
         shape=LARGE,
         method="dep",
@@ -331,8 +332,7 @@ RECIPES = (
         _RESNET_DEP,
         1e-6,
         "27 groups, 1,008 gates: the authors gate the stem too, whose units meet a residual "
-        "stream; batch and weight decay, those of VGG-16, and that the gates' learning rate never "
-        "drops are not confirmed",
+        "stream; their code lets the gates' optimizer step once more at the start of each epoch",
     ),
     _resnet50_dep(),
     _wide(

@@ -2,7 +2,7 @@
 """Recipes have the settings that were published.
 
 Values are written out here as the papers and their authors' code have them, not taken from the
-recipes. What neither was read to say is left out, such as the batch size of ResNet-56 by Dep-L0.
+recipes. What neither was read to say is left out.
 
 - L0-HC: Louizos, Welling, Kingma, 2018, arXiv:1712.01312; github.com/AMLab-Amsterdam/
   L0_regularization (train_mlp.py, train_lenet5.py, train_wide_resnet.py, models.py). Its ``lamba``
@@ -58,9 +58,10 @@ WIDE = {
 WIDE_HC = {**WIDE, "milestones": (60, 120, 160), "droprate": (0.3,), "ema": 0.99}
 WIDE_ARM = {**WIDE, "milestones": (60, 120), "droprate": (0.01,), "ema": None}
 
-DEP = {"penalty_n": 1, "fine_tune": 0, "milestones": (60, 120, 180, 240)}
 VGG_DEP = {
-    **DEP,
+    "penalty_n": 1,
+    "fine_tune": 0,
+    "milestones": (60, 120, 180, 240),
     "epochs": 300,
     "batch": 128,
     "optimizer": "sgd",
@@ -72,7 +73,7 @@ VGG_DEP = {
     "weight_decay": 5e-4,
     "lam": (1e-6,),
 }
-RESNET56_DEP = {**DEP, "lr": 0.1, "decay": 0.1}
+RESNET56_DEP = {**VGG_DEP, "lr": 0.1, "decay": 0.1, "gate_decay": 0.1}
 RESNET50_DEP = {
     "epochs": 90,
     "fine_tune": 10,
@@ -80,7 +81,7 @@ RESNET50_DEP = {
     "gate_optimizer": "adam",
     "lr": 0.1,
     "gate_lr": 1e-3,
-    "milestones": (30, 60),
+    "milestones": (30, 60, 90),
     "decay": 0.1,
     "gate_decay": 0.2,
     "weight_decay": 1e-4,
@@ -120,11 +121,12 @@ SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
     ("wrn-28-10-hc", "published"): {**WIDE_HC, "lam": (1e-3,)},
     ("wrn-28-10-hc", "strong"): {**WIDE_HC, "lam": (2e-3,)},
     ("wrn-28-10-arm", "published"): {**WIDE_ARM, "lam": (1e-3,)},
-    ("vgg16-dep", "published"): VGG_DEP,
+    ("vgg16-dep", "published"): {**VGG_DEP, "direction": "forward"},
     ("vgg16-dep", "backward"): {**VGG_DEP, "direction": "backward"},
     ("resnet56-dep", "published"): {**RESNET56_DEP, "direction": "forward", "lam": (5e-7,)},
     ("resnet56-dep", "backward"): {**RESNET56_DEP, "direction": "backward", "lam": (1e-6,)},
-    ("resnet50-dep", "published"): RESNET50_DEP,
+    ("resnet50-dep", "published"): {**RESNET50_DEP, "direction": "forward"},
+    ("resnet50-dep", "backward"): {**RESNET50_DEP, "direction": "backward"},
     ("resnet20-cs", "published"): CS,
     # Those of ResNet-20, and the recipe says so.
     ("vgg16-cs", "published"): CS,
