@@ -308,19 +308,23 @@ def test_gradient_of_the_published_penalty():
 
 
 def test_products_depthwise_and_ungated_features_in_the_penalty():
-    gates = l0.gates.DependentHardConcrete({"a": 4, "b": 4}, lam={"a": 2.0, "b": 3.0})
+    lam = {"a": 2.0, "b": 3.0, "c": 5.0}
+    gates = l0.gates.DependentHardConcrete({"a": 4, "b": 4, "c": 6}, lam=lam)
     net = nn.ModuleList(
         [
             l0.nn.GatedConv2d(3, 4, 3, out_gate=gates["a"]),
             l0.nn.GatedConv2d(4, 4, 3, groups=4, out_gate=gates["a"]),
             l0.nn.GatedConv2d(9, 5, 1, in_gate=l0.cat(gates["a"], 5)),
             l0.nn.GatedLinear(4, 2, in_gate=gates["a"] * gates["b"]),
+            l0.nn.GatedLinear(6, 7, in_gate=gates["c"]),  # of inputs that no layer makes
         ]
     )
     gates.attach(net)
-    a, b = gates.open_probability().split(4)
+    net.double()
+    a, b, c = gates.open_probability().split([4, 4, 6])
     exact = 2 * 27 * a.sum() + 2 * 9 * a.sum() + 2 * 5 * a.sum() + 2 * 2 * (a * b).sum()
-    torch.testing.assert_close(l0.penalty(net).double(), exact, rtol=1e-6, atol=0)
+    exact += 5 * 7 * c.sum()
+    torch.testing.assert_close(l0.penalty(net), exact, **CLOSE)
 
 
 # ---- states of the gates ----
