@@ -251,7 +251,7 @@ class Probe:
             if is_layer(module) or is_passage(module) or _has_own_parameters(module)
         }
         self._modules_read = {n for n, m in self.modules.items() if is_layer(m) or is_passage(m)}
-        # Of what layers and passages return, at their first call.
+        # Of what layers and depthwise convolutions return, at their first call.
         self._shapes: dict[str, torch.Size] = {}
         self.used_outside: set[str] = set()
         self._settling = False
@@ -313,11 +313,12 @@ class Probe:
         return self._features[reader]
 
     def positions(self) -> dict[str, int]:
-        """Output positions (pixels or tokens, of one example) per layer and passage."""
+        """Output positions (pixels, tokens) of one example per layer or depthwise convolution."""
         found = {}
         for name, shape in self._shapes.items():
-            features = shape[feature_dim(self.modules[name])]
-            found[name] = shape.numel() // max(1, features * shape[0])
+            dim = feature_dim(self.modules[name]) % len(shape)
+            examples = shape[0] if dim > 0 else 1  # unbatched
+            found[name] = shape.numel() // max(1, shape[dim] * examples)
         return found
 
     def _record(self, training: bool) -> _Mode:
@@ -381,7 +382,7 @@ class Probe:
             self._recorder.active.append(name)
             out = forward(*args, **kwargs)
             self._recorder.active.pop()
-            if name in self._modules_read:
+            if is_layer(module) or is_depthwise(module):
                 self._shapes.setdefault(name, out.shape)
             if is_layer(module):
                 # Cloned: an in-place operation may follow.

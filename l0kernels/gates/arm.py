@@ -77,12 +77,12 @@ class ARM(Gates):
 
     The pass of z1 gives weights their gradients, and its loss is the value of ``expected_loss``
     (with several samples, the mean). The pass of z2 runs before it, without gradients, in the same
-    mode, from the same buffers of ``model`` and states of the random generators, which are then
-    put back; a module that the closure runs outside ``model`` sees both passes. Dropout draws the
-    same numbers in both up to one on packed features, of which there are other numbers; from
-    there on its numbers differ, which has no bias but lets the losses differ more. The pass of z2
-    is not run if no gate differs (with gates per example: if no noise can change any); what both
-    passes compute before the first layer whose gates differ is computed once on a CPU, unless
+    mode, from the same buffers of ``model`` and states of the random generators, which are then put
+    back; a module that the closure runs outside ``model`` sees both passes. Dropout draws the same
+    numbers in both until it acts on packed features of another count; from there on they may
+    differ, which has no bias but lets the losses differ more. The pass of z2 is not run if no gate
+    differs (with gates per example: if no noise can change any; in captured steps always); what
+    both passes compute before the first layer whose gates differ is computed once on a CPU, unless
     anything in the process is compiled (see ``prefix``). The closure runs once per pass; what it
     leaves behind is of the last, z1's.
 
@@ -377,7 +377,7 @@ class _Estimate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        return grads[0], grads[0].reshape(()).to(ctx.gradient.dtype) * ctx.gradient, None
+        return grads[0], grads[0].to(ctx.gradient.dtype) * ctx.gradient, None
 
 
 def _gate_function(gate: Any, k: float) -> GateFunction:

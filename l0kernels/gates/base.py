@@ -357,9 +357,8 @@ class Gates(nn.Module):
 
         Args:
             root: the model whose training forward draws the gates.
-            positions: output positions (pixels, tokens) per example of each layer by name, of
-                all whose weight has two dimensions or more; only ``penalty(per="flop")`` needs
-                them.
+            positions: output positions (pixels, tokens) per example by name, of all gated layers
+                whose weight has two dimensions or more; only ``penalty(per="flop")`` needs them.
 
         Returns:
             ``root``.

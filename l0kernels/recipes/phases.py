@@ -59,7 +59,7 @@ def one(settings: Settings) -> tuple[Phase, ...]:
 
 
 def with_fine_tuning(settings: Settings) -> tuple[Phase, ...]:
-    """Training, then ``fine_tune`` epochs with frozen gates, whose schedule goes on."""
+    """Training, then ``fine_tune`` epochs with frozen gates; learning rates go on."""
     training = one(settings)
     if not settings.fine_tune:
         return training

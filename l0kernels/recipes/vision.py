@@ -200,7 +200,7 @@ _RESNET50_DEP = replace(
     lr=0.1,
     lam=(5e-9,),
     weight_decay=1e-4,
-    milestones=(30, 60, 90),
+    milestones=(31, 61, 91),
     decay=0.1,
     gate_decay=0.2,
     fine_tune=10,
@@ -209,6 +209,14 @@ DEP_NOTES = (
     "one draw of the gates serves the batch; the authors' code draws for each example",
     "the authors report the best test accuracy of all epochs; here accuracy is that of the last "
     "parameters and the deterministic gate",
+)
+DEP_IMAGES_NOTE = (
+    "images normalised by mean and deviation of the training images (the authors' constants are "
+    "those of CIFAR-10), moved by up to 4 pixels and mirrored"
+)
+COUNT_NOTE = (
+    "the authors' code counts epochs from 1: it trains one less, and the rates of ResNet-56 drop "
+    "one epoch earlier"
 )
 CHAIN_NOTE = (
     "penalty over neighbouring groups of the chain (widths='chain'), as in the authors' code"
@@ -226,7 +234,7 @@ def _dependent(network: str, start: Settings, backward_lam: float, note: str) ->
             "published": Named(start, DEP_SOURCE),
             "backward": Named(backward, DEP_SOURCE),
         },
-        notes=(note, CHAIN_NOTE, *DEP_NOTES, IMAGES_NOTE),
+        notes=(note, CHAIN_NOTE, COUNT_NOTE, *DEP_NOTES, DEP_IMAGES_NOTE),
         shape=COLOUR,
         method="dep",
         options={"widths": "chain"},

@@ -65,6 +65,20 @@ def test_gates_of_units():
     assert (8 * stem, 12 * pointwise) == (counted["stem"], counted["pointwise"])
 
 
+@pytest.mark.parametrize("network", ["convolutions", "linear"])
+def test_unbatched_inputs_are_one_example(network: str):
+    make, x = nn.Conv2d, torch.randn(3, 9, 6)
+    layers = [make(3, 8, 3), nn.ReLU(), make(8, 5, 3)]
+    if network == "linear":
+        layers, x = [nn.Linear(7, 8), nn.ReLU(), nn.Linear(8, 5)], torch.randn(7)
+    gates = [
+        l0.convert(copy.deepcopy(nn.Sequential(*layers)), "hard_concrete", example_inputs=(inputs,))
+        for inputs in (x, x[None])
+    ]
+    unbatched, batched = (net.l0.unit_flops for net in gates)
+    assert unbatched.equal(batched) and bool((batched > 0).all())
+
+
 def test_positions_of_every_weight_are_needed():
     g = l0.gates.HardConcrete({"a": 4})
     layers = nn.Sequential(l0.nn.GatedConv2d(3, 4, 3, out_gate=g["a"]), nn.ReLU())

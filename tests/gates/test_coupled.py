@@ -146,7 +146,7 @@ def make(case: str, method: str = "hard concrete", **options) -> nn.Sequential:
     given = {"lam": 0.3, "n_train": N_TRAIN, "l2": L2, **more, **options}
     gates = kind(chosen.groups, **given)
     net = nn.Sequential(*chosen.wire(gates))
-    gates.attach(net, {}).double()
+    gates.attach(net, dict.fromkeys((name for name, _ in net.named_modules()), 1)).double()
     scale = 2.0 if method == "hard concrete" else 0.3
     nn.init.uniform_(gates.log_alpha, -scale, scale)
     return net

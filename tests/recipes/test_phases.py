@@ -236,7 +236,7 @@ def test_kept_weights_of_another_network_are_refused(make: Callable[..., Plan]) 
 
 
 def test_two_optimizers_and_fine_tuning(make: Callable[..., Plan]) -> None:
-    changes = {"milestones": (2, 4), "decay": 0.1, "gate_decay": 0.2, "fine_tune": 2}
+    changes = {"milestones": (2, 6), "decay": 0.1, "gate_decay": 0.2, "fine_tune": 2}
     plan = make("resnet56-dep", epochs=6, **changes)
     assert plan.epochs == 8
     run = _run(plan)
@@ -246,7 +246,7 @@ def test_two_optimizers_and_fine_tuning(make: Callable[..., Plan]) -> None:
     assert not weights.param_groups[0]["nesterov"]
     assert [group["weight_decay"] for group in weights.param_groups] == [5e-4]
     assert gates.param_groups[0]["params"] == [gates_of(run.arms[0].net).log_alpha]
-    drops = [0, 0, 1, 1, 2, 2, 2, 2]
+    drops = [0, 0, 1, 1, 1, 1, 2, 2]
     for start, drop in zip(run.starts, drops, strict=True):
         assert start["rates"] == pytest.approx([0.1 * 0.1**drop, 1e-3 * 0.2**drop])
     assert [start["frozen"] for start in run.starts] == [False] * 6 + [True] * 2

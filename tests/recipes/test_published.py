@@ -5,7 +5,7 @@ Values are written out here as the papers and their authors' code have them, not
 recipes. What neither was read to say is left out.
 
 - L0-HC: Louizos, Welling, Kingma, 2018, arXiv:1712.01312; github.com/AMLab-Amsterdam/
-  L0_regularization (train_mlp.py, train_lenet5.py, train_wide_resnet.py, models.py). Its ``lamba``
+  L0_regularization (train_lenet5.py, train_wide_resnet.py, models.py). Its ``lamba``
   is lam before the division by N. The vector of LeNet-5 is the one in the code of L0-ARM.
 - L0-ARM and AR: Li, Ji, 2019, arXiv:1904.04432; github.com/leo-yangli/l0-arm (config.py, main.py).
 - Dep-L0: Li, Ji, 2021, arXiv:2107.00070; github.com/leo-yangli/dep-l0 (README, train_vgg.py,
@@ -81,7 +81,9 @@ RESNET50_DEP = {
     "gate_optimizer": "adam",
     "lr": 0.1,
     "gate_lr": 1e-3,
-    "milestones": (30, 60, 90),
+    "milestones": (31, 61, 91),
+    "optimizer": "sgd",
+    "penalty_n": 1,
     "decay": 0.1,
     "gate_decay": 0.2,
     "weight_decay": 1e-4,
