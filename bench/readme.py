@@ -238,8 +238,12 @@ def schedule(recipe: str, settings: dict[str, Any]) -> str:
 
 def published(figures: dict[str, Any]) -> str:
     """Return what a paper gives, in a few words."""
-    left = None if figures["left"] is None else f"{figures['left']:g} %"
-    known = (f"{100 - figures['accuracy']:.1f} %", left, figures["units"])
+    accuracy, left = figures["accuracy"], figures["left"]
+    known = (
+        accuracy and f"{100 - accuracy:.1f} %",
+        left and f"{left:g} % left",
+        figures["units"],
+    )
     cells = ", ".join(cell for cell in known if cell)
     doubt = "" if figures["confirmed"] else " (not confirmed)"
     return f"{figures['what']}: {cells}{doubt}"

@@ -138,7 +138,7 @@ def test_recipes_stand_beside_the_published_figures(tmp_path: Path):
     (row,) = readme.recipe_rows(tmp_path)
     assert row[:4] == ("lenet5-hc on mnist", "7 of 200", "10,0.5", "3")
     assert row[4:7] == ("1.50 %", "2.1 %", "4-8")
-    assert row[7] == "lam: 1.0 %, 1.5 %, 5-9 (not confirmed); lam: 1.0 %, 5-9"
+    assert row[7] == "lam: 1.0 %, 1.5 % left, 5-9 (not confirmed); lam: 1.0 %, 5-9"
     command = "l0kernels train lenet5-hc --data DIR --epochs 7 --lam 10,0.5 --seed 3"
     assert row[8] == f"`{command}`"
     assert command in readme.tables(tmp_path)
@@ -151,11 +151,14 @@ def test_recipes_stand_beside_the_published_figures(tmp_path: Path):
     with pytest.raises(ValueError, match="expected settings of .*averaged.*got .*0.5"):
         list(readme.recipe_rows(tmp_path))
     rounds = {"epochs": 20, "lam": [1e-8], "rounds": 1}
+    ticket = {**published, "what": "ticket", "accuracy": None, "left": 12.3, "units": ""}
+    ticket["confirmed"] = True
     (tmp_path / "summary.json").write_text(
-        json.dumps({**found, "recipe": "resnet20-cs", "settings": rounds})
+        json.dumps({**found, "recipe": "resnet20-cs", "settings": rounds, "published": [ticket]})
     )
     (row,) = readme.recipe_rows(tmp_path)
     assert row[1] == "20 of 85 in each of 1 + 1 of 3 + 1 rounds"
+    assert row[7] == "ticket: 12.3 % left"
     assert "--epochs 20 --lam 1e-08 --rounds 1 --seed 3" in row[8]
 
 
