@@ -21,10 +21,11 @@ NETWORKS: dict[str, tuple[str, Callable[..., nn.Module]]] = {
     "vgg16": ("VGG-16", vgg16),
     "wrn-28-10": ("WRN-28-10", partial(wide_resnet, 28, 10)),
 }
-IMAGES_NOTE = (
+IMAGES = (
     "images normalised by mean and deviation of the training images, moved by up to 4 pixels and "
-    "mirrored; the published constants are not confirmed"
+    "mirrored"
 )
+IMAGES_NOTE = f"{IMAGES}; the published constants are not confirmed"
 LAST_NOTE = "accuracy is that of the last parameters and the deterministic gate"
 SHORTCUTS_NOTE = "shortcuts without weights (option A of He et al., 2016)"
 
@@ -210,10 +211,7 @@ DEP_NOTES = (
     "the authors report the best test accuracy of all epochs; here accuracy is that of the last "
     "parameters and the deterministic gate",
 )
-DEP_IMAGES_NOTE = (
-    "images normalised by mean and deviation of the training images (the authors' constants are "
-    "those of CIFAR-10), moved by up to 4 pixels and mirrored"
-)
+DEP_IMAGES_NOTE = f"{IMAGES}; the authors' constants are those of CIFAR-10"
 COUNT_NOTE = (
     "the authors' code counts epochs from 1: it trains one less, and the rates of ResNet-56 drop "
     "one epoch earlier"

@@ -17,7 +17,6 @@ import l0kernels as l0
 from l0kernels.gates.examples import ExampleGates, noise_of_rows
 from l0kernels.gates.hard_concrete import BETA, GAMMA, ZETA
 from l0kernels.ops.sample_gates.reference import noise_k
-from l0kernels.testing import z_score
 
 METHODS = ("hard_concrete", "dep", "arm")
 X = torch.randn(6, 2, 5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -102,31 +101,6 @@ def test_each_example_has_its_row_of_the_counter():
         for row, its in zip(rows.tolist(), k, strict=True):
             assert its.equal(noise_k(key, gates, row=row))
     assert not noise_of_rows(key, 17, rows[:1])[0].equal(noise_k(key, 17))  # the batch's row
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_million_gates_follow_their_law(method: str):
-    classes = l0.gates.METHODS
-    gates = classes[method]({"a": 1000}, scope="example")
-    gates.attach(nn.Sequential(l0.nn.GatedLinear(1, 1000, bias=False, out_gate=gates["a"])))
-    with torch.no_grad():
-        if method == "dep":
-            gates.log_alpha.zero_()
-            gates.log_alpha[-1000:] = math.atanh(0.5 / math.log(100))
-        else:
-            gates.log_alpha.fill_(0.5 / 7 if method == "arm" else 0.5)
-    gates.draw()
-    z = gates._draw.examples.of(1000)[:, :-1]
-    assert z.shape == (1000, 1000)
-    shift = 0.0 if method == "arm" else -BETA * math.log(-GAMMA / ZETA)
-    p_open = 1 / (1 + math.exp(-0.5 - shift))
-    p_full = p_open if method == "arm" else 1 / (1 + math.exp(-0.5 + shift))
-    for found, p in ((z != 0, p_open), (z == 1, p_full)):
-        assert abs(z_score(int(found.sum()), z.numel(), p)) < 4.5
-    # Neither rows nor columns share their noise: both kinds of sums spread as independent ones do.
-    for dim in (0, 1):
-        sums = (z != 0).double().sum(dim)
-        assert float(sums.var()) == pytest.approx(1000 * p_open * (1 - p_open), rel=0.2)
 
 
 # ---- exact values and gradients ----

@@ -130,10 +130,16 @@ def test_gates_per_example(method: str):
         else:
             gates.log_alpha.fill_(0.5 / 7 if method == "arm" else 0.5)
     found = Moments()
+    p_open = sigma(0.5) if method == "arm" else sigma(0.5 - CLOSED)
     for _ in range(DRAWS):
         gates.draw()
         z = gates._draw.examples.of(1000)[:, :-1].detach()
+        assert z.shape == (1000, 1000)
         found.add(z)
+        # Neither rows nor columns share their noise: both kinds of sums spread as independent ones.
+        for dim in (0, 1):
+            sums = (z != 0).double().sum(dim)
+            assert float(sums.var()) == pytest.approx(1000 * p_open * (1 - p_open), rel=0.2)
     if method == "arm":
         assert found.closed + found.full == found.count == 10_000_000
         assert abs(z_score(found.full, found.count, sigma(0.5))) < FURTHEST

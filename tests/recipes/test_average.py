@@ -64,7 +64,7 @@ def test_the_average_in_fp64() -> None:
             sums[name] = sums.get(name, 0) + weight * parameter.detach()
         update(ema, net)
     for name, got in ema.module.named_parameters():
-        torch.testing.assert_close(got, sums[name], rtol=1e-10, atol=1e-12, msg=name)
+        torch.testing.assert_close(got, sums[name], rtol=1e-14, atol=1e-15, msg=name)
 
 
 def test_the_average_of_equal_values_is_that_value() -> None:
