@@ -22,7 +22,7 @@ from l0kernels.recipes.measure import allocated
 from l0kernels.testing import error_ratio, max_error
 
 from .figures import Figure, Sheet, markdown, shown, timed, write_texts
-from .timing import environment, interleave, often, repeated, require_passive_wait, synchronise
+from .timing import environment, interleave, often, repeated, require_passive_wait
 
 NAMES = (
     "sample_gates",
@@ -291,7 +291,7 @@ def measure_one(
     problem = op.make(shape, keep, DTYPES[dtype], device)
     arms = arms_of(problem, impls)
     steps = {(name, part): step for name, arm in arms.items() for part, step in arm.steps().items()}
-    peaks = {key: peak_mb(step, device) for key, step in steps.items()}
+    peaks = {key: allocated(step, device) / 1e6 for key, step in steps.items()}
     runs = time_steps(steps, setting, f"{op.name} {shape} {dtype} open {keep:g}")
     errors = checked(problem, arms, impls, DTYPES[dtype])
     figures, work = [], problem.work()
@@ -329,18 +329,6 @@ def time_steps(
         times = interleave(long, setting.rounds, setting.warmup, device, label)
         runs.append({name: [ms / repeats[name] for ms in times[name]] for name in times})
     return runs
-
-
-def peak_mb(step: Callable[[], object], device: torch.device) -> float:
-    """Return by how much the memory that PyTorch's allocator holds grows during a step."""
-    if device.type != "cuda":
-        return allocated(step) / 1e6
-    synchronise(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    step()
-    synchronise(device)
-    return (torch.cuda.max_memory_allocated(device) - before) / 1e6
 
 
 def in_double(value: Any) -> Any:

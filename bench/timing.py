@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from l0kernels._version import __version__
 from l0kernels.info import cpu_name
+from l0kernels.speed import synchronise
 
 # Milliseconds per round of each variant, for every run.
 Runs = Sequence[Mapping[str, Sequence[float]]]
@@ -201,11 +202,6 @@ def often(step: Callable[[], object], device: torch.device, seconds: float) -> i
 def repeated(step: Callable[[], object], times: int) -> None:
     for _ in range(times):
         step()
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, object]:

@@ -418,6 +418,12 @@ def _parameters(
     return weight, bias.requires_grad_(layer.bias.requires_grad)
 
 
+def synchronise(device: torch.device) -> None:
+    """Wait for a GPU; work on a CPU is done when its call returns."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 @dataclass(frozen=True)
 class Clock:
     """Median milliseconds of work on a device."""
@@ -425,16 +431,12 @@ class Clock:
     device: torch.device
 
     def once(self, work: Work, calls: int = 1) -> float:
-        self._wait()
+        synchronise(self.device)
         start = time.perf_counter()
         for _ in range(calls):
             work()
-        self._wait()
+        synchronise(self.device)
         return 1e3 * (time.perf_counter() - start) / calls
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
     def both(self, first: Work, second: Work) -> tuple[float, float]:
         """Of two kinds of work that take turns."""

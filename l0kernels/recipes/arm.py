@@ -27,6 +27,7 @@ from l0kernels.recipes.images import Batch
 from l0kernels.recipes.models import build
 from l0kernels.recipes.recipe import FOLLOW, MOMENTUM, Recipe, Settings
 from l0kernels.report import report
+from l0kernels.speed import synchronise
 from l0kernels.training import expected_loss, frozen, gates_of, param_groups, penalty
 
 PACKED = "packed"
@@ -159,6 +160,11 @@ class Arm:
         """The network that is evaluated: the average, where there is one."""
         return self.net if self.average is None else self.average.module
 
+    @property
+    def device(self) -> torch.device:
+        """Where it is trained."""
+        return gates_of(self.net).log_alpha.device
+
     def throwaway(self, layout: str | None = None) -> Arm:
         """A copy with a fresh optimizer, for steps that must leave no trace.
 
@@ -210,26 +216,28 @@ class Arm:
         return use_impl("reference") if self.name == MASKED else nullcontext()
 
     def place(self, images: Tensor) -> Tensor:
-        """Images in the layout of this arm, [N, C, H, W]."""
+        """Images in the layout and on the device of this arm, [N, C, H, W]."""
         if self.layout is None:
-            return images
+            return images.to(self.device)
         # With one channel .contiguous() sees nothing to do and keeps strides that mean NCHW.
-        placed = torch.empty(images.shape, memory_format=LAYOUTS[self.layout])
-        return placed.copy_(images)
+        form = LAYOUTS[self.layout]
+        return torch.empty(images.shape, device=self.device, memory_format=form).copy_(images)
 
     def step(self, images: Tensor, labels: Tensor) -> Step:
         """One training step.
 
         Args:
             images: [batch, C, H, W], placed.
-            labels: int64 [batch].
+            labels: int64 [batch], on any device.
         """
+        labels = labels.to(self.device)
 
         def data_loss() -> Tensor:
             # The gates are drawn by the engine in both arms; only the layers differ.
             with self._impl():
                 return F.cross_entropy(self.net(images), labels)
 
+        synchronise(self.device)
         begin = time.perf_counter()
         self.zero_grad()
         data = expected_loss(self.net, data_loss)
@@ -239,6 +247,7 @@ class Arm:
             optimizer.step()
         if self.average is not None:
             average.update(self.average, self.net)
+        synchronise(self.device)
         return Step(time.perf_counter() - begin, data.detach(), price.detach())
 
     @contextmanager
@@ -260,7 +269,8 @@ class Arm:
         right = count = 0
         with self.evaluating():
             for x, y in batches:
-                right += int((self.tested(self.place(x)).argmax(1) == y).sum())
+                guessed = self.tested(self.place(x)).argmax(1)
+                right += int((guessed == y.to(self.device)).sum())
                 count += len(y)
         return 100.0 * right / count
 
@@ -314,8 +324,7 @@ def _check_moments(optimizer: torch.optim.Optimizer) -> None:
 def _set_layout(net: nn.Module, layout: torch.memory_format) -> None:
     for parameter in net.parameters():
         if parameter.dim() == 4:
-            placed = torch.empty(parameter.shape, dtype=parameter.dtype, memory_format=layout)
-            parameter.data = placed.copy_(parameter.data)
+            parameter.data = torch.empty_like(parameter, memory_format=layout).copy_(parameter.data)
 
 
 def open_units(net: nn.Module) -> list[int]:
@@ -327,7 +336,7 @@ def open_units(net: nn.Module) -> list[int]:
         net: converted network.
     """
     gates = gates_of(net)
-    z = torch.cat((gates.deterministic().detach(), torch.ones(1)))
+    z = torch.cat((gates.deterministic().detach().cpu(), torch.ones(1)))
     counts = gates.open_now()
     for name, layer in net.named_modules():
         if isinstance(layer, GatedLayer) and layer.in_gate is not None and f"{name}.in" in counts:

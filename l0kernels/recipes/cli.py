@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from l0kernels._files import write_whole
@@ -65,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     seeds = parser.add_mutually_exclusive_group()
     seeds.add_argument("--seed", type=int, metavar="S", help="default 0")
     seeds.add_argument("--seeds", metavar="S,S,...", help="several runs, one after another")
+    add("--device", default="cpu", help="cpu or cuda (default: cpu)")
     add("--compare", action="store_true", help="train the masked reference beside it")
     add(
         "--reference-layout",
@@ -127,6 +129,7 @@ def plans(args: argparse.Namespace) -> list[Plan]:
         raise InputError(f"--save-every: expected a positive integer, got {args.save_every}")
     settings = _settings(args, recipe, recipe.settings(_settings_name(args, recipe)))
     variants = _variants(args, settings)
+    device = _device(args.device)
     images = load(Path(args.data) if args.data else None, recipe.shape)
     if args.subset is not None:
         images = images.subset(*_subset(args.subset))
@@ -142,6 +145,7 @@ def plans(args: argparse.Namespace) -> list[Plan]:
             save_every=args.save_every,
             folder=out / "-".join(filter(None, (f"seed-{seed}", name.replace(" ", "-")))),
             variant=name,
+            device=device,
         )
         for name, variant in variants.items()
         for seed in seeds
@@ -152,6 +156,18 @@ def _settings_name(args: argparse.Namespace, recipe: Recipe) -> str:
     if args.settings:
         return args.settings
     return recipe.default if args.data or "digits" not in recipe.named else "digits"
+
+
+def _device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device: expected cpu or cuda, got {text!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device: expected a CUDA device for {text!r}, found none")
+    return device
 
 
 def _subset(text: str) -> list[int]:

@@ -71,6 +71,7 @@ class Plan:
         save_every: epochs between two checkpoints; the last epoch is always saved.
         folder: where the checkpoint and the log go.
         variant: what tells it from other runs of the same seed.
+        device: where it is trained.
     """
 
     recipe: Recipe
@@ -82,6 +83,7 @@ class Plan:
     save_every: int
     folder: Path
     variant: str = ""
+    device: torch.device = torch.device("cpu")
 
     @property
     def label(self) -> str:
@@ -253,7 +255,7 @@ class Run:
     def _make_arms(self, layout: str | None) -> None:
         plan = self.plan
         count, classes = plan.images.whole, plan.images.classes
-        net = gated_network(plan.recipe, plan.settings, count, plan.seed, classes)
+        net = gated_network(plan.recipe, plan.settings, count, plan.seed, classes).to(plan.device)
         self.arms = [Arm(PACKED, net, plan.settings, PACKED_LAYOUT)]
         if plan.compare:
             twin = Arm(MASKED, copy.deepcopy(net), plan.settings, PACKED_LAYOUT)

@@ -10,10 +10,12 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch.profiler import ProfilerActivity, profile
 
 from l0kernels.recipes.arm import LAYOUTS, Arm
 from l0kernels.recipes.images import Batch
+from l0kernels.speed import synchronise
 
 WARM_UP = 10
 ROUNDS = 15
@@ -57,7 +59,7 @@ def fastest_layout(arm: Arm, batches: list[Batch]) -> str:
 
 
 def step_memory(arm: Arm, batch: Batch) -> int:
-    """Peak of what PyTorch's CPU allocator holds in one step beyond what it holds before.
+    """Peak of what PyTorch's allocator holds in one step beyond what it holds before.
 
     That is activations, packed weights, gradients and temporaries; parameters, optimizer state
     and what libraries allocate on their own (oneDNN's scratchpads) are not in it.
@@ -76,15 +78,32 @@ def step_memory(arm: Arm, batch: Batch) -> int:
     copy.zero_grad()
     with copy.evaluating():
         pass
-    return allocated(lambda: copy.step(images, labels))
+    return allocated(lambda: copy.step(images, labels), copy.device)
 
 
-def allocated(work: Callable[[], object]) -> int:
-    """Peak of what PyTorch's CPU allocator holds during some work beyond what it holds before.
+def allocated(work: Callable[[], object], device: torch.device) -> int:
+    """Peak of what PyTorch's allocator of a device holds during some work beyond that before.
+
+    Args:
+        work: to run.
+        device: where it runs.
 
     Returns:
         Bytes.
     """
+    return _allocated_on_gpu(work, device) if device.type == "cuda" else _allocated_on_cpu(work)
+
+
+def _allocated_on_gpu(work: Callable[[], object], device: torch.device) -> int:
+    synchronise(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    work()
+    synchronise(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _allocated_on_cpu(work: Callable[[], object]) -> int:
     # The profiler's own log lines go to stderr; they are no part of a progress bar.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

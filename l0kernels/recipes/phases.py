@@ -135,7 +135,7 @@ def pruned(scores: Tensor, weights: Tensor, part: float) -> Tensor:
         part: of the open weights to close.
     """
     is_open = scores > 0
-    kept = L1Unstructured(part).compute_mask(weights[is_open], torch.ones(int(is_open.sum())))
+    kept = L1Unstructured(part).compute_mask(weights[is_open], torch.ones_like(weights[is_open]))
     return scores.masked_scatter(is_open, torch.where(kept > 0, scores[is_open], -1.0))
 
 

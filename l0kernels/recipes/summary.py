@@ -139,7 +139,7 @@ def to_dict(results: list[Result]) -> dict[str, Any]:
         "n_train": len(plan.images.train_y),
         "n_test": len(plan.images.test_y),
         "settings": plan.settings.to_dict(),
-        "machine": _machine(),
+        "machine": _machine(plan.device),
         "seeds": [
             {
                 "seed": result.plan.seed,
@@ -186,14 +186,14 @@ def markdown(results: list[Result]) -> str:
 
 
 def _heading(plan: Plan) -> str:
-    settings, machine = plan.settings, _machine()
+    settings, machine = plan.settings, _machine(plan.device)
     return (
         f"**{plan.recipe.name}** on {plan.images.name}: {len(plan.images.train_y):,} train, "
         f"{len(plan.images.test_y):,} test; {plan.epochs} epochs of {plan.steps} steps, "
         f"batch {settings.batch}, lr {settings.lr:g}, gate lr {settings.gate_lr:g}, "
         f"lam {_numbers(settings.lam)} / {settings.penalty_n or plan.images.whole:,}; "
         f"l0kernels {machine['l0kernels']}, torch {machine['torch']}, "
-        f"{machine['threads']} threads"
+        + (machine["gpu"] or f"{machine['threads']} threads")
     )
 
 
@@ -266,12 +266,13 @@ def _legend(result: Result) -> str:
     return " ".join(lines)
 
 
-def _machine() -> dict[str, Any]:
+def _machine(device: torch.device) -> dict[str, Any]:
     return {
         "l0kernels": __version__,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "platform": platform.machine(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
     }
 
 

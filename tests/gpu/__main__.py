@@ -57,7 +57,7 @@ def tests(logs: Path) -> list[Stage]:
         Stage(
             "tests",
             [*pytest, *workers, f"--ignore={large}", f"--junitxml={logs / 'tests.xml'}"],
-            250,
+            300,
             environment={"L0K_TEST_RECORDS": str(logs / "records")},
         ),
         Stage("tests beyond 2^31 elements", [*pytest, large], 90),
@@ -71,7 +71,7 @@ def sanitizers() -> list[Stage]:
             tool,
             ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=9"]
             + [*pytest, "tests/ops", "-k", RACES if tool == "racecheck" else CHECKED],
-            130,
+            200,
             # Only memory that is not kept for later use has bounds that a sanitizer knows.
             environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
             required=False,

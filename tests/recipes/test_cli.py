@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
 from l0kernels.cli import main
@@ -67,6 +68,7 @@ def test_json_and_more_epochs(
 @pytest.mark.parametrize("name", [recipe.name for recipe in mnist.RECIPES])
 def test_twenty_steps(
     name: str,
+    device: torch.device,
     idx_folder: Path,
     tmp_path: Path,
     starts: list[nn.Module],
@@ -74,7 +76,8 @@ def test_twenty_steps(
 ) -> None:
     """With the published settings, but for smaller batches and two epochs of ten steps."""
     words = ["--data", str(idx_folder), "--out", str(tmp_path / "out"), "--json", "--progress"]
-    assert main(["train", name, *words, "--epochs", "2", "--batch", "7"]) == 0
+    words += ["--epochs", "2", "--batch", "7", "--device", device.type]
+    assert main(["train", name, *words]) == 0
     told = capsys.readouterr()
     assert "20/20 [" in told.err
     settings = RECIPES[name].settings("published").to_dict()
@@ -135,6 +138,11 @@ BAD = {
     ),
     "recipe": (["vgg"], "unknown recipe 'vgg': expected one of lenet5-hc, mlp-hc"),
     "folder": (["mlp-hc", "--data", "nowhere"], "nowhere: expected a folder with IDX files"),
+    "device": (["mlp-hc", "--device", "tpu"], "--device: expected cpu or cuda, got 'tpu'"),
+    "no such device": (
+        ["mlp-hc", "--device", "cuda:99"],
+        "--device: expected a CUDA device for 'cuda:99', found none",
+    ),
     "epochs": (["mlp-hc", "--epochs", "-1"], "--epochs: expected a positive integer, got -1"),
     "batch": (["mlp-hc", "--batch", "0"], "--batch: expected a positive integer, got 0"),
     "lr": (["mlp-hc", "--lr", "nan"], "--lr: expected a positive number, got nan"),

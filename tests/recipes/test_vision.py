@@ -71,6 +71,7 @@ def _narrow(recipe: Recipe) -> Recipe:
 @pytest.mark.parametrize("name", NAMES)
 def test_twenty_steps(
     name: str,
+    device: torch.device,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     starts: list[nn.Module],
@@ -79,7 +80,7 @@ def test_twenty_steps(
     monkeypatch.setitem(published.RECIPES, name, _narrow(published.find(name)))
     FORMATS.get(name, write_cifar10)(tmp_path / "data")
     words = ["train", name, "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
-    words += ["--epochs", "2", "--batch", "4", *WORDS.get(name, [])]
+    words += ["--epochs", "2", "--batch", "4", *WORDS.get(name, []), "--device", device.type]
     assert main([*words, "--json", "--progress"]) == 0
     told = capsys.readouterr()
     found = json.loads(told.out)
