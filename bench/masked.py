@@ -214,7 +214,10 @@ class FlatGated(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.gates.draw()
-        return self.net(x)
+        found = self.net(x)
+        # They would keep this step's graph alive, and no later one could be captured.
+        self.gates.z = ()
+        return found
 
     def penalty(self) -> Tensor:
         return self.gates.penalty() / self.n_train

@@ -467,7 +467,8 @@ def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         if not group.get("fused") or not getattr(optimizer, "_step_supports_amp_scaling", False):
             raise ValueError(
-                f"graph: expected SGD, Adam, AdamW or Adagrad with fused=True, got {name} with "
+                f"graph: expected SGD, Adam or AdamW with fused=True (or Adagrad, in versions of "
+                f"PyTorch where it can leave out a step), got {name} with "
                 f"fused={group.get('fused')}"
             )
         if not group.get("capturable", True):

@@ -33,6 +33,7 @@ CLOSE = 1e-10
 
 RUNS = {
     "reference": ("PyTorch reference", "run on the CPU"),
+    "reference on a GPU": ("PyTorch reference", "run on {gpu}"),
     "cpp": ("C++ CPU", "run on the CPU"),
     "triton": ("Triton", "interpreted"),
     "harness": ("CUDA C++", "run on the CPU harness"),
@@ -171,6 +172,8 @@ def _impl_of(item: pytest.Item) -> str:
     if hasattr(item, "callspec"):
         values |= item.callspec.params  # there also where a fixture failed
     found = values.get("impl", values.get("op_impl", ""))
+    if found == "reference" and str(values.get("device")).startswith("cuda"):
+        found = "reference on a GPU"
     return found if isinstance(found, str) else ""
 
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import error_table
 import pytest
@@ -99,6 +100,19 @@ def test_records_are_what_tests_measured(records):
         told = " ".join(row.defects())
         assert "wgrad: 3 times PyTorch's error; expected at most 2" in told
         assert "2 of 8 numbers differ" in told and "3 tests failed" in told
+
+
+@pytest.mark.parametrize(
+    ("ran", "where", "found"),
+    [
+        ("reference", "cuda", "reference on a GPU"),
+        ("reference", "cpu", "reference"),
+        ("cpp", "cpu", "cpp"),
+    ],
+)
+def test_the_reference_on_a_gpu_is_told_apart(ran, where, found):
+    made = SimpleNamespace(params={"impl": ran, "device": where})
+    assert error_table._impl_of(SimpleNamespace(funcargs={}, callspec=made)) == found
 
 
 def test_defects_are_an_exit_code(records, tmp_path, capsys):

@@ -71,7 +71,8 @@ L0K_HD GateAt<S> gate_at(const SoftGate<S>& gate, S s) {
   const S size = std::fabs(x);
   const bool saturated = size > kGateLimit<S>;
   const S bounded = select(saturated, kGateLimit<S>, size);
-  const S e = select(saturated, S(0), exp_of_negative(-bounded));
+  // A NaN whose bits are all set, as GPUs make them in float32, would become a number.
+  const S e = select(saturated, S(0), exp_of_negative(-bounded)) + S(0) * bounded;
   const S inverse = S(1) / (S(1) + e);
   const S value = select(x < S(0), e * inverse, inverse) * gate.scale;
   const S slope = e * inverse * inverse * (gate.beta * gate.scale);

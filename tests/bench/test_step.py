@@ -78,6 +78,26 @@ def test_captured_steps_are_those_that_are_launched(variant: str, monkeypatch: p
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7, msg=name)
 
 
+@pytest.mark.parametrize("variant", ["dense", "masked-best"])
+def test_no_graph_of_an_earlier_step_is_alive_in_a_captured_one(variant: str):
+    """Its nodes that accumulate gradients belong to the stream of that step."""
+    task = arms.Task(models.network("lenet5"), 4, torch.device("cpu"), graph=True)
+    arm = arms.make_arm(task, variant, 0.5)
+    loss, begun = arm.loss, []
+
+    def watched(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        nodes = [p.view_as(p).grad_fn.next_functions[0][0] for p in arm.trained]
+        begun.append(any("step" in node.metadata for node in nodes))
+        for node in nodes:
+            node.metadata["step"] = len(begun)
+        return loss(x, y)
+
+    arm.loss = watched
+    for _ in range(3):
+        arm.eager_step()
+    assert begun == [False] * 3
+
+
 def test_json_is_complete(finished: Path):
     report = json.loads((finished / "step.json").read_text())
     assert report["setting"]["model"] == "lenet5"

@@ -102,27 +102,30 @@ def _written(func: Any, args: tuple, kwargs: dict) -> list[Tensor]:
     return found
 
 
-class _Late:
-    def __init__(self, flag: Tensor, here_after: int) -> None:
-        self._value, self.left = bool(flag), here_after
+class _Here:
+    def __init__(self, flag: Tensor) -> None:
+        self._value = bool(flag)
 
     def is_here(self) -> bool:
-        return self.left <= 0
+        return True
 
     def is_raised(self) -> bool:
         return self._value
 
 
+class _Late:
+    def __init__(self, news: Any, here_after: int) -> None:
+        self._news, self.left = news, here_after
+
+    def is_here(self) -> bool:
+        return self.left <= 0 and self._news.is_here()
+
+    def is_raised(self) -> bool:
+        return self._news.is_raised()
+
+
 class TapeRecorder:
-    """Recorder of a fake GPU, whose news come some steps late.
-
-    Args:
-        late: steps after which the host hears of one without waiting.
-    """
-
-    def __init__(self, late: int = 0) -> None:
-        self._late = late
-        self._sent: list[_Late] = []
+    """Recorder of a fake GPU, which is never ahead of the host."""
 
     def warm(self, run: Callable[[], None]) -> None:
         run()
@@ -137,18 +140,21 @@ class TapeRecorder:
             torch.set_rng_state(state)
         return tape.replay
 
-    def send(self, flag: Tensor) -> _Late:
-        for news in self._sent:
-            news.left -= 1
-        self._sent.append(_Late(flag, self._late))
-        return self._sent[-1]
+    def send(self, flag: Tensor) -> _Here:
+        return _Here(flag)
 
 
 class Watched:
-    """Any recorder, with what it was asked for."""
+    """Any recorder, whose news come some steps late, with what it was asked for.
 
-    def __init__(self, recorder: Any) -> None:
-        self._recorder = recorder
+    Args:
+        recorder: to watch.
+        late: steps after which the host hears of one without waiting, at the earliest.
+    """
+
+    def __init__(self, recorder: Any, late: int) -> None:
+        self._recorder, self._late = recorder, late
+        self._sent: list[_Late] = []
         self.recorded = self.warmed = self.replayed = 0
         self._flags: list[Tensor] = []
 
@@ -173,4 +179,7 @@ class Watched:
 
     def send(self, flag: Tensor) -> Any:
         self._flags.append(flag.clone())
-        return self._recorder.send(flag)
+        for news in self._sent:
+            news.left -= 1
+        self._sent.append(_Late(self._recorder.send(flag), self._late))
+        return self._sent[-1]

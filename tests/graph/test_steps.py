@@ -30,13 +30,13 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def watch(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Watched]:
-    """Has steps captured, on a CPU with news that come some steps late."""
+    """Has steps captured, with news that come some steps late."""
 
     def start(late: int = 3) -> Watched:
         real = _capture.recorder_for(device)
         if real is None:  # gates look for NaN on a CPU only
             monkeypatch.setattr(l0.gates.Gates, "_checked_deterministic", unchecked)
-        watched = Watched(TapeRecorder(late) if real is None else real)
+        watched = Watched(TapeRecorder() if real is None else real, late)
         monkeypatch.setattr(_capture, "recorder_for", lambda _: watched)
         return watched
 
@@ -185,8 +185,10 @@ def test_captured_steps_are_eager_steps(
 def test_other_optimizers(
     optimizer: Optimizer, device: torch.device, watch: Callable[..., Watched]
 ):
-    recorder = watch()
-    Both(NETS["mlp"](), device, optimizer, closing_loss).run(60).assert_equal()
+    recorder, net = watch(), NETS["mlp"]()
+    if not getattr(optimizer(net), "_step_supports_amp_scaling", False):
+        pytest.skip("this version of PyTorch has no such optimizer that can leave out a step")
+    Both(net, device, optimizer, closing_loss).run(60).assert_equal()
     assert recorder.replayed >= 40
 
 
@@ -752,7 +754,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "dropout": (lambda: l0.graph(n := with_dropout(), sgd(n), lambda x: x), "no dropout with ARM"),
     "fused": (
         lambda: l0.graph(n := make("norm"), sgd(n, fused=None), lambda x: x),
-        "fused=True, got SGD with fused=None",
+        "expected SGD, Adam or AdamW with fused=True .*, got SGD with fused=None",
     ),
     "RMSprop": (
         lambda: l0.graph(n := make("norm"), torch.optim.RMSprop(n.parameters()), lambda x: x),

@@ -57,7 +57,7 @@ WORDS = {
     "resnet20-cs": ["--rounds", "1", "--rewind", "1"],
     "vgg16-cs": ["--rounds", "1", "--rewind", "1"],
     "resnet20-imp": ["--rounds", "3", "--rewind", "1"],
-    "vgg16-imp": ["--rounds", "2", "--rewind", "0"],
+    "vgg16-imp": ["--rounds", "3", "--rewind", "0"],
 }
 NAMES = [recipe.name for recipe in vision.RECIPES]
 
@@ -136,7 +136,7 @@ PHASES = {
     "resnet20-cs": ["round 1", "ticket"],
     "vgg16-cs": ["round 1", "ticket"],
     "resnet20-imp": ["round 1", "round 2", "round 3"],
-    "vgg16-imp": ["round 1", "round 2"],
+    "vgg16-imp": ["round 1", "round 2", "round 3"],
     "resnet50-dep": ["training", "fine-tuning"],
 }
 GROUPS = {"resnet20": 19, "vgg16": 13, "resnet56": 6, "resnet50": 10, "wrn-28-10": 3}

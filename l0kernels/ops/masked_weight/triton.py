@@ -20,16 +20,41 @@ NUMBERS = 1024  # of a program
 
 
 @triton.jit
+def _exp_of_negative(x):
+    """e^x for -87 <= x <= 0 in float32, as csrc/common/soft_gate.h has it; float64: any x.
+
+    Triton's own in float32 is that of 2^(x log2 e), which loses |x| 2^-24 of it.
+    """
+    if x.dtype == tl.float64:
+        return tl.exp(x)
+    else:
+        shifted = tl.fma(x, 1.44269504, 12582912.0)  # its lowest bits hold the integer n
+        n = shifted - 12582912.0
+        r = tl.fma(-n, -2.12194440e-4, tl.fma(-n, 0.693359375, x))
+        q = tl.fma(r, 0.00019891981, 0.0013934541)
+        q = tl.fma(q, r, 0.0083333105)
+        q = tl.fma(q, r, 0.041666456)
+        q = tl.fma(q, r, 0.16666667)
+        q = tl.fma(q, r, 0.5)
+        e_r = 1.0 + tl.fma(r * r, q, r)
+        power = (shifted.to(tl.int32, bitcast=True) << 23) + 0x3F800000
+        return e_r * power.to(tl.float32, bitcast=True)  # e_r 2^n, NaN for NaN
+
+
+@triton.jit
 def _gates(scores, beta, SCALE: tl.constexpr, CLOSED_BELOW: tl.constexpr):
     """Values of gates, 0 where they are closed, and their slopes in the scores."""
     is_step = beta == float("inf")
     x = scores * tl.where(is_step, 1.0, beta)
-    e = tl.exp(-tl.abs(x))
+    limit = 87.0 if scores.dtype == tl.float32 else 700.0
+    # The least of a NaN and a number would be the number.
+    size = tl.abs(x)
+    e = _exp_of_negative(-tl.where(size > limit, limit, size))
     inverse = 1.0 / (1.0 + e)
     value = tl.where(is_step, 1.0, tl.where(x < 0, e * inverse, inverse)) * SCALE
     slope = tl.where(is_step, 0.0, e * inverse * inverse * (beta * SCALE))
     # Above, where a closed one is below, gates are open for good.
-    slope = tl.where(x > (87.0 if scores.dtype == tl.float32 else 700.0), 0.0, slope)
+    slope = tl.where(x > limit, 0.0, slope)
     closed = tl.where(is_step, (scores > 0) == 0, x < CLOSED_BELOW)
     return tl.where(closed, 0.0, value), slope
 
