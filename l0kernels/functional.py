@@ -12,6 +12,7 @@ from l0kernels.ops.sample_gates import (
     GateLayout,
     OpenLists,
     arm_gradient,
+    example_noise,
     open_lists,
     sample_gates,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "OpenLists",
     "arm_gradient",
     "dep_chain",
+    "example_noise",
     "gate_apply",
     "gated_conv2d",
     "gated_linear",

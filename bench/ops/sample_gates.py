@@ -5,7 +5,8 @@ The PyTorch arms draw, clamp, stretch and penalise as networks with L0 layers co
 layer or once over all gates in one tensor. They do not list the open gates; `sample_gates` does.
 
 A shape that ends in `:arm` is `arm_gradient`: the noise of a draw, weighed by the difference of two
-losses. The PyTorch arm has kept the noise; ours draws it again.
+losses. The PyTorch arm has kept the noise; ours draws it again. One that ends in `:noise` is
+`example_noise` for 128 examples, the PyTorch arm PyTorch's own random integers.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from l0kernels.functional import GateLayout, arm_gradient, sample_gates
+from l0kernels.functional import GateLayout, arm_gradient, example_noise, sample_gates
+from l0kernels.gates.examples import NOISE as NUMBERS
 from l0kernels.gates.examples import uniform
 from l0kernels.ops.sample_gates.reference import noise_k
 
@@ -27,8 +29,9 @@ MODELS = {
     "llama-7b": (11008,) * 32,
 }
 """Gates of each layer: a wide residual network's inner channels, a language model's neurons."""
-ARM = ":arm"
-MEANING = f"{' or '.join(MODELS)}, or layers x gates; then {ARM} or nothing"
+ARM, NOISE = ":arm", ":noise"
+EXAMPLES = 128
+MEANING = f"{' or '.join(MODELS)}, or layers x gates; then {ARM}, {NOISE} or nothing"
 
 
 def one_port_per_group(sizes: Sequence[int], device: torch.device | str = "cpu") -> GateLayout:
@@ -136,6 +139,37 @@ class ArmProblem:
         return {"forward": 2.0 * len(self.factor) * self.factor.itemsize}
 
 
+@dataclass
+class NoiseProblem:
+    """The noise of all gates of a network, for each example.
+
+    Args:
+        key: seed and step.
+        gates: numbers per example.
+    """
+
+    key: Tensor
+    gates: int
+
+    def ours(self) -> list[Tensor]:
+        return [example_noise(self.key, EXAMPLES, self.gates)]
+
+    def plain(self) -> list[Tensor]:
+        size, device = (EXAMPLES, self.gates), self.key.device
+        return [torch.randint(NUMBERS, size, dtype=torch.int32, device=device)]
+
+    def ways(self) -> dict[str, Way]:
+        # Other noise: there is nothing to compare.
+        return {
+            "ours": Way(self.ours, [], [], lambda y, _: {"k": y[0].double()}),
+            "plain": Way(self.plain, [], [], lambda y, _: {}),
+        }
+
+    def work(self) -> dict[str, float]:
+        """Bytes: writes a number for each gate and example."""
+        return {"forward": 4.0 * EXAMPLES * self.gates}
+
+
 def make_problem(
     shape: str,
     fraction: float,
@@ -175,8 +209,11 @@ def make_arm_problem(shape: str, dtype: torch.dtype, device: torch.device | str)
 
 def make(
     shape: str, fraction: float, dtype: torch.dtype, device: torch.device
-) -> Problem | ArmProblem:
-    """Makes the problem of a shape; the open fraction decides nothing for the estimate of ARM."""
+) -> Problem | ArmProblem | NoiseProblem:
+    """Makes the problem of a shape; the open fraction decides something for draws only."""
+    if shape.endswith(NOISE):
+        gates = sum(layer_sizes(shape.removesuffix(NOISE), MODELS, MEANING))
+        return NoiseProblem(torch.tensor([0, 1], device=device), gates)
     if shape.endswith(ARM):
         return make_arm_problem(shape.removesuffix(ARM), dtype, device)
     return make_problem(shape, fraction, dtype, device)
@@ -186,8 +223,8 @@ OPERATOR = Operator(
     "sample_gates",
     make,
     MEANING,
-    shapes=(*MODELS, *(model + ARM for model in MODELS)),
-    small=("3x20", f"3x20{ARM}"),
+    shapes=(*MODELS, *(model + ARM for model in MODELS), f"wrn-28-10{NOISE}"),
+    small=("3x20", f"3x20{ARM}", f"3x20{NOISE}"),
     dtypes=("f64", "f32"),
     unit="GB/s",
 )

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// sample_gates, its backward pass, arm_gradient and open_lists on the CPU.
+// sample_gates, its backward pass, arm_gradient, example_noise and open_lists on the CPU.
 #include "common/gate_laws.h"
 #include "cpu/common.h"
 
@@ -228,6 +228,29 @@ L0K_HD void arm_chunk(const Arm<T>& a, int64_t chunk) {
   }
 }
 
+struct Noise {
+  NoiseStream stream;  // of the first example
+  int64_t stride;      // rows from one example to the next
+  int64_t gates;
+  int64_t chunks;  // of a row
+  int32_t* k;
+};
+
+// Chunks of all rows are numbered through.
+L0K_HD void noise_chunk(const Noise& n, int64_t chunk) {
+  const int64_t example = chunk / n.chunks;
+  const int64_t begin = chunk % n.chunks * kChunk;
+  const int64_t end = std::min(n.gates, begin + kChunk);
+  NoiseStream stream = n.stream;
+  stream.row = static_cast<uint32_t>(stream.row + n.stride * example);
+  Tile tile;
+  for (int64_t first = begin; first < end; first += kTile) {
+    const int64_t count = std::min(kTile, end - first);
+    fill_noise(stream, first, tile);
+    std::copy_n(tile.k, count, n.k + example * n.gates + first);
+  }
+}
+
 L0K_FOR_EACH_ISA(forward_f32, forward_chunk, (const Forward<float>& f, int64_t chunk), (f, chunk))
 L0K_FOR_EACH_ISA(forward_f64, forward_chunk, (const Forward<double>& f, int64_t chunk), (f, chunk))
 L0K_FOR_EACH_ISA(backward_f32, backward_chunk, (const Backward<float>& b, int64_t chunk),
@@ -236,6 +259,7 @@ L0K_FOR_EACH_ISA(backward_f64, backward_chunk, (const Backward<double>& b, int64
                  (b, chunk))
 L0K_FOR_EACH_ISA(arm_f32, arm_chunk, (const Arm<float>& a, int64_t chunk), (a, chunk))
 L0K_FOR_EACH_ISA(arm_f64, arm_chunk, (const Arm<double>& a, int64_t chunk), (a, chunk))
+L0K_FOR_EACH_ISA(noise_k32, noise_chunk, (const Noise& n, int64_t chunk), (n, chunk))
 
 void run_chunk(const Forward<float>& f, int64_t chunk) { forward_f32(f, chunk); }
 void run_chunk(const Forward<double>& f, int64_t chunk) { forward_f64(f, chunk); }
@@ -496,6 +520,17 @@ Tensor arm(const Tensor& difference, const Tensor& factor, const Tensor& key) {
   return grad;
 }
 
+Tensor example_noise(Tensor key, int64_t examples, int64_t gates, int64_t first, int64_t stride) {
+  NoiseStream stream = make_stream(key);
+  stream.row = static_cast<uint32_t>(first);
+  const Tensor k = torch::stable::new_empty(key, {examples, gates}, ScalarType::Int);
+  const Noise noise{stream, stride, gates, chunks_of(gates), out<int32_t>(k)};
+  torch::stable::parallel_for(0, examples * noise.chunks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) noise_k32(noise, chunk);
+  });
+  return k;
+}
+
 bool is_double(const Tensor& tensor) {
   const ScalarType type = tensor.scalar_type();
   require(type == ScalarType::Double || type == ScalarType::Float,
@@ -537,6 +572,7 @@ STABLE_TORCH_LIBRARY_IMPL(l0kernels, CPU, m) {
   m.impl("sample_gates", TORCH_BOX(&sample_gates));
   m.impl("sample_gates_backward", TORCH_BOX(&sample_gates_backward));
   m.impl("arm_gradient", TORCH_BOX(&arm_gradient_cpu));
+  m.impl("example_noise", TORCH_BOX(&example_noise));
   m.impl("open_lists", TORCH_BOX(&open_lists));
 }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// sample_gates, its backward pass, arm_gradient and open_lists on NVIDIA GPUs.
+// sample_gates, its backward pass, arm_gradient, example_noise and open_lists on NVIDIA GPUs.
 //
 // Noise is a function of the gate's number, so any block can draw any gate without waiting for the
 // block that stores its value. Models of up to kOneLaunch gates and features therefore need one
@@ -480,6 +480,34 @@ __global__ void L0K_BOUNDS(kSlice, 1) arm_gradients(const Arm<T> p) {
                                              noise_of_gate(stream, gate)));
 }
 
+struct Noise {
+  Strided<int64_t> key;
+  int64_t first;   // row of the first example
+  int64_t stride;  // rows from one example to the next
+  int64_t gates;
+  int64_t blocks;  // of four numbers, in a row
+  int64_t total;   // blocks of all rows
+  int32_t* k;
+};
+
+// A thread for each block of four numbers.
+__global__ void L0K_BOUNDS(kSlice, 1) example_noises(const Noise p) {
+  const int64_t place = static_cast<int64_t>(blockIdx.x) * kSlice + threadIdx.x;
+  if (place >= p.total) return;
+  const int64_t example = place / p.blocks;
+  const int64_t block = place % p.blocks;
+  const NoiseStream stream{static_cast<uint64_t>(p.key[0]), static_cast<uint32_t>(p.key[1]),
+                           static_cast<uint32_t>(p.first + p.stride * example), 0, 0};
+  const auto words = noise_words<uint32_t>(stream, static_cast<uint32_t>(block));
+  const bool usable = key_error(p.key) == kNone;
+  const int64_t left = p.gates - 4 * block;
+  int32_t* to = p.k + example * p.gates + 4 * block;
+  to[0] = usable ? noise_k(words.x) : -1;
+  if (left > 1) to[1] = usable ? noise_k(words.y) : -1;
+  if (left > 2) to[2] = usable ? noise_k(words.z) : -1;
+  if (left > 3) to[3] = usable ? noise_k(words.w) : -1;
+}
+
 // ---- operators ----
 
 int threads_for(int64_t elements) {
@@ -641,6 +669,21 @@ Tensor arm_gradient_cuda(Tensor difference, Tensor factor, Tensor key) {
                            : arm<float>(difference, factor, key);
 }
 
+Tensor example_noise(Tensor key, int64_t examples, int64_t gates, int64_t first, int64_t stride) {
+  const DeviceGuard guard(key.get_device_index());
+  const Tensor k = torch::stable::new_empty(key, {examples, gates}, ScalarType::Int);
+  const int64_t blocks = (gates + 3) / 4;
+  const Noise params{strided<int64_t>(key), first,  stride, gates, blocks, examples * blocks,
+                     out<int32_t>(k)};
+  const int64_t launched = (params.total + kSlice - 1) / kSlice;
+  require(launched <= std::numeric_limits<int32_t>::max(), "example_noise: too many numbers");
+  if (launched > 0) {
+    L0K_LAUNCH(example_noises, static_cast<unsigned>(launched), kSlice, 0, current_stream(key),
+               params);
+  }
+  return k;
+}
+
 ListTensors open_lists(Tensor z, Tensor group_offsets, Tensor maps, Tensor port_offsets) {
   const DeviceGuard guard(z.get_device_index());
   return is_double(z) ? list<double>(z, group_offsets, maps, port_offsets)
@@ -653,6 +696,7 @@ L0K_CUDA_IMPL(m) {
   m.impl("sample_gates", TORCH_BOX(&sample_gates));
   m.impl("sample_gates_backward", TORCH_BOX(&sample_gates_backward));
   m.impl("arm_gradient", TORCH_BOX(&arm_gradient_cuda));
+  m.impl("example_noise", TORCH_BOX(&example_noise));
   m.impl("open_lists", TORCH_BOX(&open_lists));
 }
 

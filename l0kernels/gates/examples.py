@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from l0kernels.ops.sample_gates.reference import philox4x32
+from l0kernels.functional import example_noise
 
 if TYPE_CHECKING:
     from l0kernels.gates.base import Gates
@@ -85,12 +85,11 @@ class ExampleGates:
         return self._made[key]
 
     def noise(self, examples: int) -> Tensor:
-        """The 23-bit integers of the examples, int64 of shape [examples, gates]."""
+        """The 23-bit integers of the examples, int32 of shape [examples, gates]."""
         ranks, rank = 1, 0
         if dist.is_available() and dist.is_initialized():
             ranks, rank = dist.get_world_size(), dist.get_rank()
-        places = torch.arange(examples, device=self._key.device)
-        return noise_of_rows(self._key, self._gates.count, 1 + places * ranks + rank)
+        return example_noise(self._key, examples, self._gates.count, 1 + rank, ranks)
 
     def weigh_noise(self, differences: Tensor) -> Tensor:
         """The sums that ARM's estimate is made of, float64 of shape [gates].
@@ -125,15 +124,6 @@ class ExampleGates:
         if z.requires_grad:
             z.register_hook(self._graph.hold)
         return z
-
-
-def noise_of_rows(key: Tensor, gates: int, rows: Tensor) -> Tensor:
-    """The 23-bit integers of gates 0..gates-1 in some rows of the counter, [rows, gates]."""
-    blocks = torch.arange((gates + 3) // 4, device=key.device)[None]
-    none = torch.zeros_like(blocks)
-    counter = (blocks, rows[:, None], none, key[1].expand_as(blocks))
-    words = philox4x32(counter, (key[0] & 0xFFFFFFFF, key[0] >> 32))
-    return torch.stack(words, 2).reshape(len(rows), -1)[:, :gates] >> 9
 
 
 def uniform(k: Tensor) -> Tensor:

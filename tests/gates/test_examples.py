@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import l0kernels as l0
-from l0kernels.gates.examples import ExampleGates, noise_of_rows
+from l0kernels.gates.examples import ExampleGates
 from l0kernels.gates.hard_concrete import BETA, GAMMA, ZETA
 from l0kernels.ops.sample_gates.reference import noise_k
 
@@ -90,17 +90,6 @@ def gradients(net: nn.Module) -> dict[str, Tensor]:
 
 
 # ---- noise and laws ----
-
-
-def test_each_example_has_its_row_of_the_counter():
-    key = torch.tensor([5, 9])
-    rows = torch.tensor([1, 2, 7, 2**31])
-    for gates in (1, 3, 4, 17):
-        k = noise_of_rows(key, gates, rows)
-        assert k.shape == (4, gates)
-        for row, its in zip(rows.tolist(), k, strict=True):
-            assert its.equal(noise_k(key, gates, row=row))
-    assert not noise_of_rows(key, 17, rows[:1])[0].equal(noise_k(key, 17))  # the batch's row
 
 
 # ---- exact values and gradients ----

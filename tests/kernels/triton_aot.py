@@ -45,6 +45,7 @@ def sample_gates_cases() -> Iterator[Case]:
     from l0kernels.ops.sample_gates import triton as kernels
 
     key, offsets = torch.tensor([1, 2]), torch.tensor([0, 8])
+    yield "noise of examples", _call(kernels.example_noise, key, 3, 8, 1, 1)
     for dtype in (torch.float32, torch.float64):
         gates = torch.zeros(8, dtype=dtype)
         yield (

@@ -17,6 +17,7 @@ from l0kernels.functional import (
     GateLayout,
     OpenLists,
     arm_gradient,
+    example_noise,
     open_lists,
     sample_gates,
 )
@@ -359,6 +360,52 @@ def test_arm_gradient_of_a_key_that_no_draw_has(impl, key):
     else:
         with pytest.raises(ValueError, match="expected 0 <="):
             arm_gradient(*given)
+
+
+# ---- the noise of examples ----
+
+
+@pytest.mark.parametrize("gates", [0, 1, 2, 3, 4, 257, 8191, 20011])
+@pytest.mark.parametrize("rows", [range(0), range(1, 2), range(1, 8), range(3, 12, 4)])
+def test_example_noise_is_that_of_each_row(impl, gates, rows):
+    for key in (make_key(), make_key((1 << 63) - 1, (1 << 32) - 1)):
+        k = example_noise(key, len(rows), gates, rows.start, rows.step)
+        assert k.dtype == torch.int32 and k.shape == (len(rows), gates) and k.is_contiguous()
+        for its, row in zip(k, rows, strict=True):
+            assert torch.equal(its.long(), reference.noise_k(key, gates, row=row))
+
+
+def test_example_noise_of_the_last_rows(impl):
+    last = (1 << 32) - 1
+    k = example_noise(make_key(), 3, 9, last - 2)
+    assert torch.equal(k[2].long(), reference.noise_k(make_key(), 9, row=last))
+    assert example_noise(make_key(), 0, 9, last).shape == (0, 9)
+
+
+BAD_NOISE = {
+    "key dtype": (TypeError, "key: expected int64", {"key": torch.tensor([1, 2]).int()}),
+    "key shape": (ValueError, r"key: expected shape \[2\]", {"key": torch.tensor([1])}),
+    "examples": (ValueError, "expected examples, gates >= 0; got -1, 4", {"examples": -1}),
+    "gates": (ValueError, "expected examples, gates >= 0; got 3, -4", {"gates": -4}),
+    "first": (ValueError, "expected rows from 0 to 2.32 - 1; got -1 to 1", {"first": -1}),
+    "last": (ValueError, "expected rows from 0 .* to 4294967296", {"first": (1 << 32) - 2}),
+}
+
+
+@pytest.mark.parametrize("name", BAD_NOISE)
+def test_example_noise_refuses_bad_input(impl, name):
+    error, message, changes = BAD_NOISE[name]
+    with pytest.raises(error, match=message):
+        example_noise(**({"key": make_key(), "examples": 3, "gates": 4} | changes))
+
+
+@pytest.mark.parametrize("key", [(-1, 0), (0, -1), (0, 1 << 32)])
+def test_example_noise_of_a_key_that_no_draw_has(impl, key):
+    if impl in ("harness", "triton") or impl.endswith("GPU"):
+        assert bool((example_noise(make_key(*key), 3, 5) == -1).all())
+    else:
+        with pytest.raises(ValueError, match="expected 0 <="):
+            example_noise(make_key(*key), 3, 5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -806,6 +853,7 @@ def test_opcheck(requires_grad, law):
     opcheck(op._LISTS, (torch.rand(19, requires_grad=requires_grad), *layout))
     factor = torch.rand(18, requires_grad=requires_grad)
     opcheck(op._ARM, (torch.tensor(0.5, requires_grad=requires_grad), factor, key))
+    opcheck(op._NOISE, (key, 3, 7, 1, 2))
 
 
 @pytest.mark.parametrize("name", ["auto", "reference"])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`sample_gates`, `arm_gradient` and `open_lists`: schemas, fakes, gradient, public functions."""
+"""`sample_gates` and what goes with it: schemas, fakes, gradient, public functions."""
 
 import torch
 from torch import Tensor
@@ -8,6 +8,7 @@ from l0kernels import _config, _registry
 from l0kernels.ops.sample_gates import reference
 from l0kernels.ops.sample_gates.reference import LAWS, GateLayout, OpenLists
 
+_ROWS = 1 << 32
 _LAW_NUMBER = {law: number for number, law in enumerate(LAWS)}
 
 
@@ -31,6 +32,10 @@ def _backward_fake(log_alpha, key, cost, grad_z, grad_expected, law, beta, gamma
 
 def _arm_fake(difference, factor, key):
     return factor.new_empty(factor.shape[0])
+
+
+def _noise_fake(key, examples, gates, first, stride):
+    return key.new_empty((examples, gates), dtype=torch.int32)
 
 
 def _forward_python(
@@ -64,6 +69,7 @@ def _backward_python(log_alpha, key, cost, grad_z, grad_expected, law, beta, gam
 
 
 _arm_python = reference.arm_gradient
+_noise_python = reference.example_noise
 
 _registry.add_op("sample_gates")
 _FORWARD = _registry.define(
@@ -83,6 +89,11 @@ _ARM = _registry.define(
     "arm_gradient(Tensor difference, Tensor factor, Tensor key) -> Tensor",
     fake=_arm_fake,
     python=_arm_python,
+)
+_NOISE = _registry.define(
+    "example_noise(Tensor key, SymInt examples, SymInt gates, int first, int stride) -> Tensor",
+    fake=_noise_fake,
+    python=_noise_python,
 )
 _LISTS = _registry.define(
     "open_lists(Tensor z, Tensor group_offsets, Tensor maps, Tensor port_offsets) "
@@ -236,6 +247,45 @@ def arm_gradient(difference: Tensor, factor: Tensor, key: Tensor) -> Tensor:
     if _config.reference_asked(factor):
         return reference.arm_gradient(difference, factor, key)
     return _registry.chosen(_ARM)(difference, factor, key)
+
+
+def example_noise(
+    key: Tensor, examples: int, gates: int, first: int = 1, stride: int = 1
+) -> Tensor:
+    """The noise of gates that every example of a batch draws for itself.
+
+    With row = first + stride b and w(j, row) word j % 4 of the Philox4x32-10 block with the key
+    seed and the counter (j // 4, row, 0, step), k[b, j] = floor(w(j, row) / 2^9). It stands for the
+    number u = (k + 1/2) 2^-23 in (0, 1), as in `sample_gates`, which reads row 0.
+
+    Args:
+        key: int64 [2], seed and step.
+        examples: B, rows that are drawn.
+        gates: G, numbers in each.
+        first: row of the first example.
+        stride: rows from one example to the next.
+
+    Returns:
+        k, int32 [B, G], from 0 to 2^23 - 1, contiguous.
+
+    Raises:
+        TypeError, ValueError: a wrong key, negative sizes, rows beyond 32 bits; on a CPU also seed
+        or step out of range (on a GPU every number is -1 then).
+
+    Cost on a GPU: 4 bytes and 40 integer instructions per number, which is what limits it; in
+    Triton 130, a block for each number instead of one for four.
+
+    Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
+    """
+    _check_key(key)
+    if min(examples, gates) < 0:
+        raise ValueError(f"expected examples, gates >= 0; got {examples}, {gates}")
+    last = first + stride * max(0, examples - 1)
+    if not (0 <= first < _ROWS and 0 <= last < _ROWS):
+        raise ValueError(f"expected rows from 0 to 2^32 - 1; got {first} to {last}")
+    if _config.reference_asked(key):
+        return reference.example_noise(key, examples, gates, first, stride)
+    return _registry.chosen(_NOISE)(key, examples, gates, first, stride)
 
 
 def open_lists(z: Tensor, layout: GateLayout) -> OpenLists:

@@ -199,6 +199,18 @@ def arm_gradient(difference: Tensor, factor: Tensor, key: Tensor) -> Tensor:
     return torch.where(factor == 0, 0.0, grad).to(factor.dtype)
 
 
+def example_noise(key: Tensor, examples: int, gates: int, first: int, stride: int) -> Tensor:
+    """Noise of rows; the arguments are those of `l0kernels.functional.example_noise`."""
+    if not torch.compiler.is_compiling():
+        check_key(key)
+    rows = first + stride * torch.arange(examples, device=key.device)[:, None]
+    blocks = torch.arange((gates + 3) // 4, device=key.device)[None]
+    counter = (blocks, rows, torch.zeros_like(blocks), key[1].expand_as(blocks))
+    words = philox4x32(counter, (key[0] & _MASK32, key[0] >> 32))
+    flat = torch.stack(words, 2).reshape(examples, 4 * blocks.shape[1])
+    return (flat[:, :gates] >> (32 - _NOISE_BITS)).int()
+
+
 def open_lists(z: Tensor, layout: GateLayout) -> OpenLists:
     """Lists packed features; the arguments are those of `l0kernels.functional.open_lists`."""
     gates = z.shape[0] - 1

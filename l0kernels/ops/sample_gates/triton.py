@@ -2,7 +2,7 @@
 # What Triton compiles is not Python: arguments are wrapped, launches have a grid.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 # pyright: reportGeneralTypeIssues=false, reportInvalidTypeForm=false
-"""The Triton kernels of `sample_gates`, its backward pass, `arm_gradient` and `open_lists`.
+"""The Triton kernels of `sample_gates`, its backward pass, and what goes with it.
 
 The twin of csrc/common and csrc/cuda/sample_gates_cuda.cu: the same operations on float64 in the
 same order, fused where those say fma and nowhere else (`enable_fp_fusion=False` at every launch),
@@ -106,10 +106,10 @@ def _log_ratio(a, b):
 
 
 @triton.jit
-def _noise(seed, step, gate):
+def _noise(seed, step, gate, row=0):
     """The 23-bit integer k of each gate."""
     block = (gate // 4).to(tl.int32)
-    x, y, z, w = tl.philox(seed, block, 0, 0, step.to(tl.int32))
+    x, y, z, w = tl.philox(seed, block, row, 0, step.to(tl.int32))
     lane = gate % 4
     word = tl.where(lane < 2, tl.where(lane == 0, x, y), tl.where(lane == 2, z, w))
     return (word >> 9).to(tl.int32)
@@ -281,6 +281,19 @@ def _arm(difference, factor, key, grad, gates, BLOCK: tl.constexpr):
     value = tl.where(its == 0.0, 0.0, value)
     value = tl.where(_is_usable(seed, step), value, float("nan"))
     tl.store(grad + gate, value.to(grad.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["gates", "slices", "first", "stride"])
+def _example_noise(key, k, gates, slices, first, stride, BLOCK: tl.constexpr):
+    """Programs are numbered through all slices of all rows."""
+    program = tl.program_id(0).to(tl.int64)
+    example = program // slices
+    gate = program % slices * BLOCK + tl.arange(0, BLOCK)
+    seed = tl.load(key)
+    step = tl.load(key + 1)
+    found = _noise(seed, step, gate, (first + stride * example).to(tl.int32))
+    found = tl.where(_is_usable(seed, step), found, -1)
+    tl.store(k + example * gates + gate, found, mask=gate < gates)
 
 
 # ---- lists ----
@@ -637,6 +650,18 @@ def arm_gradient(difference: Tensor, factor: Tensor, key: Tensor) -> Tensor:
             enable_fp_fusion=False,
         )
     return grad
+
+
+def example_noise(key: Tensor, examples: int, gates: int, first: int, stride: int) -> Tensor:
+    """The raw operator `example_noise`."""
+    k = key.new_empty((examples, gates), dtype=torch.int32)
+    slices = _triton.cdiv(gates, BLOCK)
+    if k.numel() > 0:
+        with _triton.on_device_of(k):
+            _example_noise[(examples * slices,)](
+                key.contiguous(), k, gates, slices, first, stride, BLOCK=BLOCK, num_warps=4
+            )
+    return k
 
 
 def open_lists(
