@@ -159,11 +159,12 @@ def run(args: argparse.Namespace) -> int:
     if len(plans[0].phases) > 1:
         raise ValueError(f"expected a recipe of one phase, got {plans[0].recipe.name}")
     plot.need()
-    before = environment()
+    device = plans[0].device
+    before = environment(device)
     total = sum(2 * plan.epochs * plan.steps for plan in plans)
     with tqdm(total=total, desc=plans[0].recipe.name, unit="step", disable=None) as bar:
         found = [train_one(plan, bar) for plan in plans]
-    where = {**before, "load_average_after": environment()["load_average"]}
+    where = {**before, "load_average_after": environment(device)["load_average"]}
     outcomes, results = [one for one, _ in found], [result for _, result in found]
     numbers = {"command": command(args), **to_dict(outcomes, results, where)}
     out = plans[0].folder.parent
@@ -181,6 +182,8 @@ def command(args: argparse.Namespace, program: str = "l0kernels bench run") -> s
     given = {"data": "DIR"} if args.data else {}
     names = "settings subset epochs batch lr gate_lr lam initial seed seeds threads"
     given.update({name: getattr(args, name) for name in names.split()})
+    if args.device != "cpu":
+        given["device"] = args.device
     options = [f"--{name.replace('_', '-')} {v}" for name, v in given.items() if v is not None]
     return " ".join([program, args.recipe, *options])
 

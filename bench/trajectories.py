@@ -127,9 +127,9 @@ def record(plan: Plan, command: str) -> Trajectory:
         tuple(gates.names),
         np.array(gates.sizes),
         np.array(steps),
-        torch.stack(rows).double().numpy(),
-        gates.layout.maps.numpy(),
-        gates.layout.port_offsets.numpy(),
+        torch.stack(rows).double().cpu().numpy(),
+        gates.layout.maps.cpu().numpy(),
+        gates.layout.port_offsets.cpu().numpy(),
         _layers(current.arms[0].net, plan),
     )
 

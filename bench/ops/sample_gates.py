@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drawing all gates, forward and backward, against the same in PyTorch operations.
 
-The PyTorch arms draw, clamp, stretch and penalise as networks with L0 layers commonly do, once per
-layer or once over all gates in one tensor. They do not list the open gates; `sample_gates` does.
+For draws, the PyTorch arms draw, clamp, stretch and penalise as networks with L0 layers commonly
+do, once per layer or once over all gates in one tensor. They do not list the open gates;
+`sample_gates` does.
 
 A shape that ends in `:arm` is `arm_gradient`: the noise of a draw, weighed by the difference of two
 losses. The PyTorch arm has kept the noise; ours draws it again. One that ends in `:noise` is

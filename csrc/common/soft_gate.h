@@ -71,7 +71,7 @@ L0K_HD GateAt<S> gate_at(const SoftGate<S>& gate, S s) {
   const S size = std::fabs(x);
   const bool saturated = size > kGateLimit<S>;
   const S bounded = select(saturated, kGateLimit<S>, size);
-  // A NaN whose bits are all set, as GPUs make them in float32, would become a number.
+  // A NaN whose bits are all set would become a number; GPUs make such ones in float32.
   const S e = select(saturated, S(0), exp_of_negative(-bounded)) + S(0) * bounded;
   const S inverse = S(1) / (S(1) + e);
   const S value = select(x < S(0), e * inverse, inverse) * gate.scale;

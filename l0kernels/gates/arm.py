@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from l0kernels._config import current_impl
 from l0kernels.functional import OpenLists, arm_gradient, sample_gates
-from l0kernels.gates.base import Constant, Gates, droprates, engine, not_negative, one_of
-from l0kernels.gates.draw import Draw, on_host
-from l0kernels.gates.examples import SCOPES, mean_loss, mixes_examples, uniform
+from l0kernels.gates.base import Constant, Gates, droprates, not_negative, one_of
+from l0kernels.gates.draw import Draw, engine, on_host
+from l0kernels.gates.examples import SCOPES, mean_loss, mixes_examples, or_nan, uniform
 from l0kernels.gates.prefix import Prefix, has_compiled
 
 Elementwise = Callable[[Tensor], Tensor]
@@ -191,7 +191,7 @@ class ARM(Gates):
     def example_values(self, k: Tensor, law: str) -> Tensor:
         pi, u = self.open_probability(), uniform(k)
         z = (u if law == self.law else 1 - u) < pi
-        return Constant.apply(self.log_alpha, z.to(self.log_alpha.dtype))
+        return Constant.apply(self.log_alpha, or_nan(z.to(self.log_alpha.dtype), k))
 
     def _binary(
         self, logits: Tensor, cost: Tensor, key: Tensor, law: str

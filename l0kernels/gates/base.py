@@ -9,16 +9,15 @@ import math
 import operator
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from l0kernels._config import current_impl, use_impl
 from l0kernels.functional import GateLayout, OpenLists, open_lists, sample_gates
 from l0kernels.gates.dense import DenseGroups
-from l0kernels.gates.draw import LEAST, Draw, Graph, on_host, raise_for
+from l0kernels.gates.draw import LEAST, Draw, Graph, engine, on_host, raise_for
 from l0kernels.gates.examples import ExampleGates, mean_loss
 from l0kernels.gates.ref import GateRef
 from l0kernels.gates.rounding import Rounding
@@ -248,7 +247,7 @@ class Gates(nn.Module):
         Only methods that set ``scope`` supply it.
 
         Args:
-            k: the noise, integers from 0 to 2^23 - 1 of shape [examples, gates].
+            k: the noise, int32 from 0 to 2^23 - 1 of shape [examples, gates].
             law: of the values, the method's own or what goes with it.
         """
         raise NotImplementedError(f"{type(self).__name__} has no gates per example")
@@ -1063,11 +1062,6 @@ class Constant(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0].new_zeros(ctx.shape), None
-
-
-def engine() -> AbstractContextManager[Any]:
-    """What draws: the masked reference shares the engine's draws, only its layers are PyTorch."""
-    return use_impl("auto") if current_impl() == "reference" else nullcontext()
 
 
 def in_backward() -> bool:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from l0kernels.functional import OpenLists, dep_chain, sample_gates
-from l0kernels.gates.base import Constant, Gates, engine, has_matrix, one_of, per_group, uses_of
+from l0kernels.gates.base import Constant, Gates, has_matrix, one_of, per_group, uses_of
+from l0kernels.gates.draw import engine
 from l0kernels.gates.examples import SCOPES
 from l0kernels.gates.hard_concrete import HardConcrete, probability
 

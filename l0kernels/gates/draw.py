@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
+from l0kernels._config import current_impl, use_impl
 from l0kernels.functional import OpenLists
 from l0kernels.ops.sample_gates.reference import check_draw
 
@@ -19,6 +21,11 @@ if TYPE_CHECKING:
 
 LEAST = 2
 """Closed features fill up to this width. Only where a layer has one feature is it 1."""
+
+
+def engine() -> AbstractContextManager[Any]:
+    """What draws: the masked reference shares the engine's draws, only its layers are PyTorch."""
+    return use_impl("auto") if current_impl() == "reference" else nullcontext()
 
 
 class OpenBlock(NamedTuple):

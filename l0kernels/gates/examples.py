@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,10 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from l0kernels.functional import example_noise
+from l0kernels.gates.draw import Graph, engine
 
 if TYPE_CHECKING:
     from l0kernels.gates.base import Gates
-    from l0kernels.gates.draw import Graph
 
 SCOPES = ("batch", "example")
 NOISE = 1 << 23
@@ -85,11 +86,15 @@ class ExampleGates:
         return self._made[key]
 
     def noise(self, examples: int) -> Tensor:
-        """The 23-bit integers of the examples, int32 of shape [examples, gates]."""
+        """The 23-bit integers of the examples, int32 of shape [examples, gates].
+
+        Where no draw has such a key, a GPU makes -1 of all of them; a CPU raises ValueError.
+        """
         ranks, rank = 1, 0
         if dist.is_available() and dist.is_initialized():
             ranks, rank = dist.get_world_size(), dist.get_rank()
-        return example_noise(self._key, examples, self._gates.count, 1 + rank, ranks)
+        with engine():
+            return example_noise(self._key, examples, self._gates.count, 1 + rank, ranks)
 
     def weigh_noise(self, differences: Tensor) -> Tensor:
         """The sums that ARM's estimate is made of, float64 of shape [gates].
@@ -127,8 +132,13 @@ class ExampleGates:
 
 
 def uniform(k: Tensor) -> Tensor:
-    """The numbers in (0, 1) that the integers stand for, float64."""
-    return (k.double() + 0.5) / NOISE
+    """The numbers in (0, 1) that the integers stand for, float64; NaN for negative ones."""
+    return or_nan((k.double() + 0.5) / NOISE, k)
+
+
+def or_nan(made: Tensor, k: Tensor) -> Tensor:
+    """What was made of the integers, NaN where these are negative, which are no noise."""
+    return made.masked_fill(k < 0, math.nan)
 
 
 def mean_loss(losses: Tensor) -> Tensor:

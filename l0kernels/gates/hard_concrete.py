@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from l0kernels._registry import once_differentiable
 from l0kernels.gates.base import Gates, droprates, not_negative, one_of
-from l0kernels.gates.examples import SCOPES
+from l0kernels.gates.examples import SCOPES, or_nan
 from l0kernels.ops.sample_gates.reference import hard_concrete_decisions, hard_concrete_s
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
@@ -113,7 +113,8 @@ class _Examples(torch.autograd.Function):
         ctx.slope = torch.where(closed | full, 0.0, slope).to(log_alpha.dtype)
         # What the integers call half open stays so, whatever rounding says.
         inside = (s * (ZETA - GAMMA) + GAMMA).clamp(torch.finfo(log_alpha.dtype).tiny, 1.0)
-        return torch.where(closed, 0.0, torch.where(full, 1.0, inside)).to(log_alpha.dtype)
+        z = torch.where(closed, 0.0, torch.where(full, 1.0, inside))
+        return or_nan(z.to(log_alpha.dtype), k)
 
     @staticmethod
     @once_differentiable

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 from torch import Tensor, nn
@@ -23,19 +24,23 @@ def averaged(net: nn.Module, decay: float) -> AveragedModel:
         net: converted network.
         decay: from 0 to 1, without 1.
     """
-    return AveragedModel(net, avg_fn=partial(_next, decay=decay))
+    return AveragedModel(net, multi_avg_fn=partial(_take_in, decay=decay))
 
 
-def _next(average: Tensor, value: Tensor, count: Tensor | int, decay: float) -> Tensor:
-    """The average of one more value.
+def _take_in(
+    averages: Sequence[Tensor], values: Sequence[Tensor], count: Tensor | int, decay: float
+) -> None:
+    """Take one more value into each average.
 
     Args:
-        average: of the values so far.
-        value: the next one.
-        count: how many there were.
-        decay: of the average.
+        averages: of the values so far; changed in place.
+        values: the next ones.
+        count: how many there were; a GPU is waited for once, not once for each average.
+        decay: of the averages.
     """
-    return average.lerp(value, (1 - decay) / (1 - decay ** (int(count) + 1)))
+    weight = (1 - decay) / (1 - decay ** (int(count) + 1))
+    for average, value in zip(averages, values, strict=True):
+        average.lerp_(value, weight)
 
 
 def update(average: AveragedModel, net: nn.Module) -> None:

@@ -165,8 +165,9 @@ def _device(text: str) -> torch.device:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
         raise InputError(f"--device: expected cpu or cuda, got {text!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device: expected a CUDA device for {text!r}, found none")
+    found = torch.cuda.device_count() if device.type == "cuda" else 1
+    if (device.index or 0) >= found:
+        raise InputError(f"--device: expected one of {found} {device.type} devices, got {text!r}")
     return device
 
 

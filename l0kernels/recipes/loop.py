@@ -39,8 +39,8 @@ from l0kernels.training import gates_of
 CHECKPOINT = "checkpoint.pt"
 PREVIOUS = "checkpoint.previous.pt"
 LOG = "epochs.jsonl"
-# Fixed, not measured: the packed arm's bits must not depend on a clock. In LeNet-5 it is the faster
-# one at every open fraction.
+# Fixed, not measured: the packed arm's bits must not depend on a clock. In LeNet-5 on a CPU it is
+# the faster one at every open fraction.
 PACKED_LAYOUT = "channels_last"
 ENTRY = (
     "loss",
@@ -180,6 +180,8 @@ class Run:
         checkpoint.same(path, "data", plan.images.fingerprint, content["data"])
         names = [PACKED, MASKED] if plan.compare else [PACKED]
         checkpoint.same(path, "networks", names, list(content["arms"]))
+        # Times and memory of two machines would stand in one table.
+        checkpoint.same(path, "device", plan.device.type, content.get("device", "cpu"))
         if content["epoch"] > plan.epochs:
             raise InputError(
                 f"--epochs: expected at least {content['epoch']}, the epochs that {path} has, "
@@ -226,6 +228,7 @@ class Run:
             "data": plan.images.fingerprint,
             "epoch": self.epoch,
             "reference_layout": self.layout,
+            "device": plan.device.type,
             "arms": {arm.name: arm.state() for arm in self.arms},
             "history": self.history,
         }

@@ -62,7 +62,8 @@ def step_memory(arm: Arm, batch: Batch) -> int:
     """Peak of what PyTorch's allocator holds in one step beyond what it holds before.
 
     That is activations, packed weights, gradients and temporaries; parameters, optimizer state
-    and what libraries allocate on their own (oneDNN's scratchpads) are not in it.
+    and what libraries allocate on their own (oneDNN's scratchpads) are not in it. On a GPU the
+    workspaces of cuDNN and cuBLAS are in it: they come from PyTorch's allocator.
 
     Args:
         arm: left as it is; its next draw is the one measured.

@@ -135,7 +135,8 @@ def pruned(scores: Tensor, weights: Tensor, part: float) -> Tensor:
         part: of the open weights to close.
     """
     is_open = scores > 0
-    kept = L1Unstructured(part).compute_mask(weights[is_open], torch.ones_like(weights[is_open]))
+    weights = weights[is_open]
+    kept = L1Unstructured(part).compute_mask(weights, torch.ones_like(weights))
     return scores.masked_scatter(is_open, torch.where(kept > 0, scores[is_open], -1.0))
 
 

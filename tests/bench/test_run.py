@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`l0kernels bench run` relates whole runs to the work that their draws left."""
 
+import argparse
 import json
 from pathlib import Path
 
@@ -62,6 +63,13 @@ def test_a_run_tells_its_efficiency(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert "| eta_run |" in (tmp_path / "run.md").read_text()
     assert json.loads((tmp_path / "run.json").read_text()) == found
+
+
+def test_the_command_has_the_device():
+    parser = argparse.ArgumentParser()
+    run.add_arguments(parser)
+    given = parser.parse_args(["mlp-hc", "--device", "cuda", "--epochs", "2"])
+    assert run.command(given) == "l0kernels bench run mlp-hc --epochs 2 --device cuda"
 
 
 @pytest.mark.parametrize(

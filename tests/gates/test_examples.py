@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import l0kernels as l0
-from l0kernels.gates.examples import ExampleGates
+from l0kernels.gates.examples import ExampleGates, uniform
 from l0kernels.gates.hard_concrete import BETA, GAMMA, ZETA
 from l0kernels.ops.sample_gates.reference import noise_k
 
@@ -89,9 +89,6 @@ def gradients(net: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
 
 
-# ---- noise and laws ----
-
-
 # ---- exact values and gradients ----
 
 
@@ -126,6 +123,26 @@ def test_equal_to_plain_pytorch(method: str, layout: torch.memory_format, impl: 
         net.norm.running_mean * 10,
         F.conv2d(X, plain.conv1.weight, plain.conv1.bias).mean((0, 2, 3)),
     )
+
+
+def test_the_masked_reference_shares_the_noise_of_the_engine(monkeypatch):
+    """A timing beside it compares layers only."""
+    net = make()
+    monkeypatch.delattr("l0kernels.ops.sample_gates.reference.example_noise")
+    with l0.use_impl("reference"):
+        assert bool(net(X).isfinite().all())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_key_that_no_draw_has_makes_nan_on_a_gpu(method: str, monkeypatch):
+    def as_on_a_gpu(key: Tensor, examples: int, gates: int, *rows: int) -> Tensor:
+        return torch.full((examples, gates), -1, dtype=torch.int32)
+
+    monkeypatch.setattr("l0kernels.gates.examples.example_noise", as_on_a_gpu)
+    net = make(method)
+    net(X)
+    assert bool(net.l0["conv1"].z.isnan().all())
+    assert bool(uniform(torch.tensor([-1])).isnan())
 
 
 def test_tokens_share_the_gates_of_their_example():

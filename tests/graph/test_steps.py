@@ -186,7 +186,8 @@ def test_other_optimizers(
     optimizer: Optimizer, device: torch.device, watch: Callable[..., Watched]
 ):
     recorder, net = watch(), NETS["mlp"]()
-    if not getattr(optimizer(net), "_step_supports_amp_scaling", False):
+    leaves_out = getattr(optimizer(net), "_step_supports_amp_scaling", False)
+    if optimizer is adagrad and not leaves_out:
         pytest.skip("this version of PyTorch has no such optimizer that can leave out a step")
     Both(net, device, optimizer, closing_loss).run(60).assert_equal()
     assert recorder.replayed >= 40

@@ -382,6 +382,14 @@ def test_example_noise_of_the_last_rows(impl):
     assert example_noise(make_key(), 0, 9, last).shape == (0, 9)
 
 
+def test_example_noise_takes_any_strides(impl):
+    """Of the key, and down the rows."""
+    key = torch.tensor([3, 0, 5])[::2]
+    k = example_noise(key, 3, 9, 12, -5)
+    for its, row in zip(k, (12, 7, 2), strict=True):
+        assert torch.equal(its.long(), reference.noise_k(make_key(), 9, row=row))
+
+
 BAD_NOISE = {
     "key dtype": (TypeError, "key: expected int64", {"key": torch.tensor([1, 2]).int()}),
     "key shape": (ValueError, r"key: expected shape \[2\]", {"key": torch.tensor([1])}),
@@ -538,6 +546,10 @@ def test_bits_do_not_depend_on_threads(need_cpp, law):
         return drawn.z, drawn.expected, drawn.grad
 
     assert_threads_do_not_matter(run, (1, 2, 1))
+
+
+def test_example_noise_does_not_depend_on_threads(need_cpp):
+    assert_threads_do_not_matter(lambda: [example_noise(make_key(), 5, 20_011)], (1, 2, 1))
 
 
 # ---- open lists ----
@@ -873,6 +885,18 @@ def test_compiles_to_one_graph(name):
             torch.testing.assert_close(value, plain)
             torch.testing.assert_close(grad, torch.autograd.grad(plain, log_alpha)[0])
             assert torch.equal(index, plain_index)
+
+
+@pytest.mark.parametrize("name", ["auto", "reference"])
+def test_example_noise_compiles_to_one_graph(name):
+    def drawn(key, x):
+        return x * example_noise(key, x.shape[0], x.shape[1])
+
+    compiled = torch.compile(drawn, fullgraph=True, dynamic=True, backend="aot_eager")
+    with l0.use_impl(name):
+        for step, shape in enumerate(((3, 7), (5, 11), (2, 300))):
+            x = torch.ones(shape, dtype=torch.int32)
+            assert torch.equal(compiled(make_key(1, step), x), drawn(make_key(1, step), x))
 
 
 def test_same_draws_on_every_device(device):

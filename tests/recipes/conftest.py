@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from torch import nn
+from torch import Tensor, nn
 
 from l0kernels.recipes import checkpoint, data, loop, published
-from l0kernels.recipes.arm import PACKED, gated_network
+from l0kernels.recipes.arm import PACKED, Arm, Step, gated_network
 from l0kernels.recipes.loop import Plan
 from l0kernels.training import gates_of
 
@@ -90,6 +90,20 @@ def starts(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
         return net
 
     monkeypatch.setattr(loop, "gated_network", noted)
+    return found
+
+
+@pytest.fixture
+def trained_on(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Kinds of devices that the steps of a test have run on."""
+    found: set[str] = set()
+    step = Arm.step
+
+    def noted(arm: Arm, images: Tensor, labels: Tensor) -> Step:
+        found.update({images.device.type, *(p.device.type for p in arm.net.parameters())})
+        return step(arm, images, labels)
+
+    monkeypatch.setattr(Arm, "step", noted)
     return found
 
 

@@ -146,6 +146,7 @@ def test_checkpoints_of_other_runs_are_refused(
         ),
         "expected networks .'packed'., got": replace(finished, compare=False),
         "expected data": replace(finished, images=data.load(None)),
+        "expected device 'cuda', got 'cpu'": replace(finished, device=torch.device("cuda")),
     }
     for message, plan in others.items():
         with pytest.raises(InputError, match=message):

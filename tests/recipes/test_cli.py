@@ -72,6 +72,7 @@ def test_twenty_steps(
     idx_folder: Path,
     tmp_path: Path,
     starts: list[nn.Module],
+    trained_on: set[str],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """With the published settings, but for smaller batches and two epochs of ten steps."""
@@ -82,6 +83,7 @@ def test_twenty_steps(
     assert "20/20 [" in told.err
     settings = RECIPES[name].settings("published").to_dict()
     assert json.loads(told.out)["settings"] == {**settings, "epochs": 2, "batch": 7}
+    assert trained_on == {device.type}
     (start,) = starts
     assert unmoved(start, tmp_path / "out" / "seed-0" / "checkpoint.pt") == []
 
@@ -141,7 +143,7 @@ BAD = {
     "device": (["mlp-hc", "--device", "tpu"], "--device: expected cpu or cuda, got 'tpu'"),
     "no such device": (
         ["mlp-hc", "--device", "cuda:99"],
-        "--device: expected a CUDA device for 'cuda:99', found none",
+        f"--device: expected one of {torch.cuda.device_count()} cuda devices, got 'cuda:99'",
     ),
     "epochs": (["mlp-hc", "--epochs", "-1"], "--epochs: expected a positive integer, got -1"),
     "batch": (["mlp-hc", "--batch", "0"], "--batch: expected a positive integer, got 0"),

@@ -75,6 +75,7 @@ def test_twenty_steps(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     starts: list[nn.Module],
+    trained_on: set[str],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setitem(published.RECIPES, name, _narrow(published.find(name)))
@@ -102,6 +103,7 @@ def test_twenty_steps(
     assert f"{10 * len(lines)}/{10 * len(lines)} [" in told.err
     last = json.loads(lines[-1])["arms"]["packed"]
     assert len(last["open_units"]) == GROUPS[recipe.name.rpartition("-")[0]]
+    assert trained_on == {device.type}
     (start,) = starts
     assert unmoved(start, tmp_path / "out" / "seed-0" / "checkpoint.pt") == []
 

@@ -85,15 +85,22 @@ def noise_k(key: Tensor, gates: int, row: int = 0, kind: int = 0, sample: int = 
         gates: how many.
         row, kind, sample: the other counter words: (gate // 4, row, kind << 24 | sample, step).
     """
-    blocks = torch.arange((gates + 3) // 4, device=key.device)
+    rows = torch.full((1,), row, device=key.device)
+    return _noise_of_rows(key, gates, rows, kind << 24 | sample)[0]
+
+
+def _noise_of_rows(key: Tensor, gates: int, rows: Tensor, draw: int) -> Tensor:
+    """The integers of gates 0..gates-1 in some rows of the counter, int64 [rows, gates]."""
+    blocks = torch.arange((gates + 3) // 4, device=key.device).expand(len(rows), -1)
     counter = (
         blocks,
-        torch.full_like(blocks, row),
-        torch.full_like(blocks, kind << 24 | sample),
+        rows[:, None].expand_as(blocks),
+        torch.full_like(blocks, draw),
         key[1].expand_as(blocks),
     )
     words = philox4x32(counter, (key[0] & _MASK32, key[0] >> 32))
-    return torch.stack(words, 1).reshape(-1)[:gates] >> (32 - _NOISE_BITS)
+    flat = torch.stack(words, 2).reshape(len(rows), 4 * blocks.shape[1])
+    return flat[:, :gates] >> (32 - _NOISE_BITS)
 
 
 def check_key(key: Tensor) -> None:
@@ -203,12 +210,8 @@ def example_noise(key: Tensor, examples: int, gates: int, first: int, stride: in
     """Noise of rows; the arguments are those of `l0kernels.functional.example_noise`."""
     if not torch.compiler.is_compiling():
         check_key(key)
-    rows = first + stride * torch.arange(examples, device=key.device)[:, None]
-    blocks = torch.arange((gates + 3) // 4, device=key.device)[None]
-    counter = (blocks, rows, torch.zeros_like(blocks), key[1].expand_as(blocks))
-    words = philox4x32(counter, (key[0] & _MASK32, key[0] >> 32))
-    flat = torch.stack(words, 2).reshape(examples, 4 * blocks.shape[1])
-    return (flat[:, :gates] >> (32 - _NOISE_BITS)).int()
+    rows = first + stride * torch.arange(examples, device=key.device)
+    return _noise_of_rows(key, gates, rows, 0).int()
 
 
 def open_lists(z: Tensor, layout: GateLayout) -> OpenLists:
