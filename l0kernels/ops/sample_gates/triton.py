@@ -659,7 +659,15 @@ def example_noise(key: Tensor, examples: int, gates: int, first: int, stride: in
     if k.numel() > 0:
         with _triton.on_device_of(k):
             _example_noise[(examples * slices,)](
-                key.contiguous(), k, gates, slices, first, stride, BLOCK=BLOCK, num_warps=4
+                key.contiguous(),
+                k,
+                gates,
+                slices,
+                first,
+                stride,
+                BLOCK=BLOCK,
+                num_warps=4,
+                enable_fp_fusion=False,
             )
     return k
 
