@@ -70,7 +70,7 @@ def adagrad(net: nn.Module) -> torch.optim.Optimizer:
 
 def never_leaving_out(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """As those of older versions of PyTorch, which do not look at ``found_inf``."""
-    optimizer._step_supports_amp_scaling = False  # pyright: ignore[reportAttributeAccessIssue]
+    optimizer._step_supports_amp_scaling = False
     return optimizer
 
 
